@@ -1,0 +1,44 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= -r .ci/requirements.txt
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench format clean
+
+demo: $(READY)
+	@echo "demo: embedding real questions and passages with all-MiniLM-L6-v2"
+	@$(BIN)/python bench/demo.py
+
+test: $(READY)
+	@echo "test: the whole suite"
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	@echo "lint: ruff check, ruff format, mypy --strict"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@echo "bench: every measurement in bench/, one after the other"
+	@set -e; for script in $(filter-out bench/demo.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+
+format: $(READY)
+	@echo "format: ruff fixes and formats every file"
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	@echo "clean: removing $(VENV), caches and outputs"
+	@rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that only it looks at PyTorch's own index. On a GPU machine: make TORCH=torch test
+$(READY): pyproject.toml .ci/requirements.txt
+	@echo "install: $(VENV) with $(PYTHON): torch, then unpadded (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --no-deps $(TORCH)
+	@$(BIN)/python -m pip install --quiet --editable ".[test,bench,lint]"
+	@touch $@

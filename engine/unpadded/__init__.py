@@ -1,0 +1,50 @@
+"""unpadded: text to embeddings with long-context encoders, nothing padded.
+
+>>> import unpadded
+>>> engine = unpadded.load("nomic-ai/nomic-embed-text-v1.5")
+>>> engine.encode(["What is TSNE?"], task="search_query")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unpadded.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    OptionError,
+    OutputError,
+    UnpaddedError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from unpadded.engine import Embeddings, Engine
+    from unpadded.loading import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Embeddings",
+    "Engine",
+    "InputError",
+    "OptionError",
+    "OutputError",
+    "UnpaddedError",
+    "WeightsError",
+    "__version__",
+    "load",
+]
+
+# Where each public name lives: imported at first use, so that the command line answers at once.
+_HOMES = {"Embeddings": "unpadded.engine", "Engine": "unpadded.engine", "load": "unpadded.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unpadded' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

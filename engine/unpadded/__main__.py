@@ -1,0 +1,5 @@
+"""`python -m unpadded`."""
+
+from unpadded.cli import main
+
+raise SystemExit(main())

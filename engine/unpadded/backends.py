@@ -1,0 +1,68 @@
+"""Attention by name: the project's own op, or a library's variable-length kernel, all over the same packed qkv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unpadded.batch import PackedBatch
+from unpadded.errors import OptionError
+from unpadded_kernels import attention
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A way to attend: (qkv [total_tokens, 3, heads, head_dim], batch, scale) -> [total_tokens, heads * head_dim]."""
+
+    name: str
+    attend: Callable[[Tensor, PackedBatch, float], Tensor]
+
+
+NAMES = ("auto", "unpadded", "torch", "flash-attn")
+
+
+def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The backend of that name, or the one that "auto" chooses; OptionError where it cannot run."""
+    if name not in NAMES:
+        raise OptionError(f"attention is unknown: {name!r}; use one of {', '.join(NAMES)}")
+    if name in ("auto", "unpadded"):
+        return Attention("unpadded", _own)
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        raise OptionError(
+            f"attention={name!r} runs on CUDA in float16 or bfloat16 only: the device is {device}, the dtype {dtype}; "
+            "use attention='auto'"
+        )
+    return Attention(name, _torch if name == "torch" else _flash_attn())
+
+
+def _own(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    return attention(qkv, batch.cu_seqlens, batch.max_seqlen, scale)
+
+
+def _torch(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """PyTorch's own build of FlashAttention-2 (aten); torch.nn.attention.varlen wraps it and adds a launch."""
+    q, k, v = qkv.unbind(1)
+    longest = batch.max_seqlen
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, 0.0, False, False, scale=scale
+    )[0]
+    return out.flatten(1)  # type: ignore[no-any-return]
+
+
+def _flash_attn() -> Callable[[Tensor, PackedBatch, float], Tensor]:
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+    except ImportError as error:
+        raise OptionError(
+            "attention='flash-attn' needs the package flash-attn, which does not import: "
+            f"{error}; install unpadded[flash-attn] or use attention='auto'"
+        ) from error
+
+    def attend(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+        out: Tensor = flash_attn_varlen_qkvpacked_func(qkv, batch.cu_seqlens, batch.max_seqlen, softmax_scale=scale)
+        return out.flatten(1)
+
+    return attend

@@ -1,0 +1,103 @@
+"""Reading a JSON configuration by key and type; every refusal names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unpadded.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file; CheckpointError when it cannot be read, ConfigError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; check that it exists and is readable"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; correct it or download it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object: it holds {value!r:.80}; correct it or download it again")
+    return value
+
+
+def integer(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """A whole number, 3072.0 included."""
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
+        raise ConfigError(f"{key} = {value!r} is not a whole number of at least {least}; correct config.json")
+    return int(value)
+
+
+def positive(config: Mapping[str, Any], key: str) -> float:
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{key} = {value!r} is not a positive number; correct config.json")
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config[key]
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} = {value!r} is neither true nor false; correct config.json")
+    return value
+
+
+def text(config: Mapping[str, Any], key: str) -> str:
+    value = config[key]
+    if not isinstance(value, str):
+        raise ConfigError(f"{key} = {value!r} is not a string; correct config.json")
+    return value
+
+
+def agreed(config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Mapping[str, Any], str], T]) -> T | None:
+    """What the keys that are present, and not null, say together; None when none is."""
+    found = {key: read(config, key) for key in keys if config.get(key) is not None}
+    if len(set(found.values())) > 1:
+        raise contradiction(found)
+    return next(iter(found.values()), None)
+
+
+def required(config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Mapping[str, Any], str], T]) -> T:
+    value = agreed(config, keys, read)
+    if value is None:
+        raise ConfigError(f"config.json lacks {' or '.join(keys)} (found: {', '.join(sorted(config))[:200]}); add it")
+    return value
+
+
+def contradiction(found: Mapping[str, object]) -> ConfigError:
+    values = " but ".join(f"{key} = {value!r}" for key, value in found.items())
+    return ConfigError(f"config.json contradicts itself: {values}; keep the one the checkpoint was trained with")
+
+
+def not_implemented(key: str, value: object, offered: object) -> ConfigError:
+    return ConfigError(
+        f"{key} = {value!r} is not implemented, only {offered!r} is; run this checkpoint with its own code"
+    )
+
+
+def refuse(config: Mapping[str, Any], offered: Mapping[str, Any]) -> None:
+    """ConfigError when a key is present with anything but null and the one value that is implemented."""
+    for key, only in offered.items():
+        value = config.get(key)
+        if value is not None and value != only:
+            raise not_implemented(key, value, only)
+
+
+def one_of(config: Mapping[str, Any], key: str, offered: Collection[str]) -> str:
+    value = text(config, key)
+    if value not in offered:
+        raise not_implemented(key, value, ", ".join(offered))
+    return value

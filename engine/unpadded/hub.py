@@ -1,0 +1,35 @@
+"""The files of a checkpoint on the Hugging Face hub: only those that are read, never a pickle, never Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unpadded.errors import CheckpointError
+
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "sentence_*_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+ALLOWED = (*FILES, *(f"[0-9]_*/{name}" for name in FILES), "modules.json", "config_sentence_transformers.json")
+
+
+def fetch(model: str, revision: str | None) -> Path:
+    """The folder of a snapshot, downloaded where the cache lacks it; HF_HUB_OFFLINE and tokens are the library's."""
+    import huggingface_hub  # takes a second to import, and a folder does not need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED)))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model {model!r} (revision {revision!r}) is not a folder here and cannot be fetched from the hub: "
+            f"{type(error).__name__}: {str(error).strip()}\n"
+            "check the name, the revision, the network, and for private models `hf auth login`"
+        ) from error

@@ -1,0 +1,25 @@
+"""Triton kernels for encoders over packed tokens: texts end to end, no padding.
+
+Every op is a `torch.library.custom_op`: its reference body defines it and runs on any device, its Triton kernel runs on
+CUDA, and where plain torch is slow on a CPU it has a body of its own there too.
+"""
+
+from unpadded_kernels.activation import activation
+from unpadded_kernels.attention import attention
+from unpadded_kernels.embedding import embedding
+from unpadded_kernels.layer_norm import add_layer_norm
+from unpadded_kernels.linear import linear, linear_activation
+from unpadded_kernels.pooling import pool
+from unpadded_kernels.rotary import rotary_, rotary_cos_sin
+
+__all__ = [
+    "activation",
+    "add_layer_norm",
+    "attention",
+    "embedding",
+    "linear",
+    "linear_activation",
+    "pool",
+    "rotary_",
+    "rotary_cos_sin",
+]

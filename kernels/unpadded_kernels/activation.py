@@ -1,0 +1,111 @@
+"""Activations between the two products of an MLP.
+
+    swiglu: silu(gate) * up      geglu: gelu(gate) * up      gelu, gelu_tanh: of the whole row
+
+A gated input row is gate then up. Bound by memory: 6 * intermediate bytes per token in 16 bits when gated, else 4.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unpadded_kernels._triton import tl, triton
+from unpadded_kernels.tiles import row_launch
+
+GATED = ("swiglu", "geglu")
+KINDS = (*GATED, "gelu", "gelu_tanh")
+
+# Columns of one program.
+_BLOCK_I = 1024
+
+
+def activation_reference(x: Tensor, kind: str) -> Tensor:
+    """x: [total_tokens, 2 * intermediate] when kind is gated, else [total_tokens, intermediate].
+
+    Returns [total_tokens, intermediate] in x's dtype. kind: swiglu, geglu, gelu (erf) or gelu_tanh.
+    """
+    h = x.float()
+    if kind in GATED:
+        gate, up = h.chunk(2, dim=-1)
+        h = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
+    elif kind == "gelu":
+        h = F.gelu(h)
+    elif kind == "gelu_tanh":
+        h = F.gelu(h, approximate="tanh")
+    else:
+        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
+    return h.to(x.dtype)
+
+
+@triton.jit
+def activate(gate, up, KIND: tl.constexpr):
+    """The activation of fp32 values; up counts where KIND is gated."""
+    if KIND == "swiglu":
+        y = gate * tl.sigmoid(gate) * up
+    elif KIND == "geglu":
+        y = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "gelu":
+        y = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(z)) is sigmoid(2 * z)
+        y = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return y
+
+
+@triton.jit
+def _activation_kernel(
+    x_ptr,
+    y_ptr,
+    stride_xt,
+    stride_yt,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = i < INTERMEDIATE
+    gate = tl.load(x_ptr + token * stride_xt + i, mask=mask, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(x_ptr + token * stride_xt + INTERMEDIATE + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * stride_yt + i, activate(gate, up, KIND), mask=mask)
+
+
+def activation_triton(x: Tensor, kind: str) -> Tensor:
+    """A token's row in blocks of columns. The tokens of x may be strided, their rows not."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
+    total_tokens, width = x.shape
+    gated = kind in GATED
+    if gated and width % 2:
+        raise ValueError(f"a gated row is gate then up, got an odd width of {width}")
+    if x.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
+    intermediate = width // 2 if gated else width
+    y = torch.empty((total_tokens, intermediate), dtype=x.dtype, device=x.device)
+    if total_tokens == 0:
+        return y
+    block_i = min(_BLOCK_I, triton.next_power_of_2(intermediate))
+    _activation_kernel[(total_tokens, triton.cdiv(intermediate, block_i))](
+        x,
+        y,
+        stride_xt=x.stride(0),
+        stride_yt=y.stride(0),
+        INTERMEDIATE=intermediate,
+        BLOCK_I=block_i,
+        KIND=kind,
+        GATED=gated,
+        **row_launch(block_i),
+    )
+    return y
+
+
+activation = torch.library.custom_op("unpadded::activation", activation_reference, mutates_args=())
+activation.register_kernel("cuda", activation_triton)
+
+
+@activation.register_fake
+def _(x: Tensor, kind: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2 if kind in GATED else x.shape[1])

@@ -1,0 +1,126 @@
+"""Variable-length bidirectional attention over packed qkv: every token attends to the tokens of its own text.
+
+    out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]
+    bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
+
+Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length * heads exponentials per token.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unpadded_kernels.linear import linear_cpu
+
+# On a CPU, texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where
+# scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
+_CPU_LONG = {torch.float32: 384, torch.bfloat16: 768}
+# Queries of a block there: 512 x 8192 fp32 scores are 16 MiB, within a last-level cache.
+_CPU_BLOCK_Q = 512
+# Scores held at once by the batched products of short texts: beyond 32 MiB every allocation is mapped and faulted anew.
+_CPU_SCORES = 2**22
+
+
+def attention_reference(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    tile_map: Tensor | None = None,
+) -> Tensor:
+    """Text by text, in fp32.
+
+    qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: the longest text, in tokens;
+    window: the farthest key a query sees, in tokens, or None for all; alibi_slopes: [heads] fp32 or None; tile_map: what the
+    CUDA kernel runs over, made by `tile_map_of`; not needed here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
+    """
+    total_tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(total_tokens, heads, head_dim)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        q, k, v = qkv[start:end].to(torch.promote_types(qkv.dtype, torch.float32)).permute(1, 2, 0, 3)
+        position = torch.arange(end - start, device=qkv.device)
+        for block in position.split(_CPU_BLOCK_Q):
+            scores = q[:, block] @ k.transpose(1, 2) * scale  # [heads, block, length]
+            distance = (block[:, None] - position).abs()
+            if alibi_slopes is not None:
+                scores -= alibi_slopes[:, None, None] * distance
+            if window is not None:
+                scores.masked_fill_(distance > window, float("-inf"))
+            out[start + block] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+    return out.view(total_tokens, heads * head_dim)
+
+
+def attention_cpu(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    tile_map: Tensor | None = None,
+) -> Tensor:
+    """Neighbours of equal length together, without masks; each text's bits depend on its own rows and length alone."""
+    if window is not None or alibi_slopes is not None:
+        return attention_reference(qkv, cu_seqlens, max_seqlen, scale, window, alibi_slopes)
+    total_tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(total_tokens, heads, head_dim)
+    start = 0
+    for length, run in itertools.groupby(cu_seqlens.diff().tolist()):
+        if length == 0:
+            continue
+        texts = len(list(run))
+        rows = slice(start, start + texts * length)
+        start = rows.stop
+        group = qkv[rows].view(texts, length, 3, heads, head_dim)
+        out_group = out[rows].view(texts, length, heads, head_dim)
+        if length > _CPU_LONG.get(qkv.dtype, length):
+            for text, out_text in zip(group, out_group, strict=True):
+                _attend_head_by_head(text, out_text, scale)
+        elif qkv.dtype == torch.bfloat16:
+            at_once = max(1, _CPU_SCORES // (heads * length * length))
+            for texts_block, out_block in zip(group.split(at_once), out_group.split(at_once), strict=True):
+                _attend_batched(texts_block, out_block, scale)
+        else:
+            q, k, v = group.permute(2, 0, 3, 1, 4)
+            out_group.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+    return out.view(total_tokens, heads * head_dim)
+
+
+def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
+    """Every text and head in two batched products. qkv: [texts, length, 3, heads, head_dim]; writes out."""
+    texts, length, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, texts * heads, length, head_dim)
+    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
+    out.copy_(torch.bmm(weights, v).view(texts, heads, length, head_dim).transpose(1, 2))
+
+
+def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
+    """One text, a block of queries of one head at a time, both products by oneDNN's linear. qkv: [length, 3, heads, head_dim]."""
+    # Contiguous copies: the product's bits follow its operands' layout, which must not depend on the batch.
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    q, k, v_transposed = (q * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
+    for head in range(q.shape[0]):
+        for queries, out_block in zip(q[head].split(_CPU_BLOCK_Q), out[:, head].split(_CPU_BLOCK_Q), strict=True):
+            weights = linear_cpu(queries, k[head], None).softmax(-1)
+            out_block.copy_(linear_cpu(weights, v_transposed[head], None))
+
+
+attention = torch.library.custom_op("unpadded::attention", attention_reference, mutates_args=())
+attention.register_kernel("cpu", attention_cpu)
+
+
+@attention.register_fake
+def _(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    tile_map: Tensor | None = None,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])

@@ -1,0 +1,145 @@
+"""Embedding: the word row of every token, plus its token-type and position rows, normalised.
+
+    y[t] = LayerNorm(word[input_ids[t]] + token_type + position[positions[t]])
+
+Bound by memory: per token two rows read, one written (6 * hidden bytes in 16 bits), nothing kept between them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unpadded_kernels._triton import tl, triton
+from unpadded_kernels.tiles import row_launch
+
+
+def embedding_reference(
+    input_ids: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gather and normalise.
+
+    input_ids, positions: [total_tokens] int32; word: [vocabulary, hidden]; token_type: [hidden], the one row added to every
+    token; position: [position_rows, hidden] or None; weight, bias: [hidden]. Returns [total_tokens, hidden] in word's dtype.
+    Ids and positions beyond their tables are the caller's to refuse.
+    """
+    x = F.embedding(input_ids, word).float()
+    if token_type is not None:
+        x = x + token_type.float()
+    if position is not None:
+        x = x + F.embedding(positions, position).float()
+    return F.layer_norm(x, weight.shape, weight.float(), bias.float(), eps).to(word.dtype)
+
+
+@triton.jit
+def _embedding_kernel(
+    input_ids_ptr,
+    positions_ptr,
+    word_ptr,
+    token_type_ptr,
+    position_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    stride_wv,
+    stride_pp,
+    stride_yt,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_TOKEN_TYPE: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    mask = h < HIDDEN
+
+    # int64: vocabulary * hidden passes 2**31 for multilingual vocabularies of wide models
+    input_id = tl.load(input_ids_ptr + token).to(tl.int64)
+    x = tl.load(word_ptr + input_id * stride_wv + h, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TOKEN_TYPE:
+        x += tl.load(token_type_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    if HAS_POSITION:
+        row = tl.load(positions_ptr + token).to(tl.int64)
+        x += tl.load(position_ptr + row * stride_pp + h, mask=mask, other=0.0).to(tl.float32)
+
+    mean = tl.sum(x, axis=0) / HIDDEN
+    # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
+
+    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * stride_yt + h, centred * rstd * weight + bias, mask=mask)
+
+
+def embedding_triton(
+    input_ids: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """One token per program. The rows of word and position may be strided, their elements not."""
+    total_tokens, hidden = input_ids.shape[0], word.shape[1]
+    if positions.shape != input_ids.shape or not input_ids.is_contiguous() or not positions.is_contiguous():
+        raise ValueError(
+            f"input_ids and positions must be contiguous and equally long, got {tuple(input_ids.shape)} and "
+            f"{tuple(positions.shape)}, strides {input_ids.stride()} and {positions.stride()}"
+        )
+    for name, tensor in {"word": word, "token_type": token_type, "position": position, "weight": weight}.items():
+        if tensor is not None and (tensor.shape[-1] != hidden or tensor.stride(-1) != 1):
+            raise ValueError(
+                f"rows must be contiguous and {hidden} wide, got {name} of {tuple(tensor.shape)}, strides {tensor.stride()}"
+            )
+    y = torch.empty((total_tokens, hidden), dtype=word.dtype, device=word.device)
+    if total_tokens == 0:
+        return y
+    block_h = triton.next_power_of_2(hidden)
+    _embedding_kernel[(total_tokens,)](
+        input_ids,
+        positions,
+        word,
+        token_type,
+        position,
+        weight,
+        bias,
+        y,
+        stride_wv=word.stride(0),
+        stride_pp=0 if position is None else position.stride(0),
+        stride_yt=y.stride(0),
+        eps=eps,
+        HIDDEN=hidden,
+        BLOCK_H=block_h,
+        HAS_TOKEN_TYPE=token_type is not None,
+        HAS_POSITION=position is not None,
+        **row_launch(block_h),
+    )
+    return y
+
+
+embedding = torch.library.custom_op("unpadded::embedding", embedding_reference, mutates_args=())
+embedding.register_kernel("cuda", embedding_triton)
+
+
+@embedding.register_fake
+def _(
+    input_ids: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    return word.new_empty(input_ids.shape[0], word.shape[1])

@@ -1,0 +1,102 @@
+"""Tile sizes of the kernels: (op, dtype, dimensions, GPU generation) -> what a program covers and how it is launched.
+
+Compiled for each generation without spills (tests/test_compile.py), not yet timed: no GPU has been at hand. Nothing here is
+keyed by the number of tokens, so a row's bits never depend on its batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Compute capability major -> the generation whose tiles it runs; others run sm_80's, which ask for the least shared memory.
+_GENERATION = {8: 80, 9: 90, 10: 100}
+
+# Row kernels: elements of a row that one warp holds; 256 in 16 bits are one 128-bit load a thread.
+_ROW_ELEMENTS_PER_WARP = 256
+_MAX_ROW_WARPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program covers. block_k: the step of a product's inner dimension, 0 in attention, whose steps are block_n."""
+
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # whether loads go through tensor descriptors
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        # Said outright, since Triton 3.10 turns its default off and with it every bit of the results.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# (is the dtype fp32, head_dim rounded up to a power of two, generation)
+ATTENTION = {
+    (False, 16, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (False, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (False, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (False, 128, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (False, 16, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+    (False, 16, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+    (True, 16, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+    (True, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+    (True, 64, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+    (True, 128, 80): Tile(block_m=32, block_n=32, num_warps=8, num_stages=2),
+}
+
+# (is the dtype fp32, does the activation read two products, generation); a gated tile holds block_n columns of each
+LINEAR = {
+    (False, False, 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (False, True, 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+    (False, False, 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, True, 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, False, 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, True, 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (True, False, 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (True, True, 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
+}
+
+# Generations where linear_activation is one kernel and not the library's product and the activation: none is measured yet.
+FUSED_ACTIVATION: frozenset[int] = frozenset()
+
+
+def generation(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80  # the interpreter
+    return _GENERATION.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def row_launch(block_h: int) -> dict[str, Any]:
+    """How a kernel of one row per program is launched. block_h: elements of the row, a power of two."""
+    num_warps = min(max(block_h // _ROW_ELEMENTS_PER_WARP, 1), _MAX_ROW_WARPS)
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
+    fp32 = dtype == torch.float32
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    if (fp32, block_d, 80) not in ATTENTION:
+        raise ValueError(f"attention has no kernel for head_dim {head_dim}: use one up to 128")
+    return ATTENTION[fp32, block_d, 80 if fp32 else generation]
+
+
+def linear_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
+    fp32 = dtype == torch.float32
+    return LINEAR[fp32, gated, 80 if fp32 else generation]
+
+
+def programs(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once: one per multiprocessor."""
+    if device.type != "cuda":
+        return 2  # the interpreter runs them one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count

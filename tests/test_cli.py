@@ -1,0 +1,365 @@
+"""The command line: a small fake engine where only files and flags matter, real weights where vectors do."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import unpadded
+from unpadded import bulk
+from unpadded.cli import main
+from unpadded.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+TEXTS = ["a red house", "", "zwölf Boxkämpfer", "one", " two  spaces ", "日本語 テキスト", "last line"]
+LONG_TEXT = 3  # words; the fake engine reports longer texts as truncated
+
+
+def rows(texts: Iterable[str]) -> SimpleNamespace:
+    """What the fake engine returns: vectors that say which text they came from."""
+    texts = list(texts)
+    words = [len(text.split()) for text in texts]
+    vectors = np.array([[len(text), sum(map(ord, text)), 0.1] for text in texts], np.float32).reshape(-1, 3)
+    return SimpleNamespace(
+        vectors=vectors, token_counts=np.array(words, np.int64), truncated=np.array(words, np.int64) >= LONG_TEXT
+    )
+
+
+@dataclass
+class FakeEngine:
+    load_options: dict[str, Any] = field(default_factory=dict)
+    text_options: dict[str, Any] = field(default_factory=dict)
+    failure: BaseException | None = None  # raised after the first block
+
+    def load(self, model: str, **options: Any) -> FakeEngine:
+        self.load_options = {"model": model, **options}
+        return self
+
+    def embed(self, texts: list[str], **options: Any) -> SimpleNamespace:
+        return rows(texts)
+
+    def stream(self, texts: Iterable[str], **options: Any) -> Iterator[SimpleNamespace]:
+        self.text_options = options
+        iterator = iter(texts)
+        while block := list(islice(iterator, 3)):
+            yield rows(block)
+            if self.failure is not None:
+                raise self.failure
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(unpadded, "load", fake.load, raising=False)
+    return fake
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def embed(*arguments: str | Path) -> int:
+    return main(["embed", "-m", "fake", *map(str, arguments)])
+
+
+def test_npy_holds_a_row_per_line(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    assert embed(text_file, "-o", out) == 0
+    np.testing.assert_array_equal(np.load(out), rows(TEXTS).vectors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy"]
+
+
+def test_inputs_of_every_kind_follow_one_another(
+    engine: FakeEngine, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = tmp_path / "in.jsonl"
+    objects.write_text('{"body": "an object", "n": 1}\n"a string"\n')
+    table = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": range(3000), "body": [f"row {i}" for i in range(3000)]}), table)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xef\xbb\xbfby pipe\r\nno newline")))
+    out = tmp_path / "out.jsonl"
+    assert embed(table, "-", text_file, objects, "--column", "body", "-o", out) == 0
+
+    texts = [f"row {i}" for i in range(3000)] + ["by pipe", "no newline", *TEXTS, "an object", "a string"]
+    expected = rows(texts)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(len(texts)))
+    assert [line["tokens"] for line in lines] == expected.token_counts.tolist()
+    assert [line["truncated"] for line in lines] == expected.truncated.tolist()
+    np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), expected.vectors)
+
+
+def test_parquet_output(engine: FakeEngine, tmp_path: Path) -> None:
+    texts = [f"text {i} {'x ' * (i % 3)}" for i in range(10_000)]  # more than two row groups
+    source, out = tmp_path / "in.txt", tmp_path / "out.parquet"
+    source.write_text("\n".join(texts))
+    assert embed(source, "-o", out) == 0
+    table, expected = pq.read_table(out), rows(texts)
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 3)
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, 3)
+    np.testing.assert_array_equal(vectors, expected.vectors)
+    assert table["tokens"].to_pylist() == expected.token_counts.tolist()
+    assert table["truncated"].to_pylist() == expected.truncated.tolist()
+    assert pq.ParquetFile(out).num_row_groups == 3
+
+
+def test_without_out_stdout_is_json_lines_alone(
+    engine: FakeEngine, text_file: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert embed(text_file) == 0
+    stdout, stderr = capsysbinary.readouterr()
+    lines = [json.loads(line) for line in stdout.splitlines()]
+    np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), rows(TEXTS).vectors)
+    truncated = int(rows(TEXTS).truncated.sum())
+    assert b"7 texts, 12 tokens in" in stderr and f"{truncated} truncated -> stdout".encode() in stderr
+
+
+@pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
+def test_an_empty_input_gives_an_empty_file(engine: FakeEngine, tmp_path: Path, ending: str) -> None:
+    source, out = tmp_path / "in.txt", tmp_path / f"out{ending}"
+    source.touch()
+    assert embed(source, "-o", out) == 0
+    if ending == ".npy":
+        vectors = np.load(out)
+        assert vectors.shape == (0, 3) and vectors.dtype == np.float32
+    elif ending == ".jsonl":
+        assert out.read_bytes() == b""
+    else:
+        assert pq.read_table(out).num_rows == 0
+        assert pq.read_schema(out).field("embedding").type == pa.list_(pa.float32(), 3)
+
+
+def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
+    flags = "-t search_query --dimensions 64 --dtype bfloat16 --device cpu --attention sdpa --precision int8"
+    more = "--rotary-scaling-factor 2 --truncation left --long-text mean --no-normalize --max-length 512"
+    rest = "--token-budget 4096 --revision main --prompt p:"
+    assert embed(text_file, "-o", tmp_path / "out.npy", *flags.split(), *more.split(), *rest.split()) == 0
+    assert engine.load_options == {
+        "model": "fake",
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "attention": "sdpa",
+        "rotary_scaling_factor": 2.0,
+        "max_length": 512,
+        "token_budget": 4096,
+        "revision": "main",
+    }
+    assert engine.text_options == {
+        "task": "search_query",
+        "prompt": "p:",
+        "dimensions": 64,
+        "normalize": False,
+        "precision": "int8",
+        "ranges": None,
+        "truncation": "left",
+        "long_text": "mean",
+    }
+
+
+@pytest.mark.parametrize(("flag", "value"), [("config", "config"), ("none", None), ("2.5", 2.5)])
+def test_rotary_scaling_factor(engine: FakeEngine, text_file: Path, tmp_path: Path, flag: str, value: object) -> None:
+    assert embed(text_file, "-o", tmp_path / "out.npy", "--rotary-scaling-factor", flag) == 0
+    assert engine.load_options["rotary_scaling_factor"] == value
+
+
+def test_inputs_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"line %d\n" % taken
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless()))
+    assert list(islice(bulk.read_texts(["-"]), 5)) == [f"line {i}" for i in range(1, 6)]
+    assert taken == 5
+
+
+@pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("failure", "status"), [(KeyboardInterrupt(), 130), (InputError("text 3 is bad"), 2)])
+def test_a_failed_run_leaves_the_folder_as_it_was(
+    engine: FakeEngine,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ending: str,
+    failure: BaseException,
+    status: int,
+) -> None:
+    engine.failure = failure
+    out = tmp_path / f"out{ending}"
+    out.write_bytes(b"of an earlier run")
+    assert embed(text_file, "-o", out) == status
+    assert out.read_bytes() == b"of an earlier run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.txt", out.name])
+    stderr = capsys.readouterr().err
+    assert ("interrupted" if status == 130 else "unpadded: error: text 3 is bad") in stderr
+    assert "Traceback" not in stderr
+
+
+BAD_FILES = {
+    "bad.jsonl": b'"fine"\n{"text": \n',
+    "field.jsonl": b'{"title": "a", "body": "b"}\n',
+    "number.jsonl": b'{"text": "a"}\n{"text": 12}\n',
+    "list.jsonl": b'["a"]\n',
+    "latin.txt": b"fine\nZ\xfcrich\n",
+    "not.parquet": b"PAR1 but not really",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.txt"], "does not exist: 'absent.txt'"),
+        (["folder"], "is a folder: 'folder'"),
+        (["bad.jsonl"], "'bad.jsonl' line 2"),
+        (["field.jsonl"], "no field 'text': 'field.jsonl' line 1 has 'title', 'body'"),
+        (["number.jsonl"], "'number.jsonl' line 2: '12'"),
+        (["list.jsonl"], "'list.jsonl' line 1"),
+        (["latin.txt"], "'latin.txt' line 2"),
+        (["not.parquet"], "not a parquet file: 'not.parquet'"),
+        (["good.parquet", "--column", "body"], "no column 'body': 'good.parquet' has 'text', 'number'"),
+        (["good.parquet", "--column", "number"], "'number' of 'good.parquet' is int64"),
+        (["good.parquet"], "'good.parquet' row 1 of 'text' is null"),
+        (["good.txt", "--column", "body"], "--column 'body'"),
+        (["good.txt", "-o", "out.csv"], "unknown ending: 'out.csv'; use one of .npy, .jsonl, .parquet"),
+        (["good.txt", "-o", "out"], "unknown ending: 'out'"),
+        (["good.txt", "-o", "absent/out.npy"], "cannot be written: 'absent/out.npy'"),
+        (["good.txt", "-o", "folder.npy"], "is a folder: 'folder.npy'"),
+        (["good.txt", "--ranges", "good.txt"], "ranges cannot be read: 'good.txt'"),
+        (["good.txt", "--ranges", "ranges.npy"], "wrong shape: 'ranges.npy' (3,)"),
+        (["good.jsonl", "-o", "good.jsonl"], "would replace an input: 'good.jsonl'"),
+    ],
+)
+def test_bad_files_are_named(
+    engine: FakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("a\n")
+    (tmp_path / "good.jsonl").write_text('"a"\n')
+    np.save(tmp_path / "ranges.npy", np.zeros(3))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npy").mkdir()
+    pq.write_table(pa.table({"text": ["a", None], "number": [1, 2]}), tmp_path / "good.parquet")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert embed(*arguments, *([] if "-o" in arguments else ["-o", "out.npy"])) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("unpadded: error: ") and message in stderr and stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+DISK_FULL = """
+import resource, sys, test_cli, unpadded
+from unpadded.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+unpadded.load = test_cli.FakeEngine().load
+sys.exit(main(["embed", "-m", "fake", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
+def test_a_full_disk_is_reported(tmp_path: Path, ending: str) -> None:
+    source, out = tmp_path / "in.txt", tmp_path / f"out{ending}"
+    source.write_text("".join(f"{'word' * (i % 97)} {i * 7919 % 10007}\n" for i in range(10_000)))
+    ran = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, str(source), "-o", str(out)],
+        env=ENVIRONMENT,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith("unpadded: error: the output cannot be written") and ran.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def unpadded_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "unpadded", *map(str, arguments)]
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("a line\n" * 2000)
+    command = unpadded_command("embed", source, "-m", minilm)
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert json.loads(run.stdout.readline())["index"] == 0
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
+def test_ctrl_c_leaves_no_file(tmp_path: Path, minilm: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("a line of a file that takes a while\n" * 50_000)
+    command = unpadded_command("embed", source, "-m", minilm, "-o", tmp_path / "out.jsonl")
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        assert run.stderr is not None
+        stderr = run.stderr.read()
+    assert run.returncode == 130, stderr
+    assert stderr == "unpadded: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_real_vectors_in_every_format(tmp_path: Path, minilm: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    texts = ["What is the capital of Peru?", "Lima is the capital of Peru.", "", "word " * 400]
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(texts))
+    flags = ["-m", str(minilm), "--device", "cpu", "--dimensions", "128"]
+    expected = unpadded.load(minilm, device="cpu").embed(texts, dimensions=128)
+    assert expected.truncated.tolist() == [False, False, False, True]
+
+    for ending in (".npy", ".jsonl", ".parquet"):
+        assert main(["embed", str(source), *flags, "-o", str(tmp_path / f"out{ending}")]) == 0
+    assert main(["embed", str(source), *flags]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (tmp_path / "out.jsonl").read_bytes() == capsysbinary.readouterr().out
+    table = pq.read_table(tmp_path / "out.parquet")
+
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected.vectors)
+    np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), expected.vectors)
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), expected.vectors)
+    for counts in ([line["tokens"] for line in lines], table["tokens"].to_pylist()):
+        assert counts == expected.token_counts.tolist()
+    for truncated in ([line["truncated"] for line in lines], table["truncated"].to_pylist()):
+        assert truncated == [False, False, False, True]
+
+
+def test_a_model_that_is_not_there(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "no-model"
+    assert main(["embed", str(text_file), "-m", str(model), "-o", str(tmp_path / "out.npy")]) == 2
+    assert str(model) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
