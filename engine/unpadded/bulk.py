@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from unpadded.errors import InputError, OptionError, OutputError
 
@@ -145,15 +144,11 @@ def embed_texts(engine: Engine, texts: Iterator[str], writer: Writer, **options:
     """Stream texts through the engine into the writer; `options` are those of `Engine.stream`."""
     count = tokens = truncated = 0
     started = time.perf_counter()
-    with tqdm(unit="tok", unit_scale=True, disable=None, file=sys.stderr) as bar:
-        for block in engine.stream(texts, **options):
-            writer.write(block)
-            block_tokens = int(block.token_counts.sum())
-            count += len(block.vectors)
-            tokens += block_tokens
-            truncated += int(block.truncated.sum())
-            bar.set_postfix(texts=count, refresh=False)
-            bar.update(block_tokens)
+    for block in engine.stream(texts, show_progress=None, **options):
+        writer.write(block)
+        count += len(block.vectors)
+        tokens += int(block.token_counts.sum())
+        truncated += int(block.truncated.sum())
     if count == 0:
         writer.write(engine.embed([], show_progress=False, **options))
     return Totals(texts=count, tokens=tokens, truncated=truncated, seconds=time.perf_counter() - started)
@@ -190,12 +185,17 @@ class JsonlWriter:
         self._rows = 0
 
     def write(self, block: Embeddings) -> None:
-        for vector, tokens, truncated in zip(block.vectors, block.token_counts, block.truncated, strict=True):
-            counts = {"tokens": int(tokens), "truncated": bool(truncated)}
-            row = {"index": self._rows, "embedding": vector.tolist(), **counts}
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._rows += 1
-        self._file.flush()
+        try:
+            for vector, tokens, truncated in zip(block.vectors, block.token_counts, block.truncated, strict=True):
+                counts = {"tokens": int(tokens), "truncated": bool(truncated)}
+                row = {"index": self._rows, "embedding": vector.tolist(), **counts}
+                self._file.write(json.dumps(row).encode() + b"\n")
+                self._rows += 1
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # of stdout: those of a file are OutputErrors already
+            raise _unwritable("stdout", error) from error
 
     def finish(self) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,10 @@ from unpadded.tensors import StoredTensor, read_headers
 __all__ = ["Checkpoint", "Dense", "open_checkpoint"]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MODEL_FILE = "config_sentence_transformers.json"
 LONGEST = 1_000_000  # tokenizers without a limit state 1e30
 # of sentence-transformers' loading arguments, those that do not change a vector
-HARMLESS_ARGUMENTS = frozenset(
-    {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
-)
+HARMLESS_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +45,27 @@ class Checkpoint:
     matryoshka_layer_norm: bool  # a layer norm without affine comes before the cut
     defaults: tuple[str, ...]  # a sentence for each choice that no file made
 
+    def describe(self) -> dict[str, Any]:
+        """In plain values, for people and for JSON."""
+        return {
+            "model": self.name,
+            "encoder": asdict(self.spec),
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "prompts": self.prompts,
+            "default_prompt": self.default_prompt,
+            "max_length": self.max_length,
+            "matryoshka": list(self.matryoshka),
+            "defaults": list(self.defaults),
+        }
+
 
 def open_checkpoint(
     model: str | os.PathLike[str],
     *,
     revision: str | None = None,
     max_length: int | None = None,
-    rotary_scaling_factor: float | None | Literal["config"] = "config",
+    rotary_scaling_factor: float | Literal["config"] | None = "config",
 ) -> Checkpoint:
     """Read the configuration of a folder, or of a hub id, which is fetched first.
 
@@ -71,10 +84,11 @@ def open_checkpoint(
     width = check_widths(pipeline, spec.hidden)
 
     encoder_file = _read_encoder_file(folder)
-    model_file = _read_if_present(root / "config_sentence_transformers.json")
+    model_file = _read_if_present(root / MODEL_FILE)
     prompts, default_prompt, prompt_defaults = _prompts(model_file, family)
     length, length_defaults = _max_length(max_length, encoder_file, folder, family, spec)
     stated = {**config, **model_file}
+    matryoshka = _matryoshka(stated, family, name, root, width)
     return Checkpoint(
         name=name,
         folder=folder,
@@ -88,23 +102,20 @@ def open_checkpoint(
         default_prompt=default_prompt,
         lower_case=bool(encoder_file.get("do_lower_case", False)),
         max_length=length,
-        matryoshka=_matryoshka(stated, family, name, root, width),
-        matryoshka_layer_norm=bool(stated.get("matryoshka_layer_norm", family.MATRYOSHKA_LAYER_NORM)),
+        matryoshka=matryoshka,
+        matryoshka_layer_norm=bool(matryoshka and stated.get("matryoshka_layer_norm", family.MATRYOSHKA_LAYER_NORM)),
         defaults=(*pipeline.defaults, *prompt_defaults, *length_defaults),
     )
 
 
 def _locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path, spelled = Path(model).expanduser(), os.fspath(model)
+    if path.is_dir() and spelled:
         if revision is not None:
-            raise OptionError(
-                f"revision = {revision!r} was given with the folder {path}; revisions are the hub's, leave it out"
-            )
+            raise OptionError(f"revision = {revision!r} was given with a folder, {path}; leave it out")
         return path, path.resolve().name
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json, or a hub id")
-    spelled = os.fspath(model)
     if not isinstance(model, str) or spelled.startswith((".", "~", os.sep)) or spelled.count("/") > 1 or not spelled:
         raise CheckpointError(f"there is no folder {spelled!r}; give an existing folder, or a hub id (owner/name)")
     return fetch(spelled, revision), spelled
@@ -133,9 +144,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             f"{folder} holds only pickled weights ({', '.join(pickles)}), which are never loaded; "
             "convert them to safetensors, or take a revision that has model.safetensors"
         )
-    raise WeightsError(
-        f"{folder} holds neither {single.name} nor {index.name}; add the weights, or take another revision"
-    )
+    raise WeightsError(f"{folder} holds no {single.name} and no {index.name}; add the weights")
 
 
 def _family(config: Mapping[str, Any], stored: list[StoredTensor], folder: Path) -> Family:
@@ -153,18 +162,16 @@ def _with_stored_vocabulary(spec: EncoderSpec, stored: list[StoredTensor]) -> En
     return replace(spec, vocabulary=max(rows, spec.vocabulary))
 
 
-def _with_scaling(spec: EncoderSpec, factor: float | None | Literal["config"]) -> EncoderSpec:
+def _with_scaling(spec: EncoderSpec, factor: float | Literal["config"] | None) -> EncoderSpec:
     if factor == "config":
         return spec
     if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6):
-        raise OptionError(
-            f"rotary_scaling_factor = {factor!r} is not offered; give 'config', None or a positive number"
-        )
+        raise OptionError(f"rotary_scaling_factor = {factor!r} is not offered; give 'config', None or a number")
     if spec.rotary is None:
         if factor is None:
             return spec
         raise OptionError(
-            f"rotary_scaling_factor = {factor!r} was given to a {spec.family} model, which has learned positions; leave it out"
+            f"rotary_scaling_factor = {factor!r} does not fit a {spec.family} model: no rotary; leave it out"
         )
     return replace(spec, rotary=replace(spec.rotary, scaling_factor=None if factor is None else float(factor)))
 
@@ -189,13 +196,10 @@ def _prompts(model_file: Mapping[str, Any], family: Family) -> tuple[dict[str, s
     prompts = model_file.get("prompts") or {}
     default = model_file.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise ConfigError(
-            f"prompts = {prompts!r:.200} is not an object of strings; correct config_sentence_transformers.json"
-        )
+        raise ConfigError(f"prompts = {prompts!r:.200} is not an object of strings; correct {MODEL_FILE}")
     if default is not None and default not in prompts:
         raise ConfigError(
-            f"default_prompt_name = {default!r} is none of the prompts {sorted(prompts)}; "
-            "correct config_sentence_transformers.json"
+            f"default_prompt_name = {default!r} is none of the prompts {sorted(prompts)}; correct {MODEL_FILE}"
         )
     # sentence-transformers writes empty query and document prompts into every model it saves
     if any(prompts.values()) or default is not None or not family.PROMPTS:
@@ -212,7 +216,7 @@ def _max_length(
             raise OptionError(f"max_length = {asked!r} is not a whole number of tokens; give one of at least 1")
         if spec.position_rows and asked > spec.position_rows:
             raise OptionError(
-                f"max_length = {asked} is beyond the {spec.position_rows} learned positions of this {spec.family} model; "
+                f"max_length = {asked} is beyond the {spec.position_rows} learned positions of the model; "
                 f"give at most {spec.position_rows}"
             )
         return asked, ()
@@ -228,7 +232,7 @@ def _max_length(
 
 
 def _matryoshka(stated: Mapping[str, Any], family: Family, name: str, root: Path, width: int) -> tuple[int, ...]:
-    """The key `matryoshka_dimensions`, else what is known of the published model of this very name.
+    """What a file says as `matryoshka_dimensions`, else what is known of the published model of that name.
 
     The name is the hub id's, the folder's, or that of the hub's cache around it. `_name_or_path` is not believed:
     a model fine-tuned without matryoshka keeps its parent's.
@@ -238,8 +242,6 @@ def _matryoshka(stated: Mapping[str, Any], family: Family, name: str, root: Path
         cached = [part.rpartition("--")[2] for part in root.resolve().parts if part.startswith("models--")]
         known = (family.MATRYOSHKA.get(candidate) for candidate in (name.rpartition("/")[2], *cached))
         dimensions = next((published for published in known if published and published[0] == width), ())
-    if not isinstance(dimensions, list | tuple) or not all(
-        type(size) is int and 0 < size <= width for size in dimensions
-    ):
+    if not isinstance(dimensions, list | tuple) or any(size not in range(1, width + 1) for size in dimensions):
         raise ConfigError(f"matryoshka_dimensions = {dimensions!r} are not whole numbers up to {width}; correct them")
-    return tuple(sorted(set(dimensions), reverse=True))
+    return tuple(sorted({int(size) for size in dimensions}, reverse=True))

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from unpadded.errors import UnpaddedError
+from unpadded.errors import OutputError, UnpaddedError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+STDOUT = 1  # the file descriptor
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 VALUE_COLUMN = 22  # of what `info` prints
@@ -38,14 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnpaddedError as error:
         print(f"unpadded: error: {error}", file=sys.stderr)
+        if isinstance(error, OutputError) and args.command is _embed and args.output is None:
+            _abandon_stdout()
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("unpadded: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout again as it exits
+        _abandon_stdout()
         return EXIT_BROKEN_PIPE
     return 0
+
+
+def _abandon_stdout() -> None:
+    """Without it the interpreter flushes what stdout could not take once more as it exits, and complains."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)
 
 
 def _embed(args: argparse.Namespace) -> None:

@@ -18,9 +18,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}; check that it exists and is readable"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}; correct it or download it again") from error
 
@@ -36,29 +34,29 @@ def read_object(path: Path) -> dict[str, Any]:
 def integer(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
     """A whole number, 3072.0 included."""
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
-        raise ConfigError(f"{key} = {value!r} is not a whole number of at least {least}; correct config.json")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value < least:
+        raise ConfigError(f"{key} = {value!r} is not a whole number of at least {least}; correct the configuration")
     return int(value)
 
 
 def positive(config: Mapping[str, Any], key: str) -> float:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{key} = {value!r} is not a positive number; correct config.json")
+        raise ConfigError(f"{key} = {value!r} is not a positive number; correct the configuration")
     return float(value)
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:
     value = config[key]
     if not isinstance(value, bool):
-        raise ConfigError(f"{key} = {value!r} is neither true nor false; correct config.json")
+        raise ConfigError(f"{key} = {value!r} is neither true nor false; correct the configuration")
     return value
 
 
 def text(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
     if not isinstance(value, str):
-        raise ConfigError(f"{key} = {value!r} is not a string; correct config.json")
+        raise ConfigError(f"{key} = {value!r} is not a string; correct the configuration")
     return value
 
 
@@ -83,9 +81,7 @@ def contradiction(found: Mapping[str, object]) -> ConfigError:
 
 
 def not_implemented(key: str, value: object, offered: object) -> ConfigError:
-    return ConfigError(
-        f"{key} = {value!r} is not implemented, only {offered!r} is; run this checkpoint with its own code"
-    )
+    return ConfigError(f"{key} = {value!r} is not implemented, only {offered!r}; run this checkpoint with its own code")
 
 
 def refuse(config: Mapping[str, Any], offered: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Encoder:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every token: [total_tokens, hidden] in the weights' dtype."""
         weights = self.weights
-        x = embedding(
+        x: Tensor = embedding(
             batch.input_ids,
             batch.positions,
             weights.word,
@@ -82,4 +82,5 @@ class Encoder:
         x = add_layer_norm(out, x, layer.attention_norm, layer.attention_norm_bias, eps)
         up = linear_activation(x, layer.up, layer.up_bias, self.spec.activation)
         down = linear(up, layer.down, layer.down_bias)
-        return add_layer_norm(down, x, layer.mlp_norm, layer.mlp_norm_bias, eps)
+        x = add_layer_norm(down, x, layer.mlp_norm, layer.mlp_norm_bias, eps)
+        return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -84,7 +84,9 @@ class Engine:
             np.concatenate([block.truncated for block in blocks]),
         )
 
-    def stream(self, texts: Iterable[Text], **options: Unpack[Options]) -> Iterator[Embeddings]:
+    def stream(
+        self, texts: Iterable[Text], *, show_progress: bool | None = False, **options: Unpack[Options]
+    ) -> Iterator[Embeddings]:
         """Embed an iterable of any length as it comes: blocks of consecutive texts, in order, a window of texts each.
 
         int8 and uint8 need `ranges` here, or a vector would depend on the block it is in.
@@ -95,10 +97,13 @@ class Engine:
                 f"precision is {plan.precision!r} without ranges; pass ranges=[2, dimensions], the lowest and the "
                 "highest value of each dimension over a sample"
             )
-        return (
-            Embeddings(quantize(block.vectors, plan.precision, plan.ranges), block.token_counts, block.truncated)
-            for block in self._blocks(texts, plan, lambda texts, tokens: None)
-        )
+        return self._stream(texts, plan, show_progress)
+
+    def _stream(self, texts: Iterable[Text], plan: Plan, show_progress: bool | None) -> Iterator[Embeddings]:
+        with _progress_bar(texts, show_progress) as advance:
+            for block in self._blocks(texts, plan, advance):
+                vectors = quantize(block.vectors, plan.precision, plan.ranges)
+                yield Embeddings(vectors, block.token_counts, block.truncated)
 
     def token_embeddings(self, texts: str | Iterable[Text], **options: Unpack[Options]) -> list[np.ndarray]:
         """The last hidden state of every token, prompt and special tokens included: [tokens, hidden] fp32 a text."""
@@ -115,21 +120,8 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and how it runs, in plain values."""
-        checkpoint = self.checkpoint
-        return {
-            "model": checkpoint.name,
-            "encoder": asdict(checkpoint.spec),
-            "pooling": checkpoint.pooling,
-            "normalize": checkpoint.normalize,
-            "dimensions": self.dimensions,
-            "matryoshka": list(checkpoint.matryoshka),
-            "prompts": checkpoint.prompts,
-            "default_prompt": checkpoint.default_prompt,
-            "max_length": checkpoint.max_length,
-            "defaults_taken": list(checkpoint.defaults),
-            "token_budget": self.token_budget,
-            **self._runner.describe(),
-        }
+        running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self._runner.describe()}
+        return self.checkpoint.describe() | running
 
     def _blocks(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
         """fp32 vectors, a window of texts at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from unpadded.errors import CheckpointError
 
@@ -25,9 +26,11 @@ def fetch(model: str, revision: str | None) -> Path:
     import huggingface_hub  # takes a second to import, and a folder does not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    # httpx's, for connections and proxies; the package it comes from depends on the version of the hub's library
+    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED)))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (transport_error, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {model!r} (revision {revision!r}) is not a folder here and cannot be fetched from the hub: "
             f"{type(error).__name__}: {str(error).strip()}\n"

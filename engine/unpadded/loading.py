@@ -85,4 +85,4 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return cast(torch.dtype, dtype)
     if dtype not in DTYPES:
         raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join(DTYPES)}")
-    return DTYPES[cast(str, dtype)]
+    return DTYPES[dtype]

@@ -1,6 +1,5 @@
-"""Pooled rows to what the caller asked for: dimensions, length one, fewer bits, text.
+"""Vectors to what the caller asked for: fewer bits, or text.
 
-Matryoshka as nomic trains it: layer norm without weights over all of hidden, then the cut, then L2.
 Precisions mean what they mean in sentence-transformers, bit for bit; float16, which it lacks, rounds.
 """
 
@@ -10,27 +9,10 @@ import base64
 from typing import Literal, get_args
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from unpadded.errors import OptionError
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
-
-
-def finish(pooled: Tensor, *, dimensions: int | None, layer_norm: bool, normalize: bool) -> Tensor:
-    """Layer norm where told, cut to `dimensions`, scale to length one; a zero row stays zero.
-
-    `pooled` is [batch, hidden] fp32; the result is [batch, dimensions], or [batch, hidden] where that is None.
-    """
-    hidden = pooled.shape[1]
-    if dimensions is not None and not 1 <= dimensions <= hidden:
-        raise OptionError(
-            f"dimensions are not offered by this model: {dimensions}; use 1 to {hidden}, or None for {hidden}"
-        )
-    vectors = F.layer_norm(pooled, (hidden,)) if layer_norm else pooled
-    vectors = vectors[:, :dimensions]
-    return F.normalize(vectors, dim=1) if normalize else vectors
 
 
 def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:

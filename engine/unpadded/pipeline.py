@@ -47,7 +47,7 @@ class Pipeline:
 
 
 def read_pipeline(folder: Path) -> Pipeline:
-    """What modules.json and the files it names say; without it, what sentence-transformers does: mean, not normalised."""
+    """What modules.json and the files it names say; without it as sentence-transformers: mean, not normalised."""
     path = folder / "modules.json"
     if not path.exists():
         pooling, defaults = _read_pooling(folder / "1_Pooling")
@@ -79,7 +79,7 @@ def check_widths(pipeline: Pipeline, hidden: int) -> int:
     for dense in pipeline.dense:
         if dense.in_features != width:
             raise ConfigError(
-                f"the Dense module {dense.weight_file.parent} takes {dense.in_features} dimensions but is given {width}; "
+                f"{dense.weight_file.parent} takes {dense.in_features} dimensions and is given {width}; "
                 "correct its config.json"
             )
         width = dense.out_features
@@ -93,9 +93,7 @@ def _read_modules(path: Path) -> list[tuple[str, Path]]:
     try:
         stated = [(str(entry["type"]), str(entry["path"])) for entry in entries]
     except (TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is not a list of modules with type and path: {entries!r:.200}; correct it"
-        ) from error
+        raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
     for dotted, inside in stated:
         kind = dotted.rpartition(".")[2]
         if not dotted.startswith("sentence_transformers.") or kind not in ORDER:

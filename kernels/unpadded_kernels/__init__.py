@@ -8,7 +8,8 @@ from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.layer_norm import add_layer_norm
-from unpadded_kernels.linear import linear, linear_activation
+from unpadded_kernels.linear import linear, linear_activation, linear_invariant
+from unpadded_kernels.padded_pooling import masked_mean_pool
 from unpadded_kernels.pooling import pool
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 
@@ -19,6 +20,8 @@ __all__ = [
     "embedding",
     "linear",
     "linear_activation",
+    "linear_invariant",
+    "masked_mean_pool",
     "pool",
     "rotary_",
     "rotary_cos_sin",

@@ -7,12 +7,18 @@ Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length *
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels._triton import TensorDescriptor, tl, triton
 from unpadded_kernels.linear import linear_cpu
+from unpadded_kernels.tiles import attention_tile, generation
+
+_LOG2_E = math.log2(math.e)
 
 # On a CPU, texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where
 # scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
@@ -109,8 +115,268 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
             out_block.copy_(linear_cpu(weights, v_transposed[head], None))
 
 
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    highest,
+    total,
+    acc,
+    query,
+    key,
+    length,
+    scale,
+    slope,
+    window,
+    IS_TAIL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weighted sum of v)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_ALIBI:
+        scores = scores * scale - slope * tl.abs(query[:, None] - key[None, :]).to(tl.float32)
+        scale = 1.0
+    if HAS_WINDOW:
+        scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
+    if IS_TAIL:
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    risen = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    origin = risen
+    if HAS_WINDOW:
+        # a row whose window has not begun: -inf minus -inf would be NaN
+        origin = tl.where(risen == float("-inf"), 0.0, risen)
+    weights = tl.math.exp2(scores * scale - origin[:, None])
+    decay = tl.math.exp2(highest - origin)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return risen, total, acc
+
+
+@triton.jit
+def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The keys that queries first.. see: whole blocks from `start` to `whole`, and a part of one if `tail`."""
+    start = 0
+    whole = length // BLOCK_N * BLOCK_N
+    tail = whole < length
+    if HAS_WINDOW:
+        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
+        farthest = first + BLOCK_M + window
+        tail = tail & (whole < farthest)
+        whole = tl.minimum(whole, tl.cdiv(farthest, BLOCK_N) * BLOCK_N)
+    return start, whole, tail
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_kernel(
+    qkv_ptr,
+    cu_seqlens_ptr,
+    tile_map_ptr,
+    alibi_slopes_ptr,
+    out_ptr,
+    stride_qt,
+    stride_qs,
+    stride_qh,
+    stride_ot,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    text = tl.load(tile_map_ptr + 2 * tile)
+    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    text_start = tl.load(cu_seqlens_ptr + text).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + text + 1) - text_start).to(tl.int32)
+    if first >= length:  # a captured graph may fill its map with entries that do nothing
+        return
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
+
+    query = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    d_mask = (d < HEAD_DIM)[None, :]
+    head_ptr = qkv_ptr + text_start * stride_qt + head * stride_qh
+    q_ptrs = head_ptr + query.to(tl.int64)[:, None] * stride_qt + d[None, :]
+    q = tl.load(q_ptrs, mask=(query < length)[:, None] & d_mask, other=0.0)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for block in range(start, whole, BLOCK_N):
+        key = block + n
+        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
+        k = tl.load(k_ptrs, mask=d_mask, other=0.0)
+        v = tl.load(k_ptrs + stride_qs, mask=d_mask, other=0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, key, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+        )
+    if tail:
+        key = whole + n
+        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
+        mask = (key < length)[:, None] & d_mask
+        k = tl.load(k_ptrs, mask=mask, other=0.0)
+        v = tl.load(k_ptrs + stride_qs, mask=mask, other=0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, key, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+        )
+    out_ptrs = out_ptr + (text_start + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & d_mask)
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_tma_kernel(
+    q_descriptor,
+    kv_descriptor,
+    cu_seqlens_ptr,
+    tile_map_ptr,
+    alibi_slopes_ptr,
+    out_ptr,
+    stride_ot,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    text = tl.load(tile_map_ptr + 2 * tile)
+    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    text_start = tl.load(cu_seqlens_ptr + text)
+    length = tl.load(cu_seqlens_ptr + text + 1) - text_start
+    if first >= length:  # a captured graph may fill its map with entries that do nothing
+        return
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
+
+    query = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    q = q_descriptor.load([text_start + first, head * HEAD_DIM])
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+
+    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for block in range(start, whole, BLOCK_N):
+        k = kv_descriptor.load([text_start + block, (HEADS + head) * HEAD_DIM])
+        v = kv_descriptor.load([text_start + block, (2 * HEADS + head) * HEAD_DIM])
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+        )
+    if tail:
+        k = kv_descriptor.load([text_start + whole, (HEADS + head) * HEAD_DIM])
+        v = kv_descriptor.load([text_start + whole, (2 * HEADS + head) * HEAD_DIM])
+        # the block runs into the next text, where a NaN or infinity times a weight of 0 would be NaN
+        v = tl.where((whole + n < length)[:, None], v, 0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+        )
+    d = tl.arange(0, HEAD_DIM)
+    out_ptrs = out_ptr + (text_start.to(tl.int64) + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None])
+
+
+def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:
+    """What the kernel runs over: [tiles, 2] int32 of (text, block of block_m queries), the longest texts first.
+
+    block_m: `attention_block_m` of the launch to come.
+    """
+    lengths_ = torch.tensor(lengths, dtype=torch.int64)
+    order = torch.argsort(lengths_, descending=True, stable=True)
+    blocks = (lengths_[order] + block_m - 1) // block_m
+    before = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
+    block = torch.arange(before.shape[0]) - before
+    return torch.stack((order.repeat_interleave(blocks), block), dim=1).to(torch.int32)
+
+
+def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
+    """Queries of one tile: what `tile_map_of` needs to know of the device."""
+    return attention_tile(dtype, head_dim, generation(device)).block_m
+
+
+def _takes_descriptors(qkv: Tensor, head_dim: int) -> bool:
+    """Whether one tensor descriptor reaches every head of packed qkv."""
+    packed = qkv.stride(1) == qkv.shape[2] * head_dim and qkv.stride(2) == head_dim
+    aligned = qkv.data_ptr() % 16 == 0 and qkv.stride(0) * qkv.itemsize % 16 == 0
+    return packed and aligned and head_dim.bit_count() == 1
+
+
+def attention_triton(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    tile_map: Tensor | None = None,
+) -> Tensor:
+    """A tile of one head per program. Without tile_map it is built here, which waits for the GPU."""
+    total_tokens, _, heads, head_dim = qkv.shape
+    if qkv.stride(3) != 1:
+        raise ValueError(f"the rows of a head must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must be 0 tokens or more, got {window}: use None for all")
+    tile = attention_tile(qkv.dtype, head_dim, generation(qkv.device))
+    out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    if total_tokens == 0:
+        return out
+    use_tma = tile.tma and _takes_descriptors(qkv, head_dim)
+    if tile.tma and not use_tma:
+        tile = attention_tile(qkv.dtype, head_dim, 80)
+    if tile_map is None:
+        tile_map = tile_map_of(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
+    grid = (tile_map.shape[0] * heads,)
+    options = {
+        "stride_ot": out.stride(0),
+        "scale": scale * _LOG2_E,
+        "window": window or 0,
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "HAS_WINDOW": window is not None,
+        "HAS_ALIBI": alibi_slopes is not None,
+        **tile.launch,
+    }
+    if use_tma:
+        shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]
+        q_descriptor = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
+        kv_descriptor = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
+        _attention_tma_kernel[grid](q_descriptor, kv_descriptor, cu_seqlens, tile_map, alibi_slopes, out, **options)
+    else:
+        _attention_kernel[grid](
+            qkv,
+            cu_seqlens,
+            tile_map,
+            alibi_slopes,
+            out,
+            stride_qt=qkv.stride(0),
+            stride_qs=qkv.stride(1),
+            stride_qh=qkv.stride(2),
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            **options,
+        )
+    return out
+
+
 attention = torch.library.custom_op("unpadded::attention", attention_reference, mutates_args=())
 attention.register_kernel("cpu", attention_cpu)
+attention.register_kernel("cuda", attention_triton)
 
 
 @attention.register_fake

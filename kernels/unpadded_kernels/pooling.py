@@ -79,7 +79,7 @@ def _first_chunk(cu_seqlens_ptr, text, CHUNK_T: tl.constexpr):
     return tl.load(cu_seqlens_ptr + text) // CHUNK_T + text
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _chunk_sums_kernel(
     hidden_ptr,
     cu_seqlens_ptr,

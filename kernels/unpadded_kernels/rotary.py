@@ -41,7 +41,7 @@ def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
         qk.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_tokens", "batch", "search_steps"])
 def _rotary_cos_sin_kernel(
     positions_ptr,
     inv_freq_ptr,

@@ -50,8 +50,8 @@ ATTENTION = {
     (False, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
     (True, 16, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (True, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-    (True, 64, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-    (True, 128, 80): Tile(block_m=32, block_n=32, num_warps=8, num_stages=2),
+    (True, 64, 80): Tile(block_m=64, block_n=16, num_warps=8, num_stages=2),
+    (True, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
 }
 
 # (is the dtype fp32, does the activation read two products, generation); a gated tile holds block_n columns of each

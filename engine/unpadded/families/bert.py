@@ -48,9 +48,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         raise not_implemented("auto_map.AutoModel", config["auto_map"]["AutoModel"], "the BERT of transformers")
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
     if hidden % heads:
-        raise ConfigError(
-            f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; correct config.json"
-        )
+        raise ConfigError(f"hidden_size = {hidden} does not make num_attention_heads = {heads}; correct config.json")
     return EncoderSpec(
         family="bert",
         layers=required(config, ("num_hidden_layers",), integer),

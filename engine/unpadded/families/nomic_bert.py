@@ -226,9 +226,8 @@ def _rotary(config: Mapping[str, Any], legacy: bool) -> Rotary:
     def spelled(key: str) -> tuple[str, ...]:
         return (f"rope_parameters.{key}", f"rope_scaling.{key}")
 
-    fraction = agreed(
-        stated, ("rotary_emb_fraction", "partial_rotary_factor", *spelled("partial_rotary_factor")), _number
-    )
+    fractions = ("rotary_emb_fraction", "partial_rotary_factor", *spelled("partial_rotary_factor"))
+    fraction = agreed(stated, fractions, _number)
     if fraction is None:
         # the published class's default is no rotary at all
         fraction = 0.0 if legacy and not rope else 1.0
@@ -250,7 +249,7 @@ def _number(config: Mapping[str, Any], key: str) -> float:
 
 
 def _trained_length(stated: Mapping[str, Any], legacy: bool, original: tuple[str, ...]) -> int:
-    """Never a legacy configuration's max_position_embeddings: nomic-embed-text-v1 was trained to 2048 and states 8192."""
+    """Not max_position_embeddings where a key is legacy: nomic-embed-text-v1 was trained to 2048 and states 8192."""
     trained = agreed(stated, ("max_trained_positions", *original), integer)
     if trained is None and not legacy:
         trained = agreed(stated, ("max_position_embeddings",), integer)

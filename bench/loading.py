@@ -1,0 +1,154 @@
+"""Time and memory of loading a checkpoint: 12 layers x 768, fp32, 547 MB, seeded, with a warm page cache.
+
+The bound is reading the file once and casting it once. Every measurement is a fresh process; rounds interleave.
+
+    python bench/loading.py [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests")]
+DTYPES = ("float16", "bfloat16", "float32")
+MEMORY_LIMIT = 1.3  # x the file, for fp32 as fp16
+TIME_LIMIT = 1.5  # x reading the file and the cast
+
+
+def read_and_cast(folder: Path, dtype: torch.dtype) -> object:
+    """The whole file into memory, then one cast of all of it."""
+    data = bytearray((folder / "model.safetensors").stat().st_size)
+    with (folder / "model.safetensors").open("rb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.readinto(view) :]
+    values = torch.frombuffer(data, dtype=torch.float32, count=len(data) // 4)
+    return values.to(dtype)
+
+
+def load(folder: Path, dtype: torch.dtype) -> object:
+    from unpadded.checkpoint import open_checkpoint
+    from unpadded.weights import load_weights
+
+    return load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype)
+
+
+def measure(what: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Seconds, and the growth of the peak resident memory over the file's size; in this process."""
+    work = {"read and cast": read_and_cast, "load": load}[what]
+    import unpadded.weights  # noqa: F401  its import is not loading
+
+    torch.ones(1 << 20).to(getattr(torch, dtype))  # starts the threads
+    before = peak_memory()
+    started = time.perf_counter()
+    loaded = work(folder, getattr(torch, dtype))
+    seconds = time.perf_counter() - started
+    grown = peak_memory() - before
+    del loaded
+    return {"seconds": seconds, "memory": grown / (folder / "model.safetensors").stat().st_size}
+
+
+def peak_memory() -> int:
+    """Bytes. ru_maxrss would not do: a child starts from its parent's peak."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def in_fresh_process(what: str, folder: Path, dtype: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", what, str(folder), dtype]
+    run = subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)},
+    )
+    return json.loads(run.stdout)
+
+
+def check(folder: Path) -> None:
+    """What is loaded is what was written, before it is timed."""
+    from safetensors.torch import load_file
+
+    from unpadded.checkpoint import open_checkpoint
+    from unpadded.weights import load_weights
+
+    stored = load_file(folder / "model.safetensors")
+    weights = load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=torch.float16)
+    up = [stored[f"encoder.layers.11.mlp.{name}.weight"].half() for name in ("fc12", "fc11")]
+    assert torch.equal(weights.layers[11].up, torch.cat(up))
+    assert torch.equal(weights.word, stored["embeddings.word_embeddings.weight"].half())
+
+
+def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for dtype in DTYPES:
+            for what in ("read and cast", "load"):
+                found.setdefault((dtype, what), []).append(in_fresh_process(what, folder, dtype))
+    rows = []
+    for dtype in DTYPES:
+        bound = statistics.median(run["seconds"] for run in found[dtype, "read and cast"])
+        seconds = statistics.median(run["seconds"] for run in found[dtype, "load"])
+        memory = max(run["memory"] for run in found[dtype, "load"])
+        rows.append(
+            {
+                "dtype": dtype,
+                "read_and_cast_s": bound,
+                "load_s": seconds,
+                "times_bound": seconds / bound,
+                "memory": memory,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        what, folder, dtype = args.measure
+        print(json.dumps(measure(what, Path(folder), dtype)))
+        return
+
+    sys.path[:0] = SOURCES
+    from checkpoints import REAL, write_nomic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_nomic(Path(folder), **REAL, tokenizer=False)
+        size = (path / "model.safetensors").stat().st_size
+        check(path)
+        rows = compare(path, args.rounds)
+
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{size / 1e6:.0f} MB of fp32, median of {args.rounds} fresh processes each, warm page cache")
+    print(f"{'as':10}{'read + cast':>14}{'load':>10}{'ratio':>8}{'peak memory':>14}")
+    for row in rows:
+        print(
+            f"{row['dtype']:10}{row['read_and_cast_s']:12.3f} s{row['load_s']:8.3f} s{row['times_bound']:8.2f}"
+            f"{row['memory']:10.2f} x file"
+        )
+    met = all(row["times_bound"] <= TIME_LIMIT for row in rows) and rows[0]["memory"] < MEMORY_LIMIT
+    print(f"limits: ratio <= {TIME_LIMIT}, memory < {MEMORY_LIMIT} as float16: {'met' if met else 'NOT met'}")
+    print(json.dumps({"bench": "loading", "torch": torch.__version__, "bytes": size, "met": met, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""A folder or a hub id -> Checkpoint: sentence-transformers' files, prompts, lengths, matryoshka, and bad files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import add_sentence_transformers_files, change_json, write_bert, write_json, write_nomic
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from unpadded.checkpoint import open_checkpoint
+from unpadded.errors import CheckpointError, ConfigError, OptionError, UnpaddedError, WeightsError
+from unpadded.spec import Rotary
+
+NOMIC_PROMPTS = {
+    "search_query": "search_query: ",
+    "search_document": "search_document: ",
+    "clustering": "clustering: ",
+    "classification": "classification: ",
+}
+
+
+@pytest.fixture
+def nomic(tmp_path: Path) -> Path:
+    return write_nomic(tmp_path / "nomic", vocabulary=64, tokenizer=False)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    return write_bert(tmp_path / "bert", vocabulary=64, tokenizer=False)
+
+
+def test_the_real_minilm(minilm: Path) -> None:
+    checkpoint = open_checkpoint(minilm)
+    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.dense) == ("mean", True, ())
+    assert checkpoint.max_length == 256  # sentence-transformers' file; the tokenizer's says 512
+    assert (checkpoint.prompts, checkpoint.default_prompt, checkpoint.lower_case) == ({}, None, False)
+    assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm, checkpoint.defaults) == ((), False, ())
+    assert (checkpoint.spec.layers, checkpoint.spec.hidden, checkpoint.spec.vocabulary) == (6, 384, 30522)
+    assert checkpoint.weight_files == (minilm / "model.safetensors",)
+
+
+def test_defaults_are_taken_and_said(nomic: Path, bert: Path) -> None:
+    checkpoint = open_checkpoint(nomic)
+    assert (checkpoint.name, checkpoint.folder) == ("nomic", nomic)
+    assert (checkpoint.pooling, checkpoint.normalize, checkpoint.max_length) == ("mean", False, 8192)
+    assert (checkpoint.prompts, checkpoint.default_prompt) == (NOMIC_PROMPTS, None)
+    said = " | ".join(checkpoint.defaults)
+    assert all(choice in said for choice in ("pooling='mean'", "normalize=False", "prompts=", "max_length=8192"))
+    assert checkpoint.describe()["defaults"] == list(checkpoint.defaults)
+    assert json.loads(json.dumps(checkpoint.describe()))["encoder"]["hidden"] == 128
+
+    checkpoint = open_checkpoint(bert)
+    assert (checkpoint.pooling, checkpoint.max_length, checkpoint.prompts) == ("mean", 512, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True, "include_prompt": True}, "last"),
+        ({"pooling_mode_mean_tokens": False}, "mean"),  # sentence-transformers' own reading
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+    ],
+)
+def test_pooling(config: dict[str, object], pooling: str, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)
+    write_json(nomic / "1_Pooling" / "config.json", config)
+    checkpoint = open_checkpoint(nomic)
+    assert checkpoint.pooling == pooling
+    assert not any("pooling" in sentence for sentence in checkpoint.defaults)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"pooling_mode": "max"}, "'max'"),
+        ({"pooling_mode": ["cls", "mean"]}, "'cls', 'mean'"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "'cls', 'mean'"),
+        ({"pooling_mode_weightedmean_tokens": True}, "'weightedmean'"),
+        ({"pooling_mode": "cls", "include_prompt": False}, "include_prompt in .* = False"),
+    ],
+)
+def test_other_poolings_are_refused_by_name(config: dict[str, object], said: str, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)
+    write_json(nomic / "1_Pooling" / "config.json", config)
+    with pytest.raises(ConfigError, match=f"{said}.*is not implemented"):
+        open_checkpoint(nomic)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalize_is_what_modules_json_says(normalize: bool, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic, normalize=normalize)
+    assert open_checkpoint(nomic).normalize is normalize
+
+
+@pytest.mark.parametrize(
+    ("dotted", "kind"),
+    [
+        ("sentence_transformers.base.modules.transformer.Transformer", "Transformer"),  # as version 6 writes them
+        ("sentence_transformers.models.Transformer", "Transformer"),
+    ],
+)
+def test_modules_of_every_version_and_a_transformer_in_a_subfolder(dotted: str, kind: str, tmp_path: Path) -> None:
+    inner = write_bert(tmp_path / "root" / f"0_{kind}", vocabulary=64, tokenizer=False)
+    root = inner.parent
+    pooling = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+    write_json(
+        root / "modules.json",
+        [{"idx": 0, "name": "0", "path": inner.name, "type": dotted}, {"path": "1_Pooling", "type": pooling}],
+    )
+    write_json(root / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
+    write_json(root / "config_sentence_transformers.json", {"prompts": {"query": "q: "}})
+    write_json(inner / "sentence_bert_config.json", {"max_seq_length": 99, "do_lower_case": True})
+    checkpoint = open_checkpoint(root)
+    assert (checkpoint.folder, checkpoint.name, checkpoint.pooling) == (inner, "root", "cls")
+    assert (checkpoint.max_length, checkpoint.lower_case, checkpoint.prompts) == (99, True, {"query": "q: "})
+
+
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        (["Transformer"], "Transformer"),
+        (["Pooling", "Transformer"], "Pooling, Transformer"),
+        (["Transformer", "Pooling", "Normalize", "Dense"], "Normalize, Dense"),
+        (["Transformer", "Pooling", "Pooling"], "Pooling, Pooling"),
+        (["Transformer", "Pooling", "LayerNorm"], "LayerNorm"),
+        (["Transformer", "Pooling", "custom.Module"], r"custom\.Module"),
+    ],
+)
+def test_other_modules_are_refused_by_name(types: list[str], said: str, nomic: Path) -> None:
+    dotted = [kind if "." in kind else f"sentence_transformers.models.{kind}" for kind in types]
+    write_json(nomic / "modules.json", [{"path": f"{i}", "type": kind} for i, kind in enumerate(dotted)])
+    with pytest.raises(ConfigError, match=f"{said}.*is not implemented"):
+        open_checkpoint(nomic)
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc"])
+def test_a_module_outside_the_checkpoint_is_refused(path: str, nomic: Path) -> None:
+    write_json(nomic / "modules.json", [{"path": path, "type": "sentence_transformers.models.Transformer"}])
+    with pytest.raises(ConfigError, match="outside the checkpoint"):
+        open_checkpoint(nomic)
+
+
+def test_dense(nomic: Path) -> None:
+    add_sentence_transformers_files(nomic, dense=(128, 48))
+    (dense,) = open_checkpoint(nomic).dense
+    assert (dense.in_features, dense.out_features, dense.bias, dense.activation) == (128, 48, True, "tanh")
+    assert dense.weight_file == nomic / "2_Dense" / "model.safetensors"
+    path = nomic / "2_Dense" / "config.json"
+    change_json(path, activation_function="torch.nn.modules.linear.Identity")
+    assert open_checkpoint(nomic).dense[0].activation == "identity"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"activation_function": "torch.nn.modules.activation.ReLU"},
+            "activation_function in .*ReLU' is not implemented",
+        ),
+        ({"activation_function": "mine.Tanh"}, "activation_function in .*mine.Tanh' is not implemented"),
+        ({"use_residual": True}, "use_residual in .*True is not implemented"),
+        ({"module_input_name": "token_embeddings"}, "module_input_name in .*token_embeddings' is not implemented"),
+        ({"in_features": 64}, "takes 64 dimensions and is given 128"),
+        ({"in_features": ...}, "lacks in_features"),
+    ],
+)
+def test_other_dense_modules_are_refused_by_name(change: dict[str, object], said: str, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic, dense=(128, 48))
+    change_json(nomic / "2_Dense" / "config.json", **change)
+    with pytest.raises(ConfigError, match=said):
+        open_checkpoint(nomic)
+
+
+def test_a_pickled_dense_is_refused(nomic: Path) -> None:
+    add_sentence_transformers_files(nomic, dense=(128, 48))
+    (nomic / "2_Dense" / "model.safetensors").rename(nomic / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin.*never loaded"):
+        open_checkpoint(nomic)
+
+
+def test_prompts(nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)  # with empty prompts, as sentence-transformers writes them
+    assert open_checkpoint(nomic).prompts == NOMIC_PROMPTS
+    prompts = {"query": "Represent this query for searching relevant code: ", "document": ""}
+    add_sentence_transformers_files(nomic, prompts=prompts, default_prompt_name="query")
+    checkpoint = open_checkpoint(nomic)
+    assert (checkpoint.prompts, checkpoint.default_prompt) == (prompts, "query")
+    assert not any("prompts" in sentence for sentence in checkpoint.defaults)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"default_prompt_name": "passage"}, r"default_prompt_name = 'passage' is none of the prompts"),
+        ({"prompts": ["query: "]}, r"prompts = \['query: '\] is not an object of strings"),
+        ({"prompts": {"query": 1}}, "is not an object of strings"),
+    ],
+)
+def test_prompts_that_make_no_sense(change: dict[str, object], said: str, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)
+    change_json(nomic / "config_sentence_transformers.json", **change)
+    with pytest.raises(ConfigError, match=said):
+        open_checkpoint(nomic)
+
+
+def test_the_maximum_length_is_the_first_that_is_stated(nomic: Path) -> None:
+    assert open_checkpoint(nomic).max_length == 8192
+    write_json(nomic / "tokenizer_config.json", {"model_max_length": 1000000000000000019884624838656})
+    assert open_checkpoint(nomic).max_length == 8192
+    write_json(nomic / "tokenizer_config.json", {"model_max_length": 512})
+    assert open_checkpoint(nomic).max_length == 512
+    add_sentence_transformers_files(nomic, max_seq_length=None)
+    assert open_checkpoint(nomic).max_length == 512
+    add_sentence_transformers_files(nomic, max_seq_length=4096)
+    assert open_checkpoint(nomic).max_length == 4096
+    assert open_checkpoint(nomic, max_length=10_000).max_length == 10_000
+
+
+def test_no_length_goes_beyond_learned_positions(bert: Path) -> None:
+    write_json(bert / "tokenizer_config.json", {"model_max_length": 8192})
+    assert open_checkpoint(bert).max_length == 512
+    assert open_checkpoint(bert, max_length=512).max_length == 512
+    with pytest.raises(OptionError, match="max_length = 513 is beyond the 512 learned positions"):
+        open_checkpoint(bert, max_length=513)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, True, "512"])
+def test_a_length_that_is_none_is_refused(length: object, bert: Path) -> None:
+    with pytest.raises(OptionError, match="max_length = "):
+        open_checkpoint(bert, max_length=length)  # type: ignore[arg-type]
+
+
+def test_matryoshka_is_known_of_the_published_model_only(tmp_path: Path) -> None:
+    real = {"layers": 1, "hidden": 768, "heads": 12, "intermediate": 256, "vocabulary": 64, "tokenizer": False}
+    snapshot = "models--nomic-ai--nomic-embed-text-v1.5/snapshots/0123456789abcdef"
+    for path, trained in (
+        ("nomic-embed-text-v1.5", True),
+        (snapshot, True),
+        ("nomic-embed-text-v1", False),
+        ("my-nomic-embed-text-v1.5-finetuned", False),
+    ):
+        folder = write_nomic(tmp_path / path, **real)
+        change_json(folder / "config.json", _name_or_path="nomic-ai/nomic-embed-text-v1.5")
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.matryoshka == ((768, 512, 256, 128, 64) if trained else ())
+        assert checkpoint.matryoshka_layer_norm is trained
+
+
+def test_matryoshka_may_be_stated(nomic: Path, bert: Path) -> None:
+    change_json(nomic / "config.json", matryoshka_dimensions=[32, 128, 64])
+    checkpoint = open_checkpoint(nomic)
+    assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm) == ((128, 64, 32), True)
+    write_json(bert / "config_sentence_transformers.json", {"matryoshka_dimensions": [64]})
+    checkpoint = open_checkpoint(bert)
+    assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm) == ((64,), False)
+    change_json(bert / "config_sentence_transformers.json", matryoshka_layer_norm=True)
+    assert open_checkpoint(bert).matryoshka_layer_norm
+    change_json(nomic / "config.json", matryoshka_dimensions=[256])
+    with pytest.raises(ConfigError, match=r"matryoshka_dimensions = \[256\] are not whole numbers up to 128"):
+        open_checkpoint(nomic)
+
+
+def test_the_scaling_factor_may_be_overridden(tmp_path: Path, bert: Path) -> None:
+    folder = write_nomic(tmp_path / "scaled", scaling_factor=2, vocabulary=64, tokenizer=False)
+    rotary = Rotary(base=1000.0, trained_length=2048, scaling_factor=2.0)
+    assert open_checkpoint(folder).spec.rotary == rotary
+    for given in (None, 4.0, 3):
+        found = open_checkpoint(folder, rotary_scaling_factor=given).spec.rotary
+        assert found == Rotary(base=1000.0, trained_length=2048, scaling_factor=given)
+    assert open_checkpoint(bert, rotary_scaling_factor=None).spec.rotary is None
+    with pytest.raises(OptionError, match="rotary_scaling_factor = 2 does not fit a bert model"):
+        open_checkpoint(bert, rotary_scaling_factor=2)
+    for wrong in (0, -1.0, float("nan"), True, "two"):
+        with pytest.raises(OptionError, match=r"rotary_scaling_factor = .* is not offered"):
+            open_checkpoint(folder, rotary_scaling_factor=wrong)  # type: ignore[arg-type]
+
+
+def test_loading_arguments_that_change_vectors_are_refused(nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)
+    path = nomic / "sentence_bert_config.json"
+    change_json(path, model_args={"torch_dtype": "bfloat16"}, config_args={"trust_remote_code": True})
+    open_checkpoint(nomic)
+    change_json(path, config_args={"rotary_scaling_factor": 2})
+    with pytest.raises(ConfigError, match=r"config_args in .*'rotary_scaling_factor'.* is not implemented"):
+        open_checkpoint(nomic)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+)
+@pytest.mark.parametrize("content", [b"{not json", b"\xff\xfe\x00", b'"a string"'])
+def test_a_file_that_is_not_json_is_named(name: str, content: bytes, nomic: Path) -> None:
+    add_sentence_transformers_files(nomic)
+    (nomic / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        open_checkpoint(nomic)
+
+
+def test_a_folder_without_a_configuration(nomic: Path) -> None:
+    (nomic / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: No such file"):
+        open_checkpoint(nomic)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def index_without_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+
+
+def index_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "../model.safetensors"}})
+
+
+def index_without_map(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_weights, r"holds no model\.safetensors"),
+        (only_pickles, r"only pickled weights \(pytorch_model\.bin\), which are never loaded"),
+        (index_without_shard, r"model-00001-of-00002\.safetensors, absent"),
+        (index_elsewhere, "outside the checkpoint"),
+        (index_without_map, "has no weight_map"),
+    ],
+)
+def test_weights_that_are_not_there(change: Callable[[Path], None], said: str, nomic: Path) -> None:
+    change(nomic)
+    with pytest.raises(WeightsError, match=said):
+        open_checkpoint(nomic)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, nomic: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"there is no folder '\./absent'"):
+        open_checkpoint("./absent")
+    with pytest.raises(CheckpointError, match="there is no folder ''"):
+        open_checkpoint("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        open_checkpoint(nomic / "config.json")
+    with pytest.raises(OptionError, match="revision = 'main' was given with a folder"):
+        open_checkpoint(nomic, revision="main")
+
+
+def test_a_hub_id_is_fetched_at_its_revision(nomic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision))
+        return str(nomic)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("owner/name", revision="abc")
+    assert (checkpoint.name, checkpoint.folder, asked) == ("owner/name", nomic, [("owner/name", "abc")])
+
+
+def test_of_a_repository_only_what_is_read_is_fetched(nomic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = [
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "config.json",
+        "config_sentence_transformers.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    left = [
+        "2_Dense/pytorch_model.bin",
+        "README.md",
+        "data_config.json",
+        "modeling_hf_nomic_bert.py",
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "onnx/model.safetensors",
+        "pytorch_model.bin",
+        "rust_model.ot",
+        "training_args.bin",
+    ]
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert sorted(filter_repo_objects(needed + left, allow_patterns=allow_patterns)) == needed
+        return str(nomic)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    open_checkpoint("owner/name")
+
+
+def test_what_the_hub_refuses_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(repo_id: str, **options: object) -> str:
+        raise OSError(f"{repo_id} is gated")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match=r"'owner/name' \(revision None\).*owner/name is gated"):
+        open_checkpoint("owner/name")
+
+
+def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/not-in-the-cache", "no such: name"):
+        with pytest.raises(CheckpointError, match="cannot be fetched from the hub"):
+            open_checkpoint(name)
+
+
+def test_every_refusal_is_one_of_ours() -> None:
+    assert issubclass(ConfigError, CheckpointError) and issubclass(WeightsError, CheckpointError)
+    assert issubclass(CheckpointError, UnpaddedError) and issubclass(OptionError, UnpaddedError)
+    assert issubclass(RepositoryNotFoundError, OSError)

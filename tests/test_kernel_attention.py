@@ -1,0 +1,205 @@
+"""Variable-length attention: both Triton kernels against the reference."""
+
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE, DTYPES, HAS_CUDA, assert_matches, packed
+
+from unpadded_kernels.attention import (
+    attention,
+    attention_block_m,
+    attention_reference,
+    attention_triton,
+    tile_map_of,
+)
+from unpadded_kernels.tiles import ATTENTION, attention_tile
+
+pytestmark = [
+    pytest.mark.usefixtures("seed", "poison_empty"),
+    # queries beyond a text's end may see no key; their rows are never stored
+    pytest.mark.filterwarnings("ignore:invalid value encountered in divide"),
+]
+RAGGED = [[1], [7], [1, 257, 64], [128, 64], [5, 0, 70], [0, 0, 3, 0], [2] * 9, [129, 1, 1, 31]]
+DESCRIPTORS = not HAS_CUDA or torch.cuda.get_device_capability()[0] >= 9
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def kernel(request, monkeypatch):
+    """The kernel of sm_80, and the one of sm_90 and later wherever it can run."""
+    if request.param == "descriptors" and not DESCRIPTORS:
+        pytest.skip("needs compute capability 9.0")
+    module = sys.modules["unpadded_kernels.attention"]
+    if request.param == "pointers":
+        monkeypatch.setattr(module, "generation", lambda device: 80)
+    elif not HAS_CUDA:
+        monkeypatch.setattr(module, "generation", lambda device: 90)
+    return request.param
+
+
+def inputs(lengths, heads, head_dim, dtype):
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim, device=DEVICE, dtype=dtype)
+    return qkv, packed(lengths), max(lengths, default=0), head_dim**-0.5
+
+
+def slopes(heads):
+    return torch.rand(heads, device=DEVICE)
+
+
+def expected(qkv, *rest):
+    return attention_reference(qkv.float(), *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+def test_matches_the_reference(lengths, dtype, kernel):
+    arguments = inputs(lengths, 2, 32, dtype)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 96, 128])
+def test_head_dims(head_dim, dtype, kernel):
+    arguments = inputs([70, 3], 3, head_dim, dtype)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 1, 20, 64, 500])
+def test_window(window, dtype, kernel):
+    arguments = *inputs([1, 0, 260, 30], 1, 16, dtype), window
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 33])
+def test_alibi(window, dtype, kernel):
+    arguments = *inputs([1, 0, 200, 30], 3, 16, dtype), window, slopes(3)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_the_scale_is_used(kernel):
+    qkv, cu_seqlens, max_seqlen, _ = inputs([70], 1, 32, torch.float32)
+    arguments = qkv, cu_seqlens, max_seqlen, 0.7
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
+    lengths = [130, 1, 200, 64]
+    qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 32, dtype)
+    whole = attention_triton(qkv, cu_seqlens, max_seqlen, scale, window)
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        alone = attention_triton(qkv[rows], packed([length]), length, scale, window)
+        assert torch.equal(whole[rows], alone)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the neighbours' own rows
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_stands_in_the_neighbours_does_not_matter(dtype, kernel):
+    qkv, cu_seqlens, max_seqlen, scale = inputs([20, 70, 20], 2, 32, dtype)
+    clean = attention_triton(qkv, cu_seqlens, max_seqlen, scale)
+    qkv[:20], qkv[90:] = float("inf"), float("nan")
+    assert torch.equal(attention_triton(qkv, cu_seqlens, max_seqlen, scale)[20:90], clean[20:90])
+
+
+def test_large_scores_do_not_overflow(kernel):
+    qkv, cu_seqlens, max_seqlen, scale = inputs([100, 7], 2, 32, torch.float16)
+    qkv[:, :2] *= 30
+    exact = expected(qkv, cu_seqlens, max_seqlen, scale)
+    torch.testing.assert_close(attention_triton(qkv, cu_seqlens, max_seqlen, scale).float(), exact, atol=1e-2, rtol=1e-2)
+
+
+def test_no_tokens(kernel):
+    assert attention_triton(*inputs([0, 0], 2, 32, torch.float16)).shape == (0, 64)
+
+
+def test_strided_qkv_is_read_in_place(kernel):
+    qkv, cu_seqlens, max_seqlen, scale = inputs([5, 70], 2, 32, torch.float32)
+    wide = torch.randn(75, 4, 3, 48, device=DEVICE)
+    wide[:, :3, 1:, 8:40] = qkv
+    arguments = cu_seqlens, max_seqlen, scale
+    assert_matches(attention_triton(wide[:, :3, 1:, 8:40], *arguments), expected(qkv, *arguments))
+
+
+def test_tokens_past_two_to_the_31_elements(far_tokens, kernel):
+    arguments = far_tokens.unflatten(1, (3, 2, 32)), packed([1, 4]), 4, 0.2
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_a_map_made_by_the_host(kernel):
+    lengths = [3, 0, 140, 129]
+    arguments = *inputs(lengths, 2, 32, torch.float16), None, None
+    block_m = attention_tile(torch.float16, 32, 80).block_m
+    tile_map = tile_map_of(lengths, block_m).to(DEVICE)
+    assert torch.equal(attention_triton(*arguments, tile_map), attention_triton(*arguments))
+    beyond = torch.tensor([[0, 1], [1, 0]], device=DEVICE, dtype=torch.int32)  # as a captured graph fills its map
+    filled = torch.cat((tile_map, beyond))
+    assert torch.equal(attention_triton(*arguments, filled), attention_triton(*arguments))
+
+
+def test_the_map_has_the_longest_first_and_no_empty_tile():
+    assert tile_map_of([3, 0, 300, 128, 129], 128).tolist() == [[2, 0], [2, 1], [2, 2], [4, 0], [4, 1], [3, 0], [0, 0]]
+    assert tile_map_of([], 128).shape == (0, 2)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_both_kernels_take_one_map(dtype, head_dim):
+    """The host makes the map before it knows whether qkv fits a descriptor."""
+    generations = {generation for _, _, generation in ATTENTION}
+    assert len({attention_tile(dtype, head_dim, generation).block_m for generation in generations}) == 1
+    assert attention_block_m(dtype, head_dim, torch.device(DEVICE)) == attention_tile(dtype, head_dim, 80).block_m
+
+
+def test_refusals():
+    qkv, cu_seqlens, max_seqlen, scale = inputs([32], 2, 32, torch.float32)
+    with pytest.raises(ValueError, match="the rows of a head must be contiguous"):
+        attention_triton(qkv.transpose(2, 3), cu_seqlens, max_seqlen, scale)
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        attention_triton(qkv, cu_seqlens, max_seqlen, 0)
+    with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
+        attention_triton(qkv, cu_seqlens, max_seqlen, scale, -1)
+    with pytest.raises(ValueError, match="no kernel for head_dim 256"):
+        attention_triton(torch.randn(4, 3, 1, 256, device=DEVICE), packed([4]), 4, scale)
+
+
+def test_op_contract(monkeypatch):
+    monkeypatch.undo()  # opcheck compares what torch.empty returns
+    arguments = inputs([5, 2], 2, 32, torch.float32)
+    torch.library.opcheck(attention, arguments)
+    torch.library.opcheck(attention, (*arguments, 3, slopes(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_mixed_lengths_to_8192_in_one_launch(head_dim, kernel):
+    arguments = inputs([1, 8192, 0, 2, 4097, 512, 33], 12, head_dim, torch.float16)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_its_inputs(kernel):
+    lengths, others = [70, 200, 7], [130, 7, 140]
+    qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 64, torch.float16)
+    block_m = attention_block_m(qkv.dtype, 64, qkv.device)
+    tiles = max(len(tile_map_of(lengths, block_m)), len(tile_map_of(others, block_m)))
+
+    def map_of(lengths):
+        tile_map = tile_map_of(lengths, block_m)
+        idle = torch.tensor([[0, 2**20]], dtype=torch.int32).expand(tiles - len(tile_map), 2)
+        return torch.cat((tile_map, idle)).to(DEVICE)
+
+    tile_map = map_of(lengths)
+    attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)
+    qkv.normal_()
+    cu_seqlens.copy_(packed(others))
+    tile_map.copy_(map_of(others))
+    graph.replay()
+    assert_matches(out, expected(qkv, packed(others), 140, scale))

@@ -1,0 +1,146 @@
+"""Pooling over cu_seqlens and over padded rows: the Triton kernels against their references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE, DTYPES, assert_matches, packed
+
+from unpadded_kernels.padded_pooling import masked_mean_pool, masked_mean_pool_reference, masked_mean_pool_triton
+from unpadded_kernels.pooling import pool, pool_reference, pool_triton
+
+pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
+MODES = ["mean", "cls", "last"]
+RAGGED = [[1], [7], [1, 513, 64], [128, 129, 127, 256], [5, 0, 130], [0, 0, 3, 0], [2] * 40, [1100, 1]]
+
+
+def inputs(lengths, hidden, dtype):
+    return torch.randn(sum(lengths), hidden, device=DEVICE, dtype=dtype), packed(lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+def test_matches_the_reference(lengths, mode, dtype):
+    hidden, cu_seqlens = inputs(lengths, 192, dtype)
+    hidden += 1  # so that a mean is far from the zero it would be with rows left out
+    arguments = cu_seqlens, mode, False, 192, False
+    assert_matches(pool_triton(hidden, *arguments), pool_reference(hidden.float(), *arguments))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("width, dimensions", [(768, 768), (768, 256), (100, 37)])
+def test_steps_after_pooling(width, dimensions, normalize, layer_norm, mode):
+    hidden, cu_seqlens = inputs([3, 0, 40], width, torch.float32)
+    arguments = hidden * 1e-2, cu_seqlens, mode, layer_norm, dimensions, normalize
+    assert_matches(pool_triton(*arguments), pool_reference(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_does_not_depend_on_its_batch(mode, dtype):
+    lengths = [130, 1, 600, 77]
+    hidden, cu_seqlens = inputs(lengths, 192, dtype)
+    whole = pool_triton(hidden, cu_seqlens, mode, True, 192, True)
+    for text, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False)):
+        alone = pool_triton(hidden[start : start + length], packed([length]), mode, True, 192, True)
+        assert torch.equal(whole[text : text + 1], alone)
+
+
+def test_no_tokens_and_no_texts():
+    for mode in MODES:
+        hidden, cu_seqlens = inputs([0, 0], 96, torch.float32)
+        assert torch.equal(pool_triton(hidden, cu_seqlens, mode, True, 96, True), torch.zeros(2, 96, device=DEVICE))
+        assert pool_triton(hidden, packed([]), mode, True, 96, True).shape == (0, 96)
+
+
+def test_strided_tokens_are_read_in_place():
+    hidden, cu_seqlens = inputs([5, 200], 96, torch.float32)
+    wide = torch.randn(205, 300, device=DEVICE)
+    wide[:, 8:104] = hidden
+    for mode in MODES:
+        arguments = cu_seqlens, mode, False, 96, True
+        assert_matches(pool_triton(wide[:, 8:104], *arguments), pool_reference(hidden, *arguments))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_past_two_to_the_31_elements(mode, far_tokens):
+    arguments = packed([1, 4]), mode, False, 192, False
+    assert_matches(pool_triton(far_tokens, *arguments), pool_reference(far_tokens.float(), *arguments))
+
+
+def test_refusals():
+    hidden, cu_seqlens = inputs([4, 92], 96, torch.float32)
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        pool_triton(hidden.t(), cu_seqlens, "mean", False, 96, True)
+    with pytest.raises(ValueError, match="unknown pooling 'max'"):
+        pool_triton(hidden, cu_seqlens, "max", False, 96, True)
+    with pytest.raises(ValueError, match=r"dimensions must lie in 1..96, got 97"):
+        pool_triton(hidden, cu_seqlens, "mean", False, 97, True)
+
+
+def padded(lengths, max_seqlen, width, dtype):
+    hidden = torch.randn(len(lengths), max_seqlen, width, device=DEVICE, dtype=dtype) + 1
+    mask = (torch.arange(max_seqlen, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]).long()
+    return hidden, mask
+
+
+def model_card(hidden, mask):
+    """mean_pooling and F.normalize as nomic-embed-text's model card has them."""
+    expanded = mask.unsqueeze(-1).expand(hidden.size()).float()
+    pooled = torch.sum(hidden * expanded, 1) / torch.clamp(expanded.sum(1), min=1e-9)
+    return F.normalize(pooled, p=2, dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths, max_seqlen", [([1], 1), ([7, 1, 300], 300), ([130, 0, 128], 131)])
+@pytest.mark.parametrize("width", [192, 100])
+def test_padded_matches_the_reference(width, lengths, max_seqlen, dtype):
+    hidden, mask = padded(lengths, max_seqlen, width, dtype)
+    for normalize in (False, True):
+        expected = masked_mean_pool_reference(hidden.float(), mask, normalize)
+        assert_matches(masked_mean_pool_triton(hidden, mask, normalize), expected)
+
+
+def test_padded_is_the_model_cards():
+    hidden, mask = padded([7, 1, 150], 150, 96, torch.float32)
+    assert_matches(masked_mean_pool_triton(hidden, mask, True), model_card(hidden, mask))
+    assert_matches(masked_mean_pool(hidden, mask, True), model_card(hidden, mask))
+
+
+def test_padded_takes_any_mask():
+    hidden, mask = padded([9, 140], 140, 96, torch.float32)
+    mask = mask * torch.randint(2, mask.shape, device=DEVICE)  # holes, as left padding and special tokens make them
+    expected = masked_mean_pool_reference(hidden, mask, False)
+    for kind in (torch.bool, torch.int32, torch.float32):
+        assert_matches(masked_mean_pool_triton(hidden, mask.to(kind), False), expected)
+
+
+def test_padded_reads_nothing_of_masked_tokens_and_depends_on_no_neighbour():
+    hidden, mask = padded([40, 260], 260, 96, torch.float32)
+    expected = masked_mean_pool_triton(hidden[:1, :40].contiguous(), mask[:1, :40], True)
+    hidden[0, 40:] = float("nan")
+    assert torch.equal(masked_mean_pool_triton(hidden, mask, True)[:1], expected)
+
+
+def test_padded_without_texts_or_tokens():
+    hidden, mask = padded([0, 0], 0, 96, torch.float32)
+    assert torch.equal(masked_mean_pool_triton(hidden, mask, True), torch.zeros(2, 96, device=DEVICE))
+    assert masked_mean_pool_triton(hidden[:0], mask[:0], True).shape == (0, 96)
+
+
+def test_padded_refusals():
+    hidden, mask = padded([4, 5], 5, 96, torch.float32)
+    with pytest.raises(ValueError, match=r"mask must be \(2, 5\), got \(2, 4\)"):
+        masked_mean_pool_triton(hidden, mask[:, :4], True)
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        masked_mean_pool_triton(hidden.transpose(1, 2), mask.new_ones(2, 96), True)
+
+
+def test_op_contracts(monkeypatch):
+    monkeypatch.undo()  # opcheck compares what torch.empty returns
+    hidden, cu_seqlens = inputs([2, 3], 96, torch.float32)
+    for mode in MODES:
+        torch.library.opcheck(pool, (hidden, cu_seqlens, mode, True, 64, True))
+    torch.library.opcheck(masked_mean_pool, (*padded([2, 3], 3, 96, torch.float32), True))

@@ -1,0 +1,128 @@
+"""Rotary position embedding: the Triton kernels against their references."""
+
+import pytest
+import torch
+from conftest import DEVICE, DTYPES, assert_matches, packed
+
+from unpadded_kernels.rotary import (
+    rotary_,
+    rotary_cos_sin,
+    rotary_cos_sin_reference,
+    rotary_cos_sin_triton,
+    rotary_reference,
+    rotary_triton,
+)
+
+pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
+RAGGED = [[1], [7], [1, 65, 33], [3, 0, 40], [0, 0, 5, 0], [2] * 50]
+
+
+def positions_of(lengths):
+    return torch.cat([torch.arange(length, device=DEVICE) for length in lengths]).to(torch.int32)
+
+
+def inputs(tokens, heads, head_dim, dtype):
+    qkv = torch.randn(tokens, 3, heads, head_dim, device=DEVICE, dtype=dtype)
+    angle = torch.rand(tokens, head_dim // 2, device=DEVICE) * 100
+    return qkv, torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def turned(qkv, cos_sin):
+    qkv = qkv.float().clone()
+    rotary_reference(qkv, cos_sin)
+    return qkv
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, heads, head_dim", [(1, 12, 64), (7, 3, 32), (33, 5, 96), (4, 1, 6)])
+def test_matches_the_reference_and_leaves_v(tokens, heads, head_dim, dtype):
+    qkv, cos_sin = inputs(tokens, heads, head_dim, dtype)
+    expected, v = turned(qkv, cos_sin), qkv[:, 2].clone()
+    rotary_triton(qkv, cos_sin)
+    assert_matches(qkv, expected)
+    assert torch.equal(qkv[:, 2], v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_batch(dtype):
+    qkv, cos_sin = inputs(20, 12, 64, dtype)
+    alone = qkv[4:5].clone()
+    rotary_triton(qkv, cos_sin)
+    rotary_triton(alone, cos_sin[4:5])
+    assert torch.equal(qkv[4:5], alone)
+
+
+def test_strided_tokens_and_heads_are_turned_in_place():
+    qkv, cos_sin = inputs(9, 3, 32, torch.float32)
+    wide = torch.randn(9, 4, 5, 48, device=DEVICE)
+    before = wide.clone()
+    wide[:, :3, 1:4, 8:40] = qkv
+    rotary_triton(wide[:, :3, 1:4, 8:40], cos_sin)
+    assert_matches(wide[:, :3, 1:4, 8:40], turned(qkv, cos_sin))
+    wide[:, :3, 1:4, 8:40] = before[:, :3, 1:4, 8:40]
+    assert torch.equal(wide, before)
+
+
+def test_tokens_past_two_to_the_31_elements(far_tokens):
+    _, cos_sin = inputs(5, 2, 32, torch.float32)
+    qkv = far_tokens.unflatten(1, (3, 2, 32))
+    expected = turned(qkv, cos_sin)
+    rotary_triton(qkv, cos_sin)
+    assert_matches(qkv, expected)
+
+
+def test_no_tokens():
+    rotary_triton(*inputs(0, 3, 32, torch.float32))
+    empty = torch.empty(0, device=DEVICE, dtype=torch.int32)
+    assert rotary_cos_sin_triton(empty, torch.ones(1, 16, device=DEVICE), packed([0])).shape == (0, 32)
+
+
+def test_refusals():
+    qkv, cos_sin = inputs(4, 2, 32, torch.float32)
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        rotary_triton(qkv.transpose(2, 3), cos_sin)
+    with pytest.raises(ValueError, match=r"cos_sin must be fp32 of \(4, 32\), got torch.float16"):
+        rotary_triton(qkv, cos_sin.half())
+    with pytest.raises(ValueError, match=r"cos_sin must be fp32 of \(4, 32\)"):
+        rotary_triton(qkv, cos_sin[:3])
+    with pytest.raises(ValueError, match="odd head_dim of 31"):
+        rotary_triton(qkv[..., :31], cos_sin)
+
+
+@pytest.mark.parametrize("half", [32, 12, 3])
+@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+def test_table_matches_the_reference_with_frequencies_a_text(lengths, half):
+    inv_freq = torch.rand(len(lengths), half, device=DEVICE)
+    arguments = positions_of(lengths), inv_freq, packed(lengths)
+    assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
+
+
+def test_table_matches_the_reference_with_frequencies_for_all():
+    lengths = [300, 5, 77]
+    inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
+    arguments = positions_of(lengths), inv_freq, packed(lengths)
+    assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
+
+
+def test_table_is_right_at_the_farthest_position():
+    position = torch.tensor([8191], device=DEVICE, dtype=torch.int32)
+    inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
+    angle = (position.float()[:, None] * inv_freq).double()  # the angle is fp32, its cosine exact
+    exact = torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+    torch.testing.assert_close(rotary_cos_sin_triton(position, inv_freq, packed([1])), exact, atol=1e-6, rtol=0)
+
+
+def test_table_refusals():
+    positions, cu_seqlens = positions_of([2, 3, 4]), packed([2, 3, 4])
+    with pytest.raises(ValueError, match="one row or one a text, got 2 rows for 3 texts"):
+        rotary_cos_sin_triton(positions, torch.rand(2, 16, device=DEVICE), cu_seqlens)
+    with pytest.raises(ValueError, match="must be fp32 with contiguous rows"):
+        rotary_cos_sin_triton(positions, torch.rand(1, 16, device=DEVICE).half(), cu_seqlens)
+
+
+def test_op_contract(monkeypatch):
+    monkeypatch.undo()  # opcheck compares what torch.empty returns
+    torch.library.opcheck(rotary_, inputs(5, 2, 32, torch.float32))
+    lengths = [2, 3]
+    arguments = positions_of(lengths), torch.rand(2, 16, device=DEVICE), packed(lengths)
+    torch.library.opcheck(rotary_cos_sin, arguments)
