@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +21,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests")]
+SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests", "bench")]
+sys.path += SOURCES
+
+import checkpoints  # noqa: E402
+import machine  # noqa: E402
+
 DTYPES = ("float16", "bfloat16", "float32")
 MEMORY_LIMIT = 1.3  # x the file, for fp32 as fp16
 TIME_LIMIT = 1.5  # x reading the file and the cast
@@ -53,20 +56,13 @@ def measure(what: str, folder: Path, dtype: str) -> dict[str, float]:
     import unpadded.weights  # noqa: F401  its import is not loading
 
     torch.ones(1 << 20).to(getattr(torch, dtype))  # starts the threads
-    before = peak_memory()
+    before = machine.peak_memory()
     started = time.perf_counter()
     loaded = work(folder, getattr(torch, dtype))
     seconds = time.perf_counter() - started
-    grown = peak_memory() - before
+    grown = machine.peak_memory() - before
     del loaded
     return {"seconds": seconds, "memory": grown / (folder / "model.safetensors").stat().st_size}
-
-
-def peak_memory() -> int:
-    """Bytes. ru_maxrss would not do: a child starts from its parent's peak."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def in_fresh_process(what: str, folder: Path, dtype: str) -> dict[str, float]:
@@ -128,16 +124,12 @@ def main() -> None:
         print(json.dumps(measure(what, Path(folder), dtype)))
         return
 
-    sys.path[:0] = SOURCES
-    from checkpoints import REAL, write_nomic
-
     with tempfile.TemporaryDirectory() as folder:
-        path = write_nomic(Path(folder), **REAL, tokenizer=False)
+        path = checkpoints.write_nomic(Path(folder), **checkpoints.REAL, tokenizer=False)
         size = (path / "model.safetensors").stat().st_size
         check(path)
         rows = compare(path, args.rounds)
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"{size / 1e6:.0f} MB of fp32, median of {args.rounds} fresh processes each, warm page cache")
     print(f"{'as':10}{'read + cast':>14}{'load':>10}{'ratio':>8}{'peak memory':>14}")
     for row in rows:
@@ -147,7 +139,7 @@ def main() -> None:
         )
     met = all(row["times_bound"] <= TIME_LIMIT for row in rows) and rows[0]["memory"] < MEMORY_LIMIT
     print(f"limits: ratio <= {TIME_LIMIT}, memory < {MEMORY_LIMIT} as float16: {'met' if met else 'NOT met'}")
-    print(json.dumps({"bench": "loading", "torch": torch.__version__, "bytes": size, "met": met, "rows": rows}))
+    print(json.dumps({"machine": machine.card(), "bytes": size, "met": met, "rows": rows}))
 
 
 if __name__ == "__main__":

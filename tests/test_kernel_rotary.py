@@ -104,12 +104,14 @@ def test_table_matches_the_reference_with_frequencies_for_all():
     assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
 
 
-def test_table_is_right_at_the_farthest_position():
-    position = torch.tensor([8191], device=DEVICE, dtype=torch.int32)
+def test_table_is_right_at_every_position():
+    """Against float64: the angle is fp32 by definition, its cosine and sine are not to add to that."""
+    positions = torch.arange(0, 65536, 7, device=DEVICE, dtype=torch.int32)
     inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
-    angle = (position.float()[:, None] * inv_freq).double()  # the angle is fp32, its cosine exact
+    angle = (positions.float()[:, None] * inv_freq).double()
     exact = torch.cat((angle.cos(), angle.sin()), dim=-1).float()
-    torch.testing.assert_close(rotary_cos_sin_triton(position, inv_freq, packed([1])), exact, atol=1e-6, rtol=0)
+    actual = rotary_cos_sin_triton(positions, inv_freq, packed([len(positions)]))
+    torch.testing.assert_close(actual, exact, atol=2.5e-7, rtol=0)
 
 
 def test_table_refusals():

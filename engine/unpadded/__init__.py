@@ -11,11 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from unpadded.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
+    DeadlineError,
     InputError,
     OptionError,
     OutputError,
+    OverloadedError,
     UnpaddedError,
     WeightsError,
 )
@@ -27,13 +30,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "ConfigError",
+    "DeadlineError",
     "Embeddings",
     "Engine",
     "InputError",
     "OptionError",
     "OutputError",
+    "OverloadedError",
     "UnpaddedError",
     "WeightsError",
     "__version__",

@@ -6,7 +6,10 @@ UnpaddedError
 │   └── WeightsError     tensors missing, surplus, mis-shaped, truncated or pickled
 ├── OptionError          an argument or flag with a value that is not offered
 ├── InputError           a text or id list that cannot be embedded; names its index
-└── OutputError          a result that cannot be given: not finite, or a file that cannot be written
+├── OutputError          a result that cannot be given: not finite, or a file that cannot be written
+└── BusyError            work that was not done for lack of time or room
+    ├── OverloadedError  the queue is full
+    └── DeadlineError    the caller's deadline passed
 
 Every message has three parts: what was wrong, the value received, what to do.
 """
@@ -38,3 +41,15 @@ class InputError(UnpaddedError, ValueError):
 
 class OutputError(UnpaddedError):
     """A result cannot be given: it is not finite, or its file cannot be written."""
+
+
+class BusyError(UnpaddedError):
+    """Work was not done for lack of time or room; the same may succeed later."""
+
+
+class OverloadedError(BusyError):
+    """The queue is full."""
+
+
+class DeadlineError(BusyError, TimeoutError):
+    """The caller's deadline passed; its work was dropped."""

@@ -187,14 +187,15 @@ def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind
     if x.stride(1) != 1 or weight.stride(1) != 1 or (bias is not None and not bias.is_contiguous()):
         raise ValueError(f"rows must be contiguous, got strides {x.stride()} and {weight.stride()}: pass .contiguous()")
     gated = kind in GATED
+    follows = "gated" if gated else "nothing" if kind is None else "activation"
     out_features = rows // 2 if gated else rows
     y = torch.empty((total_tokens, out_features), dtype=x.dtype, device=x.device)
     if total_tokens == 0:
         return y
-    tile = linear_tile(x.dtype, gated, generation(x.device))
+    tile = linear_tile(x.dtype, follows, generation(x.device))
     use_tma = tile.tma and _takes_descriptors(x, weight, y)
     if tile.tma and not use_tma:
-        tile = linear_tile(x.dtype, gated, 80)
+        tile = linear_tile(x.dtype, follows, 80)
     options = {
         "total_tokens": total_tokens,
         "IN": in_features,

@@ -41,6 +41,24 @@ def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
         qk.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
 
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine of fp32 angles to 2e-7 up to 1e5 radians, past any position; tl.cos serves all of fp32 from a stack.
+
+    Reduction by pi / 2 in parts of 8 bits (Cody and Waite), whose products are exact, then the polynomials of Cephes.
+    """
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = ((angle - turns * 1.5703125) - turns * 0.0004825592041015625) - turns * 1.2665987014770508e-06 - turns * 9.920935796805404e-10
+    r2 = r * r
+    sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32) & 3
+    odd = (quarter & 1) == 1
+    cos_sign = tl.where((quarter == 1) | (quarter == 2), -1.0, 1.0)
+    sin_sign = tl.where(quarter >= 2, -1.0, 1.0)
+    return tl.where(odd, sin, cos) * cos_sign, tl.where(odd, cos, sin) * sin_sign
+
+
 @triton.jit(do_not_specialize=["total_tokens", "batch", "search_steps"])
 def _rotary_cos_sin_kernel(
     positions_ptr,
@@ -73,10 +91,10 @@ def _rotary_cos_sin_kernel(
 
     position = tl.load(positions_ptr + token, mask=token_mask, other=0).to(tl.float32)
     inv_freq = tl.load(inv_freq_ptr + text[:, None] * stride_ib + d[None, :], mask=mask, other=0.0)
-    angle = position[:, None] * inv_freq
+    cos, sin = _cos_sin(position[:, None] * inv_freq)
     cos_sin_ptrs = cos_sin_ptr + token[:, None] * (2 * HALF) + d[None, :]
-    tl.store(cos_sin_ptrs, tl.cos(angle), mask=mask)
-    tl.store(cos_sin_ptrs + HALF, tl.sin(angle), mask=mask)
+    tl.store(cos_sin_ptrs, cos, mask=mask)
+    tl.store(cos_sin_ptrs + HALF, sin, mask=mask)
 
 
 @triton.jit

@@ -39,31 +39,35 @@ ATTENTION = {
     (False, 16, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (False, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (False, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    (False, 128, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (False, 128, 80): Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
     (False, 16, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
     (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
     (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
     (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
-    (False, 16, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 16, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+    (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+    (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
     (False, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
     (True, 16, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (True, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-    (True, 64, 80): Tile(block_m=64, block_n=16, num_warps=8, num_stages=2),
+    (True, 64, 80): Tile(block_m=32, block_n=16, num_warps=8, num_stages=2),
     (True, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
 }
 
-# (is the dtype fp32, does the activation read two products, generation); a gated tile holds block_n columns of each
+# (is the dtype fp32, what follows in the same pass, generation); a gated tile holds block_n columns of both products
 LINEAR = {
-    (False, False, 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
-    (False, True, 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
-    (False, False, 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, True, 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, False, 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, True, 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (True, False, 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
-    (True, True, 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
+    (False, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (False, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (False, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+    (False, "nothing", 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, "activation", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (False, "gated", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, "nothing", 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, "activation", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (False, "gated", 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (True, "nothing", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (True, "activation", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (True, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
 }
 
 # Generations where linear_activation is one kernel and not the library's product and the activation: none is measured yet.
@@ -90,9 +94,9 @@ def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
     return ATTENTION[fp32, block_d, 80 if fp32 else generation]
 
 
-def linear_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
+def linear_tile(dtype: torch.dtype, follows: str, generation: int) -> Tile:
     fp32 = dtype == torch.float32
-    return LINEAR[fp32, gated, 80 if fp32 else generation]
+    return LINEAR[fp32, follows, 80 if fp32 else generation]
 
 
 def programs(device: torch.device) -> int:

@@ -1,0 +1,69 @@
+"""Peak memory of embedding 8192-token texts on a CPU: the weights and little more, however many texts there are.
+
+    python bench/memory.py [--texts 1 4] [--dtype float32]
+
+A NomicBERT of real dimensions (12 x 768, seeded) in a fresh process for each number of texts; the last line on stdout
+is JSON. The bound is the weights + 1.5 GiB over what Python and torch take before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests", "bench")]
+sys.path += SOURCES
+
+import checkpoints  # noqa: E402
+import machine  # noqa: E402
+
+BOUND = 1.5 * 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(Path(args.measure[0]), int(args.measure[1]), args.dtype)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.write_nomic(Path(folder), **checkpoints.REAL)
+        for texts in args.texts:
+            command = [sys.executable, __file__, "--dtype", args.dtype, "--measure", folder, str(texts)]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)}
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            row = json.loads(run.stdout)
+            rows.append(row)
+            print(f"{texts} x 8192 tokens, {args.dtype}: {row['over_weights'] / 2**30:.2f} GiB over the weights")
+    print(json.dumps({"machine": machine.card(), "rows": rows}))
+    if any(row["over_weights"] > BOUND for row in rows):
+        sys.exit(f"more than {BOUND / 2**30} GiB over the weights")
+
+
+def measure(folder: Path, texts: int, dtype: str) -> dict[str, float]:
+    """Bytes of the weights, and of the peak over them, in this process."""
+    import unpadded
+
+    ids = np.random.default_rng(0).integers(5, 30000, (texts, 8192), dtype=np.int32)
+    unpadded.load  # noqa: B018  imports everything; what that takes is not counted
+    before = machine.peak_memory()
+    engine = unpadded.load(folder, device="cpu", dtype=dtype, max_length=8192)
+    weights = (folder / "model.safetensors").stat().st_size * (4 if dtype == "float32" else 2) // 4
+    engine.encode(list(ids))
+    return {"texts": texts, "weights": weights, "over_weights": machine.peak_memory() - before - weights}
+
+
+if __name__ == "__main__":
+    main()

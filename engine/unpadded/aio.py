@@ -1,0 +1,215 @@
+"""The async side: concurrent callers share batches, and none waits for another's whole work.
+
+A `Call` is one caller's tokenised texts. The `Joiner` owns the one thread that runs the model: it forms a batch from all
+calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled leaves the queue;
+a batch that fails is run again call by call, so that only the call at fault fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+
+from unpadded.errors import OverloadedError
+from unpadded.fairness import Backlog, next_batch
+from unpadded.window import Window
+
+Rows: TypeAlias = Sequence[np.ndarray]  # one a sequence
+Parts: TypeAlias = list[tuple["Call", list[int]]]  # a batch: of each call, which of its sequences
+Observe: TypeAlias = Callable[[int, int, float], object]  # of a batch: its texts, tokens, seconds
+
+MAX_READERS = 4  # threads that tokenise; each call of the tokenizer spreads over the cores by itself
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to do with sequences. Calls of equal `key` may share a batch, and any one's `run` serves them all."""
+
+    key: Hashable
+    run: Callable[[list[np.ndarray]], Rows]
+
+
+@dataclass
+class Timing:
+    """Seconds one caller's texts spent in each stage, added up over its windows."""
+
+    tokenise: float = 0.0
+    queue: float = 0.0
+    inference: float = 0.0
+
+
+class Call:
+    """One caller's sequences on their way through the joiner."""
+
+    def __init__(self, sequences: Sequence[np.ndarray], work: Work) -> None:
+        self.sequences = sequences
+        self.work = work
+        self.backlog = Backlog([len(ids) for ids in sequences])
+        self.future: Future[Rows] = Future()  # set by the joiner once every row is there, or the first error
+        self.submitted = self.started = time.perf_counter()  # started: set by the joiner with the first batch
+        self._rows: list[np.ndarray | None] = [None] * len(sequences)
+        self._missing = len(sequences)
+
+    def add(self, indices: Sequence[int], rows: Rows) -> None:
+        for index, row in zip(indices, rows, strict=True):
+            self._rows[index] = row
+        self._missing -= len(indices)
+        if not self._missing and self.future.set_running_or_notify_cancel():
+            self.future.set_result([row for row in self._rows if row is not None])
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class Joiner:
+    """Runs calls in shared batches of at most `token_budget` tokens, on a thread of its own. Any thread may submit."""
+
+    def __init__(self, token_budget: int, observe: Observe | None = None) -> None:
+        self.token_budget = token_budget
+        self.observe = observe
+        self.readers = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), "unpadded-tokenise")
+        self._device = ThreadPoolExecutor(1, "unpadded-run")
+        self._lock = threading.Lock()
+        self._calls: list[Call] = []  # with a backlog; the first is served first
+        self._retries: list[Parts] = []
+        self._running = False
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for a batch."""
+        with self._lock:
+            return sum(call.backlog.tokens for call in self._calls)
+
+    @property
+    def queued_calls(self) -> int:
+        """Calls that have texts waiting for a batch."""
+        return len(self._calls)
+
+    def submit(self, sequences: Sequence[np.ndarray], work: Work, *, max_queued_tokens: int | None = None) -> Call:
+        """Queue sequences; the call's future gives their rows in order, and cancelling it drops what has not run.
+
+        OverloadedError when more than `max_queued_tokens` would wait; a call that finds the queue empty is always taken.
+        """
+        call = Call(sequences, work)
+        with self._lock:
+            queued = sum(other.backlog.tokens for other in self._calls)
+            if max_queued_tokens is not None and queued and queued + call.backlog.tokens > max_queued_tokens:
+                raise OverloadedError(
+                    f"the queue is full: {queued} tokens wait, {call.backlog.tokens} more pass the limit of "
+                    f"{max_queued_tokens}; try again later or send less at once"
+                )
+            self._calls.append(call)
+        call.future.add_done_callback(partial(self._drop, call))
+        self._advance()
+        return call
+
+    def close(self) -> None:
+        """Let the running batch end and take no further work; whoever waits gets a CancelledError."""
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call.future.cancel()
+        self.readers.shutdown(wait=False, cancel_futures=True)
+        self._device.shutdown(wait=True)
+
+    def _drop(self, call: Call, future: Future[Rows]) -> None:
+        """A call that ended before its texts were all taken has nothing left to wait for."""
+        with self._lock:
+            if call in self._calls:
+                self._calls.remove(call)
+
+    def _advance(self) -> None:
+        with self._lock:
+            if self._running or not (self._retries or self._calls):
+                return
+            parts = self._retries.pop() if self._retries else self._next_parts()
+            self._running = True
+        self._device.submit(self._run, parts).add_done_callback(partial(self._finish, parts))
+
+    def _next_parts(self) -> Parts:
+        mates = [call for call in self._calls if call.work.key == self._calls[0].work.key]
+        shares = next_batch([call.backlog for call in mates], self.token_budget)
+        parts = [(call, indices) for call, indices in zip(mates, shares, strict=True) if indices]
+        served = [call for call, _ in parts]
+        self._calls = [call for call in self._calls if call not in served]
+        self._calls += [call for call in served if call.backlog.tokens]
+        return parts
+
+    def _run(self, parts: Parts) -> Rows:
+        start = time.perf_counter()
+        for call, _ in parts:
+            call.started = call.started if call.started > call.submitted else start
+        sequences = [call.sequences[index] for call, indices in parts for index in indices]
+        rows = parts[0][0].work.run(sequences)
+        if self.observe is not None:
+            self.observe(len(sequences), sum(map(len, sequences)), time.perf_counter() - start)
+        return rows
+
+    def _finish(self, parts: Parts, ran: Future[Rows]) -> None:
+        error = ran.exception()
+        if error is None:
+            rows, start = ran.result(), 0
+            for call, indices in parts:
+                call.add(indices, rows[start : start + len(indices)])
+                start += len(indices)
+        elif len(parts) == 1:
+            parts[0][0].fail(error)
+        else:
+            with self._lock:
+                self._retries += [[part] for part in parts]
+        with self._lock:
+            self._running = False
+        self._advance()
+
+
+async def run_windows(
+    joiner: Joiner,
+    windows: Iterator[Window],
+    work: Work,
+    *,
+    max_queued_tokens: int | None = None,
+    timing: Timing | None = None,
+) -> list[tuple[Window, Rows]]:
+    """Tokenise off the event loop and run through the joiner, one window ahead of the one that is waited for.
+
+    Cancelling drops what has not run. `max_queued_tokens` judges the first window alone: a call once taken is finished.
+    """
+    timing = timing or Timing()
+    done: list[tuple[Window, Rows]] = []
+    ahead: tuple[Window, Call] | None = None
+
+    async def settle(window: Window, call: Call) -> None:
+        done.append((window, await asyncio.wrap_future(call.future)))
+        timing.queue += call.started - call.submitted
+        timing.inference += time.perf_counter() - call.started
+
+    try:
+        while True:
+            start = time.perf_counter()
+            window = await asyncio.get_running_loop().run_in_executor(joiner.readers, next, windows, None)
+            timing.tokenise += time.perf_counter() - start
+            if window is None:
+                break
+            taken = done or ahead
+            call = joiner.submit(window.sequences, work, max_queued_tokens=None if taken else max_queued_tokens)
+            if ahead is not None:
+                behind, ahead = ahead, (window, call)
+                await settle(*behind)
+            else:
+                ahead = (window, call)
+        if ahead is not None:
+            await settle(*ahead)
+    finally:
+        if ahead is not None:
+            ahead[1].future.cancel()
+    return done

@@ -1,0 +1,235 @@
+"""From text to vectors: options, order, streaming, what is said; on real weights, or seeded ones of nomic's kind."""
+
+import itertools
+import logging
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import add_sentence_transformers_files, change_json, write_nomic
+from sentence_transformers import SentenceTransformer
+
+import unpadded
+
+TEXTS = ["What is TSNE?", "Who is Laurens van der Maaten?", "", "   ", "naïve café 漢字 🙂", "a b " * 700]
+
+
+@pytest.fixture(scope="module")
+def engine(minilm):
+    return unpadded.load(minilm, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def nomic(tmp_path_factory):
+    folder = write_nomic(tmp_path_factory.mktemp("nomic"))
+    change_json(folder / "config.json", matryoshka_dimensions=[128, 64], matryoshka_layer_norm=True)
+    add_sentence_transformers_files(folder, normalize=False, max_seq_length=8192)
+    return unpadded.load(folder, device="cpu")
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def paragraphs(count):
+    blocks = (" ".join(block.split()) for text in pydoc_data.topics.topics.values() for block in text.split("\n\n"))
+    return list(itertools.islice((block for block in blocks if len(block) >= 40), count))
+
+
+def test_real_weights_match_sentence_transformers(minilm, engine):
+    texts = paragraphs(300)
+    expected = SentenceTransformer(str(minilm), device="cpu").encode(texts, show_progress_bar=False)
+    assert (engine.encode(texts) * expected).sum(1).min() >= 0.999999
+    bf16 = unpadded.load(minilm, device="cpu", dtype="bfloat16").encode(texts)
+    assert (bf16 * expected).sum(1).min() >= 0.9995
+
+
+def test_outputs_agree(engine):
+    vectors = engine.encode(TEXTS)
+    assert vectors.shape == (len(TEXTS), engine.dimensions) and vectors.dtype == np.float32
+    assert np.array_equal(engine.encode(TEXTS, output="torch").numpy(), vectors)
+    assert engine.encode(TEXTS, output="list") == vectors.tolist()
+    assert np.array_equal(engine.encode(TEXTS[0]), vectors[0])
+    assert np.array_equal(engine.encode(text for text in TEXTS), vectors)
+
+
+def test_counts_and_truncation_are_reported(engine):
+    found = engine.embed(TEXTS)
+    assert found.token_counts.tolist() == [7, 12, 2, 2, 7, 256]
+    assert found.truncated.tolist() == [False] * 5 + [True]
+    left = engine.encode(["b " * 300 + "the end"], truncation="left")
+    right = engine.encode(["b " * 300 + "the end"])
+    assert not np.allclose(left, right, atol=1e-3)
+    with pytest.raises(unpadded.InputError, match="text 5 is too long: 1402 tokens, at most 256"):
+        engine.embed(TEXTS, truncation="error")
+
+
+def test_ids_are_used_as_given(engine):
+    ids = [101, 2054, 2003, 24529, 2638, 1029, 102]
+    mixed = engine.encode([TEXTS[0], ids, np.array(ids), TEXTS[0]])
+    assert all(np.array_equal(row, mixed[0]) for row in mixed)
+
+
+def test_no_texts(engine):
+    assert engine.encode([]).shape == (0, 384)
+    assert engine.encode([], precision="ubinary").shape == (0, 48)
+    assert engine.token_embeddings([]) == []
+    assert list(engine.stream([])) == []
+
+
+def test_an_endless_stream_is_not_collected(engine, monkeypatch):
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 50)
+    texts = (f"text number {index}" for index in itertools.count())
+    blocks = engine.stream(texts)
+    first, second = next(blocks), next(blocks)
+    consumed = int(next(texts).split()[-1])
+    assert consumed == len(first.vectors) + len(second.vectors)
+    expected = engine.encode(f"text number {index}" for index in range(consumed))
+    assert np.array_equal(np.concatenate([first.vectors, second.vectors]), expected)
+
+
+def test_order_survives_any_budget(minilm):
+    texts = paragraphs(60)
+    expected = unpadded.load(minilm, device="cpu").encode(texts)
+    for budget in (1, 300, 100_000):
+        assert np.array_equal(unpadded.load(minilm, device="cpu", token_budget=budget).encode(texts), expected)
+
+
+def test_precisions(engine):
+    vectors = engine.encode(TEXTS)
+    assert np.array_equal(engine.encode(TEXTS, precision="float16"), vectors.astype(np.float16))
+    assert np.array_equal(engine.encode(TEXTS, precision="ubinary"), np.packbits(vectors > 0, axis=-1))
+    ranges = np.stack([np.full(384, -0.2), np.full(384, 0.2)])
+    whole = engine.encode(TEXTS, precision="int8", ranges=ranges)
+    streamed = np.concatenate([block.vectors for block in engine.stream(TEXTS, precision="int8", ranges=ranges)])
+    assert np.array_equal(whole, streamed)
+    with pytest.raises(unpadded.OptionError, match="without ranges"):
+        engine.stream(TEXTS, precision="int8")
+
+
+def test_tasks_are_prefixes(nomic):
+    with_task = nomic.encode(["What is TSNE?"], task="search_query")
+    assert np.array_equal(with_task, nomic.encode(["search_query: What is TSNE?"]))
+    assert np.array_equal(with_task, nomic.encode(["What is TSNE?"], prompt="search_query: "))
+    assert not np.allclose(with_task, nomic.encode(["What is TSNE?"], task="clustering"))
+    with pytest.raises(unpadded.OptionError, match=r"'query'; .* has search_query, search_document"):
+        nomic.encode(["x"], task="query")
+    with pytest.raises(unpadded.OptionError, match="both given"):
+        nomic.encode(["x"], task="clustering", prompt="y")
+
+
+def test_a_prompt_survives_left_truncation(tmp_path):
+    engine = unpadded.load(write_nomic(tmp_path), device="cpu", max_length=12)
+    rows = [engine.token_embeddings([text], task="clustering", truncation="left")[0] for text in ("a " * 50, "b " * 50)]
+    assert rows[0].shape == rows[1].shape == (12, 128)
+    kept = engine.token_embeddings(["a a a a a a a"], task="clustering")[0]
+    assert np.array_equal(rows[0], kept)
+
+
+def test_matryoshka_is_layer_norm_cut_l2(nomic):
+    full = nomic.encode(["x y z"], task="clustering").astype(np.float64)
+    assert abs(np.linalg.norm(full) - 1) > 0.01  # v1.5 has no Normalize module
+    normed = (full - full.mean()) / np.sqrt(full.var() + 1e-5)
+    cut = nomic.encode(["x y z"], task="clustering", dimensions=64)
+    np.testing.assert_allclose(cut, unit(normed[:, :64]), atol=1e-6)
+    np.testing.assert_allclose(nomic.encode(["x y z"], task="clustering", normalize=True), unit(full), atol=1e-6)
+
+
+def test_a_cut_without_training_is_l2_of_the_cut_and_said(engine, caplog):
+    with caplog.at_level(logging.WARNING, "unpadded"):
+        cut = engine.encode(TEXTS, dimensions=100)
+    np.testing.assert_allclose(cut, unit(engine.encode(TEXTS)[:, :100]), atol=1e-6)
+    assert "not known to be trained for matryoshka" in caplog.text
+
+
+def test_long_text_mean_is_nomics_chunked_mean(tmp_path):
+    """Chunks of 2048 with prefix and special tokens, 8 tokens shared; layer norm, cut, L2 each; mean; L2."""
+    folder = write_nomic(tmp_path)
+    change_json(folder / "config.json", matryoshka_dimensions=[128, 64], matryoshka_layer_norm=True)
+    engine = unpadded.load(folder, device="cpu")
+    words = [f"w{i % 10}" for i in range(2300)]
+    found = engine.embed([" ".join(words), "short"], task="search_document", long_text="mean", dimensions=64)
+
+    prefix = engine.embed([""], task="search_document").token_counts[0] - 2
+    room = 2048 - 2 - prefix
+    tokenizer = engine._reader._tokenizer
+    body = tokenizer.encode([" ".join(words)], max_length=10**6)[0].ids[1:-1]
+    head = tokenizer.encode(["search_document: x"], max_length=100)[0].ids[: 1 + prefix]
+    chunks = [np.concatenate([head, body[at : at + room], [102]]) for at in range(0, len(body) - 8, room - 8)]
+    assert len(chunks) == 3 and found.token_counts[0] == sum(map(len, chunks))
+    rows = engine.encode([chunk.astype(np.int32) for chunk in chunks], normalize=False).astype(np.float64)
+    rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(found.vectors[0], unit(unit(rows[:, :64]).mean(0)), atol=1e-6)
+    one_chunk = engine.encode(["short"], task="search_document", dimensions=64)[0]
+    np.testing.assert_allclose(found.vectors[1], one_chunk, atol=1e-6)
+    assert not found.truncated.any()
+
+
+@pytest.mark.parametrize("mode", ["cls", "lasttoken"])
+def test_pooling_and_dense_modules(tmp_path, mode):
+    folder = write_nomic(tmp_path)
+    add_sentence_transformers_files(folder, pooling=mode, normalize=True, dense=(128, 48))
+    engine = unpadded.load(folder, device="cpu")
+    assert engine.dimensions == 48
+    rows = np.stack([hidden[0 if mode == "cls" else -1] for hidden in engine.token_embeddings(TEXTS, prompt="")])
+    from safetensors.torch import load_file
+
+    weights = load_file(next(folder.glob("*Dense/model.safetensors")))
+    expected = torch.tanh(torch.from_numpy(rows) @ weights["linear.weight"].T + weights["linear.bias"]).numpy()
+    np.testing.assert_allclose(engine.encode(TEXTS, prompt=""), unit(expected), atol=1e-5)
+
+
+def test_what_a_user_should_know_is_said_once(tmp_path, caplog):
+    engine = unpadded.load(write_nomic(tmp_path, trained_length=64), device="cpu")
+    with caplog.at_level(logging.WARNING, "unpadded"):
+        for _ in range(2):
+            engine.encode(["search_query: fine", "no task", "word " * 100])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "'no task' has none; pass task='search_query'" in said[0]
+    assert "longer than the 64" in said[1] and "rotary_scaling_factor=2" in said[1]
+
+
+def test_describe_is_plain_and_names_what_was_assumed(tmp_path):
+    import json
+
+    engine = unpadded.load(write_nomic(tmp_path), device="cpu")
+    description = json.loads(json.dumps(engine.describe()))
+    assert description["pooling"] == "mean" and description["dtype"] == "float32"
+    assert any("mean" in sentence for sentence in description["defaults"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dimensions": 0}, "dimensions do not fit: 0; .* gives 1 to 384"),
+        ({"dimensions": 385}, "dimensions do not fit: 385"),
+        ({"precision": "int4"}, "precision is unknown: 'int4'; use one of float32"),
+        ({"truncation": "middle"}, "truncation is unknown: 'middle'; use one of right, left, error"),
+        ({"long_text": "max"}, "long_text is unknown: 'max'"),
+        ({"output": "tf"}, "output is unknown: 'tf'; use one of numpy"),
+        ({"task": "search_query"}, "task is unknown: 'search_query'"),
+    ],
+)
+def test_options_that_are_not_offered(engine, option, message):
+    with pytest.raises(unpadded.OptionError, match=message):
+        engine.encode(["x"], **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"device": "tpu-9"}, "device is unknown: 'tpu-9'"),
+        ({"device": "cuda:7"}, "device is not here: 'cuda:7'"),
+        ({"dtype": "int8"}, "dtype is unknown: 'int8'"),
+        ({"attention": "fast"}, "attention is unknown: 'fast'; use one of auto"),
+        ({"attention": "flash-attn"}, "runs on CUDA in float16 or bfloat16 only"),
+        ({"token_budget": 0}, "token_budget is not positive: 0"),
+        ({"max_length": 513}, "513"),
+        ({"rotary_scaling_factor": 2}, "rotary_scaling_factor"),
+    ],
+)
+def test_loading_options_that_are_not_offered(minilm, option, message):
+    with pytest.raises(unpadded.OptionError, match=message):
+        unpadded.load(minilm, **({"device": "cpu"} | option))

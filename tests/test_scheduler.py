@@ -1,0 +1,36 @@
+"""Every index once, never over the budget, neighbours of equal length, no hole that a waiting text would fill."""
+
+import random
+
+import pytest
+
+from unpadded.scheduler import schedule
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_text_once_within_the_budget(seed):
+    draw = random.Random(seed)
+    lengths = [draw.choice([1, 5, 40, draw.randint(1, 8192)]) for _ in range(draw.randint(1, 300))]
+    budget = draw.choice([1, 100, 4096, 100_000])
+    batches = schedule(lengths, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    waiting = sorted(lengths)
+    for batch in batches:
+        tokens = [lengths[index] for index in batch]
+        assert sum(tokens) <= budget or len(tokens) == 1
+        assert tokens == sorted(tokens, reverse=True)
+        for length in tokens:
+            waiting.remove(length)
+        assert not waiting or len(tokens) == 1 < budget < tokens[0] or sum(tokens) + waiting[0] > budget
+
+
+def test_long_texts_leave_room_that_short_ones_fill():
+    assert schedule([10, 90, 60, 40, 5], 100) == [[1, 0], [2, 3], [4]]
+
+
+def test_equal_lengths_keep_the_callers_order():
+    assert schedule([7, 7, 7, 7], 14) == [[0, 1], [2, 3]]
+
+
+def test_nothing_to_do():
+    assert schedule([], 100) == []
