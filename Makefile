@@ -23,7 +23,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@echo "bench: every measurement in bench/, one after the other"
-	@set -e; for script in $(filter-out bench/demo.py,$(wildcard bench/*.py)); do $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out bench/demo.py,$(wildcard bench/*.py)); do PYTHONPATH=tests $(BIN)/python $$script; done
 
 format: $(READY)
 	@echo "format: ruff fixes and formats every file"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,14 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+import machine
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests", "bench")]
-sys.path += SOURCES
-
-import checkpoints  # noqa: E402
-import machine  # noqa: E402
 
 DTYPES = ("float16", "bfloat16", "float32")
 MEMORY_LIMIT = 1.3  # x the file, for fp32 as fp16
@@ -72,7 +66,6 @@ def in_fresh_process(what: str, folder: Path, dtype: str) -> dict[str, float]:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)},
     )
     return json.loads(run.stdout)
 
@@ -115,7 +108,7 @@ def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +132,7 @@ def main() -> None:
         )
     met = all(row["times_bound"] <= TIME_LIMIT for row in rows) and rows[0]["memory"] < MEMORY_LIMIT
     print(f"limits: ratio <= {TIME_LIMIT}, memory < {MEMORY_LIMIT} as float16: {'met' if met else 'NOT met'}")
-    print(json.dumps({"machine": machine.card(), "bytes": size, "met": met, "rows": rows}))
+    machine.report({"bytes": size, "met": met, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The card that stands in every result: what it was measured on, with which versions, at which commit."""
+"""What every bench shares: its arguments, and the card in its result (which machine, versions and commit)."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -12,6 +14,20 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    return parser
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Print a result, with the card, as the last line; write it where asked."""
+    line = json.dumps({"machine": card(), **result})
+    if out:
+        out.write_text(line + "\n")
+    print(line)
 
 
 def card() -> dict[str, Any]:

@@ -10,26 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import checkpoints
+import machine
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [str(ROOT / folder) for folder in ("engine", "kernels", "tests", "bench")]
-sys.path += SOURCES
-
-import checkpoints  # noqa: E402
-import machine  # noqa: E402
 
 BOUND = 1.5 * 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.arguments(__doc__)
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -42,12 +36,11 @@ def main() -> None:
         checkpoints.write_nomic(Path(folder), **checkpoints.REAL)
         for texts in args.texts:
             command = [sys.executable, __file__, "--dtype", args.dtype, "--measure", folder, str(texts)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(SOURCES)}
-            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             row = json.loads(run.stdout)
             rows.append(row)
             print(f"{texts} x 8192 tokens, {args.dtype}: {row['over_weights'] / 2**30:.2f} GiB over the weights")
-    print(json.dumps({"machine": machine.card(), "rows": rows}))
+    machine.report({"rows": rows}, args.out)
     if any(row["over_weights"] > BOUND for row in rows):
         sys.exit(f"more than {BOUND / 2**30} GiB over the weights")
 

@@ -10,13 +10,11 @@ products alone reach. The last line on stdout is JSON.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib.resources
 import json
 import pydoc_data.topics
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,22 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ceilings
+import checkpoints
+import machine
 import numpy as np
 import torch
 
 import unpadded
-from unpadded_kernels import linear
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import checkpoints
-import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MINILM_PARAGRAPHS = 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.arguments(__doc__)
     parser.add_argument(
         "--corpus", type=Path, help=".jsonl or .jsonl.gz with a `text` field (default: Python's manual)"
     )
@@ -47,21 +43,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["paragraphs", "forward"])
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
     for dtype in args.dtype or DTYPES:
-        ceiling = product_rate(DTYPES[dtype])
+        ceiling = ceilings.product_rate(torch.device("cpu"), DTYPES[dtype])
         print(f"{dtype}: matrix products alone reach {ceiling / 1e9:.0f} GFLOP/s")
         if args.only != "forward":
             rows.append(paragraphs(read_paragraphs(args.corpus), dtype, ceiling, args.rounds))
         if args.only != "paragraphs":
             rows += forward(dtype, args.layers, ceiling, args.rounds)
-    report = json.dumps({"machine": machine.card(), "rows": rows})
-    if args.out:
-        args.out.write_text(report + "\n")
-    print(report)
+    machine.report({"rows": rows}, args.out)
 
 
 def paragraphs(texts: list[str], dtype: str, ceiling: float, rounds: int) -> dict[str, Any]:
@@ -157,17 +149,6 @@ def summary(
         "share_of_product_rate": share,
         "seconds": times,
     }
-
-
-def product_rate(dtype: torch.dtype) -> float:
-    """flop/s of the fastest plain product at hand, at the size of a layer's: 2048 x 768 by 768 x 3072; best of many."""
-    x, weight = torch.randn(2048, 768).to(dtype), torch.randn(3072, 768).to(dtype)
-    seconds = []
-    for _ in range(100):
-        start = time.perf_counter()
-        linear(x, weight, None)
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048 * 768 * 3072 / min(seconds)
 
 
 def read_paragraphs(corpus: Path | None) -> list[str]:
