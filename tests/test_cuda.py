@@ -1,0 +1,112 @@
+"""The whole engine on a GPU: accuracy, independence, graphs. Skipped where there is none."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import REAL, write_bert, write_nomic
+from test_encoder import random_ids, relative_error
+from transformers import NomicBertModel
+
+import unpadded
+from unpadded.graphs import BUCKETS
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_nomic(tmp_path_factory.mktemp("nomic"), names="transformers", tokenizer=False, **REAL | {"layers": 4})
+
+
+def exact_hidden(folder, texts, **options):
+    return unpadded.load(folder, device="cpu", max_length=8192, **options).token_embeddings(texts)
+
+
+@pytest.mark.parametrize("write", [write_nomic, write_bert])
+def test_fp32_matches_the_cpu(tmp_path, write):
+    folder = write(tmp_path, tokenizer=False)
+    texts = random_ids((1, 2, 7, 64, 65, 500))
+    found = unpadded.load(folder, device="cuda", dtype="float32").token_embeddings(texts)
+    for ours, expected in zip(found, exact_hidden(folder, texts), strict=True):
+        assert relative_error(ours, expected) <= 1e-5, len(expected)
+
+
+def test_dynamic_ntk_follows_each_text_alone(tmp_path):
+    folder = write_nomic(tmp_path, trained_length=64, scaling_factor=2.0, tokenizer=False)
+    texts = random_ids((900, 65, 7, 64, 200))
+    found = unpadded.load(folder, device="cuda", dtype="float32").token_embeddings(texts)
+    for ours, expected in zip(found, exact_hidden(folder, texts), strict=True):
+        assert relative_error(ours, expected) <= 1e-5, len(expected)
+
+
+@torch.inference_mode()
+def test_fp16_errs_no_more_than_twice_what_transformers_does(folder):
+    """The law of the published reference's own tests: our error against theirs in the same dtype."""
+    texts = random_ids(LENGTHS)
+    expected = exact_hidden(folder, texts)
+    found = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192).token_embeddings(texts)
+    model = NomicBertModel.from_pretrained(folder, dtype=torch.float16).cuda().eval()
+    for ids, ours, exact in zip(texts, found, expected, strict=True):
+        theirs = model(torch.from_numpy(ids).long()[None].cuda()).last_hidden_state[0].float().cpu().numpy()
+        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + 1e-4, len(ids)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_vectors_are_close_to_fp32(folder, dtype):
+    texts = random_ids(LENGTHS)
+    expected = unpadded.load(folder, device="cpu", max_length=8192).encode(texts, normalize=True)
+    found = unpadded.load(folder, device="cuda", dtype=dtype, max_length=8192).encode(texts, normalize=True)
+    assert (found * expected).sum(1).min() >= (0.99999 if dtype == "float16" else 0.999)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_batch_invariant_gives_the_same_bits_in_any_batch(folder, dtype):
+    engine = unpadded.load(folder, device="cuda", dtype=dtype, max_length=8192, batch_invariant=True)
+    texts = random_ids((1, 2, 7, 40, 40, 64, 65, 130, 513, 2048, 2500))
+    alone = np.concatenate([engine.encode([ids]) for ids in texts])
+    draw = np.random.default_rng(1)
+    for _ in range(5):
+        order = draw.permutation(len(texts))
+        engine.token_budget = int(draw.integers(1, 8192))
+        assert np.array_equal(engine.encode([texts[i] for i in order]), alone[order])
+
+
+def test_graphs_follow_new_contents(folder):
+    """Every bucket captured once, then replayed on other batches; eager passes over the same batches agree."""
+    engine = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
+    eager = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
+    eager.runner._captures = False
+    draw = np.random.default_rng(2)
+    for bucket, _ in itertools.product(BUCKETS, range(4)):
+        lengths = draw.integers(1, max(2, bucket // 4), draw.integers(1, 5))
+        texts = random_ids(lengths, seed=int(draw.integers(1 << 30)))
+        np.testing.assert_allclose(engine.encode(texts), eager.encode(texts), atol=2e-3 * np.sqrt(768))
+    assert 0 < len(engine.runner._graphs) <= len(BUCKETS)
+    assert not eager.runner._graphs
+
+
+def test_nothing_waits_for_the_gpu_within_a_pass(folder):
+    engine = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
+    texts = random_ids((700, 800, 900))
+    engine.token_embeddings(texts)
+    from unpadded.batch import pack
+
+    runner = engine.runner
+    batch = runner._to_device(pack(texts, runner.encoder.spec))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            runner.encoder(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("attention", ["torch"])
+def test_library_attention_agrees(folder, attention):
+    texts = random_ids(LENGTHS)
+    ours = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192).encode(texts, normalize=True)
+    other = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192, attention=attention)
+    assert (other.encode(texts, normalize=True) * ours).sum(1).min() >= 0.99999
