@@ -1,0 +1,133 @@
+"""The bodies that ops have of their own on a CPU, against their references in float64, and row by row."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from unpadded_kernels import attention, linear, linear_activation, pool, rotary_, rotary_cos_sin
+from unpadded_kernels.activation import KINDS
+from unpadded_kernels.attention import attention_reference
+from unpadded_kernels.linear import linear_activation_reference, linear_reference
+from unpadded_kernels.pooling import pool_reference
+
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
+BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
+
+
+@pytest.fixture(params=["onednn", "without"], autouse=True)
+def products(request, monkeypatch):
+    """With oneDNN, and as on a processor or build that lacks it."""
+    torch.manual_seed(0)
+    if request.param == "without":
+        monkeypatch.setattr(sys.modules["unpadded_kernels.linear"], "_onednn_runs", lambda x: False)
+
+
+def assert_close(actual, expected, dtype):
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert actual.dtype == dtype and error <= ERROR[dtype], float(error)
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape).to(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 130])
+def test_linear(dtype, bias, rows):
+    x, weight = draw(rows, 96, dtype=dtype), draw(200, 96, dtype=dtype)
+    added = draw(200, dtype=dtype) if bias else None
+    actual = linear(x, weight, added)
+    assert actual.shape == (rows, 200)
+    if rows:
+        expected = linear_reference(x.double(), weight.double(), None if added is None else added.double())
+        assert_close(actual, expected, dtype)
+        alone = torch.cat([linear(row, weight, added) for row in x.split(1)])
+        assert torch.equal(actual, alone)
+
+
+@BOTH
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_linear_activation(dtype, bias, kind, rows):
+    x, weight = draw(rows, 96, dtype=dtype), draw(128, 96, dtype=dtype) / 10
+    added = draw(128, dtype=dtype) if bias else None
+    actual = linear_activation(x, weight, added, kind)
+    assert actual.shape == (rows, 64 if kind in ("swiglu", "geglu") else 128)
+    if rows:
+        product = linear_reference(x.double(), weight.double(), None if added is None else added.double())
+        # the reference of an activation rounds to fp32; float64 is beyond it
+        expected = linear_activation_reference(product, torch.eye(128).double(), None, kind)
+        assert_close(actual, expected, dtype)
+        alone = torch.cat([linear_activation(row, weight, added, kind) for row in x.split(1)])
+        assert torch.equal(actual, alone)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="unknown activation 'relu'"):
+        linear_activation(torch.ones(2, 4), torch.ones(4, 4), None, "relu")
+
+
+@BOTH
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+def test_attention(dtype, head_dim):
+    """Runs of equal lengths, both sides of where a text goes head by head, and texts of no tokens."""
+    lengths = [1, 0, 2, 7, 40, 40, 40, 384, 385, 0, 513, 768, 769, 3, 3]
+    qkv = draw(sum(lengths), 3, 2, head_dim, dtype=dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    scale = head_dim**-0.5
+    actual = attention(qkv, cu_seqlens, max(lengths), scale)
+    assert_close(actual, attention_reference(qkv.double(), cu_seqlens, max(lengths), scale), dtype)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        one = torch.tensor([0, end - start], dtype=torch.int32)
+        assert torch.equal(attention(qkv[start:end].clone(), one, end - start, scale), actual[start:end])
+
+
+@BOTH
+def test_attention_in_a_window_and_with_slopes(dtype):
+    qkv = draw(120, 3, 2, 16, dtype=dtype)
+    cu_seqlens, slopes = torch.tensor([0, 50, 120], dtype=torch.int32), torch.tensor([0.5, 0.0625])
+    actual = attention(qkv, cu_seqlens, 70, 0.25, 8, slopes)
+    for start, end in ((0, 50), (50, 120)):
+        q, k, v = qkv[start:end].double().permute(1, 2, 0, 3)
+        distance = (torch.arange(end - start)[:, None] - torch.arange(end - start)).abs()
+        scores = q @ k.transpose(1, 2) * 0.25 - slopes.double()[:, None, None] * distance
+        weights = scores.masked_fill(distance > 8, float("-inf")).softmax(-1)
+        assert_close(actual[start:end], (weights @ v).transpose(0, 1).flatten(1), dtype)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "last"])
+def test_pool_of_no_tokens_is_zero_and_rows_are_their_own(mode):
+    hidden, lengths = torch.randn(300, 40), [0, 1, 200, 0, 99]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = pool(hidden, cu_seqlens, mode, False, 40, False)
+    assert torch.equal(rows[[0, 3]], torch.zeros(2, 40))
+    for row, start, end in zip(rows, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        if start < end:
+            text = hidden[start:end].double()
+            expected = text.mean(0) if mode == "mean" else text[0 if mode == "cls" else -1]
+            torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-6)
+            one = torch.tensor([0, end - start], dtype=torch.int32)
+            assert torch.equal(pool_reference(hidden[start:end], one, mode, False, 40, False)[0], row)
+
+
+@BOTH
+def test_rotary_turns_q_and_k_by_position_and_leaves_v(dtype):
+    """As complex numbers of float64; one table a text."""
+    lengths, heads, half = [600, 5], 2, 8
+    cu_seqlens, positions = (
+        torch.tensor([0, 600, 605], dtype=torch.int32),
+        torch.cat([torch.arange(n) for n in lengths]),
+    )
+    inv_freq = torch.rand(2, half)
+    qkv = draw(605, 3, heads, 2 * half, dtype=dtype)
+    turned = qkv.clone()
+    rotary_(turned, rotary_cos_sin(positions.int(), inv_freq, cu_seqlens))
+    assert torch.equal(turned[:, 2], qkv[:, 2])
+    angle = (positions[:, None].float() * inv_freq.repeat_interleave(torch.tensor(lengths), 0)).double()
+    first, second = qkv[:, :2].double().chunk(2, -1)
+    expected = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
+    assert_close(turned[:, :2], torch.cat((expected.real, expected.imag), -1), dtype)
