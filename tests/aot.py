@@ -2,7 +2,7 @@
 
     python tests/aot.py 80 90 100        JSON on stdout: one object for each kernel, dtype, case and generation
 
-The launchers run on CPU tensors; `JITFunction.run` is replaced by a recorder, so tiles, flags and alignments are theirs.
+The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder: tiles, flags and alignments are theirs.
 """
 
 import json
@@ -28,6 +28,7 @@ from unpadded_kernels.attention import attention_block_m, attention_triton, tile
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.layer_norm import add_layer_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
+from unpadded_kernels.norm import pre_layer_norm_triton, qk_norm_triton
 from unpadded_kernels.padded_pooling import masked_mean_pool_triton
 from unpadded_kernels.pooling import pool_triton
 from unpadded_kernels.rotary import rotary_cos_sin_triton, rotary_triton
@@ -72,10 +73,12 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for hidden in (384, 768, 1024):
         x, row = rows(TOKENS, hidden), rows(hidden)
         yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_triton(x, x, row, row, 1e-5)
+        yield f"hidden {hidden}, sum too", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
     x, row = rows(TOKENS, 768), rows(768)
     yield "word, type, position", lambda: embedding_triton(ids, ids, x, row, x, row, row, 1e-5)
     for kind in KINDS:
         yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
+    yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)
     yield "12 heads of 64", lambda: rotary_triton(rows(TOKENS, 3, 12, 64), torch.empty(TOKENS, 64))
     if dtype == torch.float32:
         yield "frequencies a text", lambda: rotary_cos_sin_triton(ids, torch.empty(2, 32), cu_seqlens)
@@ -123,9 +126,9 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+        ran = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    sass = ran.stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", ran.stdout + ran.stderr)
     registers, stack = int(match[1]), int(match[2])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)

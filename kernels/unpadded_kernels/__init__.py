@@ -9,6 +9,8 @@ from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.layer_norm import add_layer_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
+from unpadded_kernels.moe import expert_mlp
+from unpadded_kernels.norm import pre_layer_norm, qk_norm_
 from unpadded_kernels.padded_pooling import masked_mean_pool
 from unpadded_kernels.pooling import pool
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
@@ -18,11 +20,14 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "embedding",
+    "expert_mlp",
     "linear",
     "linear_activation",
     "linear_invariant",
     "masked_mean_pool",
     "pool",
+    "pre_layer_norm",
+    "qk_norm_",
     "rotary_",
     "rotary_cos_sin",
 ]

@@ -26,7 +26,8 @@ def activation_reference(x: Tensor, kind: str) -> Tensor:
     """
     h = x.float()
     if kind in GATED:
-        gate, up = h.chunk(2, dim=-1)
+        # contiguous: torch chooses the code of gelu by layout, and the halves of one row are, those of two are not
+        gate, up = (half.contiguous() for half in h.chunk(2, dim=-1))
         h = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
     elif kind == "gelu":
         h = F.gelu(h)

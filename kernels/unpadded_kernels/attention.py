@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import TensorDescriptor, tl, triton
+from unpadded_kernels._triton import TensorDescriptor, triton
+from unpadded_kernels.attention_bias import attend_biased
+from unpadded_kernels.attention_kernels import _attention_kernel, _attention_tma_kernel
 from unpadded_kernels.linear import linear_cpu
 from unpadded_kernels.tiles import attention_tile, generation
 
 _LOG2_E = math.log2(math.e)
 
-# On a CPU, texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where
-# scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
+# On a CPU, texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32,
+# where scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
 _CPU_LONG = {torch.float32: 384, torch.bfloat16: 768}
 # Queries of a block there: 512 x 8192 fp32 scores are 16 MiB, within a last-level cache.
 _CPU_BLOCK_Q = 512
@@ -41,8 +43,9 @@ def attention_reference(
     """Text by text, in fp32.
 
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: the longest text, in tokens;
-    window: the farthest key a query sees, in tokens, or None for all; alibi_slopes: [heads] fp32 or None; tile_map: what the
-    CUDA kernel runs over, made by `tile_map_of`; not needed here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
+    window: the farthest key a query sees, in tokens, or None for all; alibi_slopes: [heads] fp32 or None; tile_map:
+    what the CUDA kernel runs over, made by `tile_map_of`, not needed here. Returns [total_tokens, heads * head_dim] in
+    qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
@@ -70,8 +73,6 @@ def attention_cpu(
     tile_map: Tensor | None = None,
 ) -> Tensor:
     """Neighbours of equal length together, without masks; each text's bits depend on its own rows and length alone."""
-    if window is not None or alibi_slopes is not None:
-        return attention_reference(qkv, cu_seqlens, max_seqlen, scale, window, alibi_slopes)
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
     start = 0
@@ -83,7 +84,9 @@ def attention_cpu(
         start = rows.stop
         group = qkv[rows].view(texts, length, 3, heads, head_dim)
         out_group = out[rows].view(texts, length, heads, head_dim)
-        if length > _CPU_LONG.get(qkv.dtype, length):
+        if alibi_slopes is not None or (window is not None and length > window + 1):
+            attend_biased(group, out_group, scale, window, alibi_slopes)
+        elif length > _CPU_LONG.get(qkv.dtype, length):
             for text, out_text in zip(group, out_group, strict=True):
                 _attend_head_by_head(text, out_text, scale)
         elif qkv.dtype == torch.bfloat16:
@@ -105,7 +108,7 @@ def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
 
 
 def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
-    """One text, a block of queries of one head at a time, both products by oneDNN's linear. qkv: [length, 3, heads, head_dim]."""
+    """One text, a block of queries of one head at a time, by oneDNN's linear. qkv: [length, 3, heads, head_dim]."""
     # Contiguous copies: the product's bits follow its operands' layout, which must not depend on the batch.
     q, k, v = qkv.permute(1, 2, 0, 3)
     q, k, v_transposed = (q * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
@@ -113,180 +116,6 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
         for queries, out_block in zip(q[head].split(_CPU_BLOCK_Q), out[:, head].split(_CPU_BLOCK_Q), strict=True):
             weights = linear_cpu(queries, k[head], None).softmax(-1)
             out_block.copy_(linear_cpu(weights, v_transposed[head], None))
-
-
-@triton.jit
-def _attend(
-    q,
-    k,
-    v,
-    highest,
-    total,
-    acc,
-    query,
-    key,
-    length,
-    scale,
-    slope,
-    window,
-    IS_TAIL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-):
-    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weighted sum of v)."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if HAS_ALIBI:
-        scores = scores * scale - slope * tl.abs(query[:, None] - key[None, :]).to(tl.float32)
-        scale = 1.0
-    if HAS_WINDOW:
-        scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
-    if IS_TAIL:
-        scores = tl.where((key < length)[None, :], scores, float("-inf"))
-    risen = tl.maximum(highest, tl.max(scores, axis=1) * scale)
-    origin = risen
-    if HAS_WINDOW:
-        # a row whose window has not begun: -inf minus -inf would be NaN
-        origin = tl.where(risen == float("-inf"), 0.0, risen)
-    weights = tl.math.exp2(scores * scale - origin[:, None])
-    decay = tl.math.exp2(highest - origin)
-    total = total * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return risen, total, acc
-
-
-@triton.jit
-def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The keys that queries first.. see: whole blocks from `start` to `whole`, and a part of one if `tail`."""
-    start = 0
-    whole = length // BLOCK_N * BLOCK_N
-    tail = whole < length
-    if HAS_WINDOW:
-        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
-        farthest = first + BLOCK_M + window
-        tail = tail & (whole < farthest)
-        whole = tl.minimum(whole, tl.cdiv(farthest, BLOCK_N) * BLOCK_N)
-    return start, whole, tail
-
-
-@triton.jit(do_not_specialize=["window"])
-def _attention_kernel(
-    qkv_ptr,
-    cu_seqlens_ptr,
-    tile_map_ptr,
-    alibi_slopes_ptr,
-    out_ptr,
-    stride_qt,
-    stride_qs,
-    stride_qh,
-    stride_ot,
-    scale,
-    window,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-):
-    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    text = tl.load(tile_map_ptr + 2 * tile)
-    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-    text_start = tl.load(cu_seqlens_ptr + text).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + text + 1) - text_start).to(tl.int32)
-    if first >= length:  # a captured graph may fill its map with entries that do nothing
-        return
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
-
-    query = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    d_mask = (d < HEAD_DIM)[None, :]
-    head_ptr = qkv_ptr + text_start * stride_qt + head * stride_qh
-    q_ptrs = head_ptr + query.to(tl.int64)[:, None] * stride_qt + d[None, :]
-    q = tl.load(q_ptrs, mask=(query < length)[:, None] & d_mask, other=0.0)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for block in range(start, whole, BLOCK_N):
-        key = block + n
-        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
-        k = tl.load(k_ptrs, mask=d_mask, other=0.0)
-        v = tl.load(k_ptrs + stride_qs, mask=d_mask, other=0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, key, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
-        )
-    if tail:
-        key = whole + n
-        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
-        mask = (key < length)[:, None] & d_mask
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-        v = tl.load(k_ptrs + stride_qs, mask=mask, other=0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, key, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
-        )
-    out_ptrs = out_ptr + (text_start + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
-    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & d_mask)
-
-
-@triton.jit(do_not_specialize=["window"])
-def _attention_tma_kernel(
-    q_descriptor,
-    kv_descriptor,
-    cu_seqlens_ptr,
-    tile_map_ptr,
-    alibi_slopes_ptr,
-    out_ptr,
-    stride_ot,
-    scale,
-    window,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-):
-    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    text = tl.load(tile_map_ptr + 2 * tile)
-    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-    text_start = tl.load(cu_seqlens_ptr + text)
-    length = tl.load(cu_seqlens_ptr + text + 1) - text_start
-    if first >= length:  # a captured graph may fill its map with entries that do nothing
-        return
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
-
-    query = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    q = q_descriptor.load([text_start + first, head * HEAD_DIM])
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-
-    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for block in range(start, whole, BLOCK_N):
-        k = kv_descriptor.load([text_start + block, (HEADS + head) * HEAD_DIM])
-        v = kv_descriptor.load([text_start + block, (2 * HEADS + head) * HEAD_DIM])
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
-        )
-    if tail:
-        k = kv_descriptor.load([text_start + whole, (HEADS + head) * HEAD_DIM])
-        v = kv_descriptor.load([text_start + whole, (2 * HEADS + head) * HEAD_DIM])
-        # the block runs into the next text, where a NaN or infinity times a weight of 0 would be NaN
-        v = tl.where((whole + n < length)[:, None], v, 0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
-        )
-    d = tl.arange(0, HEAD_DIM)
-    out_ptrs = out_ptr + (text_start.to(tl.int64) + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
-    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None])
 
 
 def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:

@@ -25,9 +25,9 @@ def embedding_reference(
 ) -> Tensor:
     """Gather and normalise.
 
-    input_ids, positions: [total_tokens] int32; word: [vocabulary, hidden]; token_type: [hidden], the one row added to every
-    token; position: [position_rows, hidden] or None; weight, bias: [hidden]. Returns [total_tokens, hidden] in word's dtype.
-    Ids and positions beyond their tables are the caller's to refuse.
+    input_ids, positions: [total_tokens] int32; word: [vocabulary, hidden]; token_type: [hidden], the one row added to
+    every token; position: [position_rows, hidden] or None; weight, bias: [hidden]. Returns [total_tokens, hidden] in
+    word's dtype. Ids and positions beyond their tables are the caller's to refuse.
     """
     x = F.embedding(input_ids, word).float()
     if token_type is not None:
@@ -99,7 +99,8 @@ def embedding_triton(
     for name, tensor in {"word": word, "token_type": token_type, "position": position, "weight": weight}.items():
         if tensor is not None and (tensor.shape[-1] != hidden or tensor.stride(-1) != 1):
             raise ValueError(
-                f"rows must be contiguous and {hidden} wide, got {name} of {tuple(tensor.shape)}, strides {tensor.stride()}"
+                f"rows must be contiguous and {hidden} wide, got {name} of {tuple(tensor.shape)}, "
+                f"strides {tensor.stride()}: pass .contiguous()"
             )
     y = torch.empty((total_tokens, hidden), dtype=word.dtype, device=word.device)
     if total_tokens == 0:

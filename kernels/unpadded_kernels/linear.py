@@ -29,21 +29,21 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """activation(linear(x, weight, bias), kind): [total_tokens, intermediate].
 
-    x: [total_tokens, hidden]; weight: [2 * intermediate, hidden], gate rows then up rows, when kind is gated (swiglu, geglu),
-    else [intermediate, hidden] (gelu, gelu_tanh); bias: [weight's rows] or None.
+    x: [total_tokens, hidden]; weight: [2 * intermediate, hidden], gate rows then up rows, when kind is gated (swiglu,
+    geglu), else [intermediate, hidden] (gelu, gelu_tanh); bias: [weight's rows] or None.
     """
     return activation_reference(F.linear(x, weight, bias), kind)
 
 
 def _onednn_runs(x: Tensor) -> bool:
     """Whether oneDNN's fused product takes this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _at_least(rows: int, x: Tensor) -> Tensor:
-    """x with zero rows below it: a product of very few rows adds up in another order than one of many."""
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros below it, `rows` in all: the bits of a product's row depend on how rows are shared out."""
     return F.pad(x, (0, 0, 0, rows - x.shape[0])) if x.shape[0] < rows else x
 
 
@@ -53,25 +53,28 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if total_tokens == 0:
         return x.new_empty(0, weight.shape[0])
     if _onednn_runs(x):
-        product = torch.ops.mkldnn._linear_pointwise
-        return product(_at_least(2, x), weight, bias, "none", [], "")[:total_tokens]
-    return F.linear(_at_least(8, x), weight, bias)[:total_tokens]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(_filled(x, 2), weight, bias, "none", [], "")
+        return y[:total_tokens]
+    return F.linear(_filled(x, -(-total_tokens // 8) * 8), weight, bias)[:total_tokens]
 
 
 def linear_activation_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """The activation, and up's multiplication by it, ride in oneDNN's products: gate and up are never written unactivated."""
+    """The activation, and up's multiplication by it, ride in oneDNN's products: nothing is written unactivated."""
     if kind not in _ONEDNN_ACTIVATION or not _onednn_runs(x) or x.shape[0] == 0:
         return activation_reference(linear_cpu(x, weight, bias), kind)
     total_tokens = x.shape[0]
-    x = _at_least(2, x)
+    x = _filled(x, 2)
     attribute, algorithm = _ONEDNN_ACTIVATION[kind]
     product = torch.ops.mkldnn._linear_pointwise
+    y: Tensor
     if kind in ("gelu", "gelu_tanh"):
-        return product(x, weight, bias, attribute, [], algorithm)[:total_tokens]
+        y = product(x, weight, bias, attribute, [], algorithm)
+        return y[:total_tokens]
     gate_weight, up_weight = weight.chunk(2)
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
     gate = product(x, gate_weight, gate_bias, attribute, [], algorithm)
-    return product.binary(x, gate, up_weight, up_bias, "mul")[:total_tokens]
+    y = product.binary(x, gate, up_weight, up_bias, "mul")
+    return y[:total_tokens]
 
 
 def linear_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
@@ -84,7 +87,9 @@ def linear_invariant_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: s
 
 
 @triton.jit
-def _epilogue(gate, up, bias_ptr, n, OUT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _epilogue(
+    gate, up, bias_ptr, n, OUT: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     """Bias and activation of one tile's fp32 sums."""
     if HAS_BIAS:
         gate += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
@@ -175,7 +180,7 @@ def _takes_descriptors(*tensors: Tensor) -> bool:
 
 
 def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    """One program per multiprocessor, tile after tile; tiles and the order along in_features are fixed by the dimensions."""
+    """One program per multiprocessor, tile after tile. The dimensions fix the tiles and the order of additions."""
     if kind is not None and kind not in KINDS:
         raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
     (total_tokens, in_features), rows = x.shape, weight.shape[0]

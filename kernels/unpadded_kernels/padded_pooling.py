@@ -129,9 +129,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
     return pooled
 
 
-masked_mean_pool = torch.library.custom_op(
-    "unpadded::masked_mean_pool", masked_mean_pool_reference, mutates_args=()
-)
+masked_mean_pool = torch.library.custom_op("unpadded::masked_mean_pool", masked_mean_pool_reference, mutates_args=())
 masked_mean_pool.register_kernel("cuda", masked_mean_pool_triton)
 
 

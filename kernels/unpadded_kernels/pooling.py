@@ -3,7 +3,8 @@
     mean: sum of the text's rows / their number      cls: its first row      last: its last row
     then, each where asked: layer norm without affine over hidden (nomic's matryoshka), cut to `dimensions`, L2
 
-Sums are fp32 and run along the text alone, in chunks of its own that fill the GPU whatever the lengths. Bound by memory: 2 * hidden bytes per token in 16 bits, read once.
+Sums are fp32 and run along the text alone, in chunks of its own, so that one long text fills a GPU too. Bound by
+memory: 2 * hidden bytes per token in 16 bits, read once.
 """
 
 import torch

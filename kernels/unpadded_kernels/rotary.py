@@ -1,10 +1,10 @@
 """Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864) on q and k inside packed qkv, half (NeoX) layout.
 
-    q[j], q[j + d/2]  ->  q[j] * cos - q[j + d/2] * sin,  q[j + d/2] * cos + q[j] * sin,   angle = position * inv_freq[j]
+    q[j], q[j + d/2]  ->  q[j] * cos - q[j + d/2] * sin,  q[j + d/2] * cos + q[j] * sin,  angle = position * inv_freq[j]
 
-Angles, cosines and sines are fp32: at position 8192 a bf16 angle is off by whole turns. The table is made once per batch, so
-that every text can have frequencies of its own. Bound by memory: 8 * hidden bytes per token in 16 bits (q and k read and
-written), 4 * head_dim for the table.
+Angles, cosines and sines are fp32: at position 8192 a bf16 angle is off by whole turns. The table is made once per
+batch, so that every text can have frequencies of its own. Bound by memory: 8 * hidden bytes per token in 16 bits (q and
+k read and written), 4 * head_dim for the table.
 """
 
 import torch
@@ -16,15 +16,16 @@ from unpadded_kernels.tiles import row_launch
 # Tokens whose angles one program makes.
 _BLOCK_T = 32
 
-# Rows of a block whose fp32 temporaries stay in a core's cache (2048 x 12 x 64: 1.2 ms in blocks, 3.7 ms whole; EPYC, 2026-11).
+# Rows of a block whose fp32 temporaries stay in a core's cache (2048 x 12 x 64: 1.2 ms in blocks, 3.7 ms whole; EPYC,
+# 2026-11).
 _CPU_BLOCK_T = 512
 
 
 def rotary_cos_sin_reference(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The table of a batch: [total_tokens, head_dim] fp32, cosines in the first half of a row, sines in the second.
 
-    positions: [total_tokens] int32; inv_freq: fp32, [1, head_dim / 2] for the whole batch or [batch, head_dim / 2], a row a
-    text; cu_seqlens: [batch + 1] int32.
+    positions: [total_tokens] int32; inv_freq: fp32, [1, head_dim / 2] for the whole batch or [batch, head_dim / 2], a
+    row a text; cu_seqlens: [batch + 1] int32.
     """
     if inv_freq.shape[0] > 1:
         inv_freq = inv_freq.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=positions.shape[0])
@@ -43,12 +44,13 @@ def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine of fp32 angles to 2e-7 up to 1e5 radians, past any position; tl.cos serves all of fp32 from a stack.
+    """Cosine and sine of fp32 angles to 2.5e-7 up to 65536 radians; tl.cos, right for all of fp32, works on a stack.
 
     Reduction by pi / 2 in parts of 8 bits (Cody and Waite), whose products are exact, then the polynomials of Cephes.
     """
     turns = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = ((angle - turns * 1.5703125) - turns * 0.0004825592041015625) - turns * 1.2665987014770508e-06 - turns * 9.920935796805404e-10
+    r = angle - turns * 1.5703125 - turns * 0.0004825592041015625
+    r = r - turns * 1.2665987014770508e-06 - turns * 9.920935796805404e-10
     r2 = r * r
     sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
     cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels: (op, dtype, dimensions, GPU generation) -> what a program covers and how it is launched.
 
-Compiled for each generation without spills (tests/test_compile.py), not yet timed: no GPU has been at hand. Nothing here is
-keyed by the number of tokens, so a row's bits never depend on its batch.
+Compiled for each generation without spills (tests/test_compile.py), not yet timed: no GPU has been at hand. Nothing
+here is keyed by the number of tokens, so a row's bits never depend on its batch.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# Compute capability major -> the generation whose tiles it runs; others run sm_80's, which ask for the least shared memory.
+# Compute capability major -> the generation whose tiles it runs; others run sm_80's, which need least shared memory.
 _GENERATION = {8: 80, 9: 90, 10: 100}
 
 # Row kernels: elements of a row that one warp holds; 256 in 16 bits are one 128-bit load a thread.
@@ -19,7 +19,7 @@ _MAX_ROW_WARPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program covers. block_k: the step of a product's inner dimension, 0 in attention, whose steps are block_n."""
+    """What one program covers. block_k: the step along a product's inner dimension; attention has none."""
 
     block_m: int
     block_n: int
@@ -70,7 +70,7 @@ LINEAR = {
     (True, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
 }
 
-# Generations where linear_activation is one kernel and not the library's product and the activation: none is measured yet.
+# Generations where linear_activation is one kernel, not the library's product and the activation. None is measured yet.
 FUSED_ACTIVATION: frozenset[int] = frozenset()
 
 

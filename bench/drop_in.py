@@ -1,0 +1,134 @@
+"""Each drop-in beside the code that it replaces: one line changed, the same vectors, the time of both.
+
+    python bench/drop_in.py [--corpus FILE.jsonl.gz] [--layers 12] [--rounds 3] [--out results/NAME.json]
+
+transformers: a NomicBERT of real width (seeded weights), a batch of 32 paragraphs, its class against UnpaddedModel and
+against itself accelerated. sentence-transformers: all-MiniLM-L6-v2 (real weights), `encode` on paragraphs. nomic: what
+its client's local mode gives against the same by transformers, text by text (the client itself runs a quantised copy of
+other weights). Exits with an error where a cosine is below 0.99999. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import machine
+import numpy as np
+import torch
+import torch.nn.functional as F
+from throughput import in_turns, read_paragraphs
+
+LEAST_COSINE = 0.99999
+BATCH = 32
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__)
+    parser.add_argument(
+        "--corpus", type=Path, help=".jsonl or .jsonl.gz with a `text` field (default: Python's manual)"
+    )
+    parser.add_argument("--texts", type=int, default=512, help="paragraphs for sentence-transformers (default: 512)")
+    parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    texts = read_paragraphs(args.corpus)[: args.texts]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoints.write_nomic(folder, names="transformers", **checkpoints.REAL | {"layers": args.layers})
+        rows = [
+            *transformers_forward(folder, texts[:BATCH], args.rounds),
+            sentence_transformers_encode(texts, args.rounds),
+            nomic_text(folder, texts[:BATCH], args.rounds),
+        ]
+    machine.report({"rows": rows}, args.out)
+    if any(row["least_cosine"] < LEAST_COSINE for row in rows):
+        raise SystemExit(f"a cosine is below {LEAST_COSINE}")
+
+
+def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[dict[str, Any]]:
+    """The model card's example: tokenizer, forward, mean pooling, F.normalize."""
+    from transformers import AutoModel, AutoTokenizer
+
+    import unpadded
+    from unpadded.adapters.transformers import UnpaddedModel
+
+    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
+
+    def embeddings(model: torch.nn.Module) -> np.ndarray:
+        with torch.no_grad():
+            model_output = model(**encoded)
+        mask = encoded["attention_mask"].unsqueeze(-1).float()
+        mean = (model_output[0] * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        return F.normalize(mean, p=2, dim=1).numpy()
+
+    theirs = AutoModel.from_pretrained(folder).eval()
+    ours = UnpaddedModel.from_pretrained(folder)
+    accelerated = unpadded.accelerate(AutoModel.from_pretrained(folder).eval())
+    tokens = int(encoded["attention_mask"].sum())
+    shape = f"{len(texts)} texts, {tokens} of {encoded['attention_mask'].numel()} places are tokens"
+    return [
+        compare(
+            f"transformers, {line} ({shape})",
+            {"theirs": lambda: embeddings(theirs), "ours": lambda model=model: embeddings(model)},
+            rounds,
+        )
+        for line, model in (("UnpaddedModel.from_pretrained(...)", ours), ("unpadded.accelerate(model)", accelerated))
+    ]
+
+
+def sentence_transformers_encode(texts: list[str], rounds: int) -> dict[str, Any]:
+    import sentence_transformers
+
+    from unpadded.adapters.sentence_transformers import SentenceTransformer
+
+    folder = str(checkpoints.MINILM)
+    theirs, ours = (
+        kind(folder, device="cpu") for kind in (sentence_transformers.SentenceTransformer, SentenceTransformer)
+    )
+    return compare(
+        f"sentence-transformers, SentenceTransformer(...).encode ({len(texts)} paragraphs)",
+        {"theirs": lambda: theirs.encode(texts), "ours": lambda: ours.encode(texts)},
+        rounds,
+    )
+
+
+def nomic_text(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    from unpadded import embed
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def one_by_one() -> np.ndarray:
+        rows = []
+        for text in texts:
+            encoded = tokenizer(f"search_document: {text}", truncation=True, max_length=2048, return_tensors="pt")
+            with torch.no_grad():
+                rows.append(F.normalize(model(**encoded)[0].mean(1), dim=1)[0])
+        return torch.stack(rows).numpy()
+
+    def ours() -> np.ndarray:
+        output = embed.text(texts, model=str(folder), task_type="search_document", device="cpu")
+        return np.array(output["embeddings"])
+
+    return compare(f"nomic, embed.text ({len(texts)} paragraphs)", {"theirs": one_by_one, "ours": ours}, rounds)
+
+
+def compare(drop_in: str, providers: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Print and return one row."""
+    times, results = in_turns(providers, rounds)
+    rows = {name: result / np.linalg.norm(result, axis=1, keepdims=True) for name, result in results.items()}
+    least = float((rows["theirs"].astype(np.float64) * rows["ours"]).sum(1).min())
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    ratio = seconds["theirs"] / seconds["ours"]
+    print(f"{drop_in}: least cosine {least:.7f}; {seconds['theirs']:.3f} s -> {seconds['ours']:.3f} s, {ratio:.2f} x")
+    return {"drop_in": drop_in, "least_cosine": least, "ratio": ratio, "seconds": times}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The two kernels of attention: pointer loads for any GPU and layout, tensor descriptors (TMA) from sm_90 on.
+
+A program takes one head of one tile of queries through the keys of its text, with an online softmax (Milakov and
+Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; the part of one that ends the text
+comes last, after the loop.
+"""
+
+from unpadded_kernels._triton import tl, triton
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    highest,
+    total,
+    acc,
+    query,
+    key,
+    length,
+    scale,
+    slope,
+    window,
+    IS_TAIL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weighted sum of v)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_ALIBI:
+        scores = scores * scale - slope * tl.abs(query[:, None] - key[None, :]).to(tl.float32)
+        scale = 1.0
+    if HAS_WINDOW:
+        scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
+    if IS_TAIL:
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    risen = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    origin = risen
+    if HAS_WINDOW:
+        # a row whose window has not begun: -inf minus -inf would be NaN
+        origin = tl.where(risen == float("-inf"), 0.0, risen)
+    weights = tl.math.exp2(scores * scale - origin[:, None])
+    decay = tl.math.exp2(highest - origin)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return risen, total, acc
+
+
+@triton.jit
+def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The keys that queries first.. see: whole blocks from `start` to `whole`, and a part of one if `tail`."""
+    start = 0
+    whole = length // BLOCK_N * BLOCK_N
+    tail = whole < length
+    if HAS_WINDOW:
+        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
+        farthest = first + BLOCK_M + window
+        tail = tail & (whole < farthest)
+        whole = tl.minimum(whole, tl.cdiv(farthest, BLOCK_N) * BLOCK_N)
+    return start, whole, tail
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_kernel(
+    qkv_ptr,
+    cu_seqlens_ptr,
+    tile_map_ptr,
+    alibi_slopes_ptr,
+    out_ptr,
+    stride_qt,
+    stride_qs,
+    stride_qh,
+    stride_ot,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    text = tl.load(tile_map_ptr + 2 * tile)
+    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    text_start = tl.load(cu_seqlens_ptr + text).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + text + 1) - text_start).to(tl.int32)
+    if first >= length:  # a captured graph may fill its map with entries that do nothing
+        return
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
+
+    query = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    d_mask = (d < HEAD_DIM)[None, :]
+    head_ptr = qkv_ptr + text_start * stride_qt + head * stride_qh
+    q_ptrs = head_ptr + query.to(tl.int64)[:, None] * stride_qt + d[None, :]
+    q = tl.load(q_ptrs, mask=(query < length)[:, None] & d_mask, other=0.0)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for block in range(start, whole, BLOCK_N):
+        key = block + n
+        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
+        k = tl.load(k_ptrs, mask=d_mask, other=0.0)
+        v = tl.load(k_ptrs + stride_qs, mask=d_mask, other=0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, key, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+        )
+    if tail:
+        key = whole + n
+        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
+        mask = (key < length)[:, None] & d_mask
+        k = tl.load(k_ptrs, mask=mask, other=0.0)
+        v = tl.load(k_ptrs + stride_qs, mask=mask, other=0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, key, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+        )
+    out_ptrs = out_ptr + (text_start + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & d_mask)
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_tma_kernel(
+    q_descriptor,
+    kv_descriptor,
+    cu_seqlens_ptr,
+    tile_map_ptr,
+    alibi_slopes_ptr,
+    out_ptr,
+    stride_ot,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    text = tl.load(tile_map_ptr + 2 * tile)
+    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    text_start = tl.load(cu_seqlens_ptr + text)
+    length = tl.load(cu_seqlens_ptr + text + 1) - text_start
+    if first >= length:  # a captured graph may fill its map with entries that do nothing
+        return
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
+
+    query = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    q = q_descriptor.load([text_start + first, head * HEAD_DIM])
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+
+    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for block in range(start, whole, BLOCK_N):
+        k = kv_descriptor.load([text_start + block, (HEADS + head) * HEAD_DIM])
+        v = kv_descriptor.load([text_start + block, (2 * HEADS + head) * HEAD_DIM])
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+        )
+    if tail:
+        k = kv_descriptor.load([text_start + whole, (HEADS + head) * HEAD_DIM])
+        v = kv_descriptor.load([text_start + whole, (2 * HEADS + head) * HEAD_DIM])
+        # the block runs into the next text, where a NaN or infinity times a weight of 0 would be NaN
+        v = tl.where((whole + n < length)[:, None], v, 0.0)
+        highest, total, acc = _attend(
+            q, k, v, highest, total, acc, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+        )
+    d = tl.arange(0, HEAD_DIM)
+    out_ptrs = out_ptr + (text_start.to(tl.int64) + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None])

@@ -1,0 +1,57 @@
+"""The CPU's attention with a window or ALiBi against the reference, and a text's bits whatever stands beside it."""
+
+import pytest
+import torch
+
+from unpadded_kernels.attention import attention_cpu, attention_reference
+
+pytestmark = pytest.mark.usefixtures("seed")
+LENGTHS = [1, 2, 7, 64, 65, 66, 65, 129, 130, 513, 700]
+HEADS, HEAD_DIM, SCALE = 3, 32, 32**-0.5
+SLOPES = torch.tensor([0.5, 0.0625, 0.25])
+
+
+def packed_qkv(lengths, dtype):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.randn(sum(lengths), 3, HEADS, HEAD_DIM).to(dtype), cu_seqlens
+
+
+BIASES = [(64, None), (5, None), (0, None), (None, SLOPES), (64, SLOPES)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize(("window", "slopes"), BIASES)
+def test_matches_the_reference(window, slopes, dtype, tolerance):
+    qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
+    expected = attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes)
+    actual = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_long_text_goes_by_blocks_of_the_mask(monkeypatch):
+    monkeypatch.setattr("unpadded_kernels.attention_bias._MASK", 2**15)
+    qkv, cu_seqlens = packed_qkv([700, 90], torch.float32)
+    expected = attention_reference(qkv, cu_seqlens, 700, SCALE, None, SLOPES)
+    torch.testing.assert_close(attention_cpu(qkv, cu_seqlens, 700, SCALE, None, SLOPES), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "slopes"), BIASES)
+def test_a_text_depends_on_itself_alone(window, slopes, dtype):
+    qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
+    whole = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes)
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        alone = torch.tensor([0, stop - start], dtype=torch.int32)
+        one = attention_cpu(qkv[start:stop].clone(), alone, stop - start, SCALE, window, slopes)
+        assert torch.equal(one, whole[start:stop]), stop - start
+
+
+def test_alibi_in_bf16_keeps_fp32_distances():
+    """A distance past 256 has no exact bf16; a rounded bias would move the weights."""
+    qkv = torch.zeros(600, 3, 1, 16, dtype=torch.bfloat16)
+    qkv[:, 2, 0, 0] = torch.arange(600) % 2  # even and odd keys differ, and lie next to each other
+    cu_seqlens, slopes = torch.tensor([0, 600], dtype=torch.int32), torch.tensor([0.01])
+    expected = attention_reference(qkv.float(), cu_seqlens, 600, 1.0, None, slopes)
+    actual = attention_cpu(qkv, cu_seqlens, 600, 1.0, None, slopes)
+    torch.testing.assert_close(actual.float(), expected, atol=4e-3, rtol=4e-3)
