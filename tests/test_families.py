@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCABULARY, nomic_tensors, transformers_names, write_bert, write_nomic
+from test_family_gte import GTE_BASE
+from test_family_jina_bert import CODE_MAP, JINA_BASE
+from test_family_modernbert import MODERNBERT_EMBED
+from test_family_xlm_roberta import BGE_M3
 from transformers import BertModel, NomicBertModel
 
 from unpadded.checkpoint import open_checkpoint
@@ -298,13 +302,13 @@ def test_a_vocabulary_is_padded_and_token_types_may_be_absent() -> None:
     assert spec.token_types == 0 and "token_type" not in nomic_bert.slots(spec)
 
 
-@pytest.mark.parametrize("model_type", ["new", "gte", "modernbert", "roberta", "distilbert"])
+@pytest.mark.parametrize("model_type", ["distilbert", "mpnet", "deberta-v2"])
 def test_a_model_type_that_is_not_known_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     folder = write_bert(tmp_path, vocabulary=64, tokenizer=False)
     config = (folder / "config.json").read_text().replace('"model_type": "bert"', f'"model_type": "{model_type}"')
     (folder / "config.json").write_text(config)
     with pytest.raises(
-        ConfigError, match=f"model_type in .* = '{model_type}' is not implemented, only 'nomic_bert, bert'"
+        ConfigError, match=f"model_type in .* = '{model_type}' is not implemented, only '{', '.join(FAMILIES)}'"
     ):
         open_checkpoint(folder)
 
@@ -392,7 +396,17 @@ BIASES = ("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias")
 
 
 def test_every_family_is_complete() -> None:
+    configs = {
+        "nomic_bert": NOMIC_V1_5,
+        "modernbert": MODERNBERT_EMBED,
+        "gte": GTE_BASE,
+        "jina_code": JINA_BASE | {"auto_map": CODE_MAP},
+        "jina_bert": JINA_BASE,
+        "xlm_roberta": BGE_M3,
+        "bert": BERT,
+    }
+    assert configs.keys() == FAMILIES.keys()
     for name, family in FAMILIES.items():
-        config = {"nomic_bert": NOMIC_V1_5, "bert": BERT}[name]
+        config = configs[name]
         assert family.matches(config, ()) and family.read_config(config).family == name
         assert [other for other, module in FAMILIES.items() if module.matches(config, ())] == [name]

@@ -17,12 +17,11 @@ class PackedBatch:
     """Texts end to end, nothing between them."""
 
     input_ids: Tensor  # [total_tokens] int32
-    positions: Tensor  # [total_tokens] int32, from 0 in every text
+    positions: Tensor  # [total_tokens] int32, counted anew in every text
     cu_seqlens: Tensor  # [batch + 1] int32, where each text starts; the last is total_tokens
-    inv_freq: (
-        Tensor | None
-    )  # fp32 [1, head_dim / 2], or [batch, head_dim / 2] where a text is scaled; None without rotary
+    inv_freq: Tensor | None  # fp32 [rotaries, 1 or batch, head_dim / 2]: a row a text where any is scaled
     lengths: tuple[int, ...]  # of each text in tokens; stays on the host
+    tile_map: Tensor | None = None  # [tiles, 2] int32, what attention's CUDA kernel runs over; set by the runner
 
     @property
     def max_seqlen(self) -> int:
@@ -34,22 +33,35 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
     lengths = tuple(len(ids) for ids in sequences)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    input_ids = np.concatenate(sequences)
+    if spec.padding_id is None:
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    else:
+        positions = _positions_after_padding(input_ids, cu_seqlens, spec.padding_id)
+    inv_freq = [inverse_frequencies(rotary, spec.head_dim, lengths) for rotary in spec.rotaries]
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(sequences)),
+        input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        inv_freq=None if spec.rotary is None else inverse_frequencies(spec.rotary, spec.head_dim, lengths),
+        inv_freq=torch.stack(torch.broadcast_tensors(*inv_freq)) if inv_freq else None,
         lengths=lengths,
     )
+
+
+def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padding_id: int) -> np.ndarray:
+    """From padding_id + 1 in every text, past tokens of padding_id, which stay at it: RoBERTa's count."""
+    counted = input_ids != padding_id
+    count = np.concatenate(([0], counted.cumsum(dtype=np.int32)))
+    before = np.repeat(count[cu_seqlens[:-1]], np.diff(cu_seqlens))
+    return np.where(counted, count[1:] - before, 0).astype(np.int32) + np.int32(padding_id)
 
 
 def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> Tensor:
     """1 / base ** (2j / head_dim) for j < head_dim / 2, fp32: one row, or one a text where any is scaled.
 
     A text of L tokens beyond the trained length M has the dynamic-NTK base of its own length (see `Rotary`); the
-    formula is the published reference's, which takes the padded batch's length for L and keeps its tables between calls; here L
-    is the text's, so that its embedding depends on nothing else.
+    formula is the published reference's, which takes the padded batch's length for L and keeps its tables between
+    calls; here L is the text's, so that its embedding depends on nothing else.
     """
     factor, trained = rotary.scaling_factor, rotary.trained_length
     bases = [rotary.base]
@@ -60,4 +72,4 @@ def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -
             for length in lengths
         ]
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return 1.0 / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers
+    return rotary.frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded.batch import PackedBatch, pack
 from unpadded.encoder import Encoder
-from unpadded_kernels import linear, pool
+from unpadded.graphs import TEXTS, Graph, bucket_of, fill
+from unpadded_kernels import pool
+from unpadded_kernels.attention import attention_block_m, tile_map_of
 from unpadded_kernels.pooling import matryoshka
 
 # A Dense module of sentence-transformers: weight [out_features, in_features], bias, activation.
@@ -26,6 +32,11 @@ class Runner:
         self.device = device
         self.pooling = pooling
         self.dense = dense
+        self._one_at_a_time = threading.Lock()  # a graph's buffers are overwritten by the next batch of any thread
+        # Captured passes by bucket and shape of the result. Library attention takes lengths from the host, experts wait
+        # for their counts: neither can be captured.
+        self._graphs: dict[tuple[int, bool, int, bool], Graph] = {}
+        self._captures = device.type == "cuda" and encoder.attention.name == "unpadded" and not encoder.spec.experts
 
     @property
     def dimensions(self) -> int:
@@ -37,44 +48,92 @@ class Runner:
         dtype = str(self.encoder.weights.word.dtype).removeprefix("torch.")
         return {"device": str(self.device), "dtype": dtype, "attention": self.encoder.attention.name}
 
+    def forward(self, batch: PackedBatch, states: list[Tensor] | None = None) -> Tensor:
+        """The last hidden state of every token of a batch on the host: [total_tokens, hidden], left on the device."""
+        with self._on_device():
+            return self.encoder(self._to_device(batch), states)
+
     @torch.inference_mode()
     def embed(
         self, sequences: Sequence[np.ndarray], *, layer_norm: bool, dimensions: int, normalize: bool
     ) -> np.ndarray:
         """Id sequences, each [tokens] int32 -> [batch, dimensions] fp32 on the host, shaped as `matryoshka` says."""
-        batch = self._to_device(pack(sequences, self.encoder.spec))
-        hidden = self.encoder(batch)
-        if not self.dense:
-            return _to_host(pool(hidden, batch.cu_seqlens, self.pooling, layer_norm, dimensions, normalize))
-        rows = pool(hidden, batch.cu_seqlens, self.pooling, False, hidden.shape[1], False)
-        for weight, bias, activation in self.dense:
-            rows = linear(rows, weight, bias)
-            rows = rows.tanh() if activation == "tanh" else rows
-        return _to_host(matryoshka(rows, layer_norm, dimensions, normalize))
+        batch = pack(sequences, self.encoder.spec)
+        bucket = bucket_of(batch) if self._captures else None
+        with self._one_at_a_time, self._on_device():
+            return self._embed(batch, bucket, len(sequences), layer_norm, dimensions, normalize)
+
+    def _embed(
+        self, batch: PackedBatch, bucket: int | None, texts: int, layer_norm: bool, dimensions: int, normalize: bool
+    ) -> np.ndarray:
+        if bucket is None:
+            return _to_host(self._pooled(self._to_device(batch), layer_norm, dimensions, normalize))
+        batch = self._with_tile_map(batch)
+        tiles = bucket // self._block_m() + TEXTS
+        batch = fill(batch, bucket, TEXTS, tiles)
+        staged = _stage(batch).pin_memory()
+        key = (bucket, layer_norm, dimensions, normalize)
+        if key not in self._graphs:
+            words = staged.to(self.device)
+            captured = _views(words, batch)
+            self._graphs[key] = Graph(words, lambda: self._pooled(captured, layer_norm, dimensions, normalize))
+        return _to_host(self._graphs[key].replay(staged)[:texts])
 
     @torch.inference_mode()
     def token_rows(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Id sequences, each [tokens] int32 -> the last hidden states of each, [tokens, hidden] fp32 on the host."""
-        batch = self._to_device(pack(sequences, self.encoder.spec))
-        hidden = _to_host(self.encoder(batch).float())
+        with self._on_device():
+            batch = self._to_device(pack(sequences, self.encoder.spec))
+            hidden = _to_host(self.encoder(batch).float())
         return np.split(hidden, np.cumsum(batch.lengths)[:-1])
 
+    def _pooled(self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool) -> Tensor:
+        hidden = self.encoder(batch)
+        if not self.dense:
+            rows: Tensor = pool(hidden, batch.cu_seqlens, self.pooling, layer_norm, dimensions, normalize)
+            return rows
+        rows = pool(hidden, batch.cu_seqlens, self.pooling, False, hidden.shape[1], False)
+        for weight, bias, activation in self.dense:
+            rows = self.encoder.linear(rows, weight, bias)
+            rows = rows.tanh() if activation == "tanh" else rows
+        return matryoshka(rows, layer_norm, dimensions, normalize)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Kernels are launched on CUDA's current device, which need not be this one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def _to_device(self, batch: PackedBatch) -> PackedBatch:
-        """Everything in one pinned transfer of 32-bit words."""
         if self.device.type == "cpu":
             return batch
-        words = [batch.input_ids, batch.positions, batch.cu_seqlens]
-        if batch.inv_freq is not None:
-            words.append(batch.inv_freq.view(torch.int32).flatten())
-        staged = torch.cat(words).pin_memory().to(self.device, non_blocking=True)
-        input_ids, positions, cu_seqlens, *inv_freq = staged.split([len(part) for part in words])
-        return replace(
-            batch,
-            input_ids=input_ids,
-            positions=positions,
-            cu_seqlens=cu_seqlens,
-            inv_freq=inv_freq[0].view(torch.float32).view(batch.inv_freq.shape) if batch.inv_freq is not None else None,
-        )
+        batch = self._with_tile_map(batch)
+        return _views(_stage(batch).pin_memory().to(self.device, non_blocking=True), batch)
+
+    def _with_tile_map(self, batch: PackedBatch) -> PackedBatch:
+        return replace(batch, tile_map=tile_map_of(batch.lengths, self._block_m()))
+
+    def _block_m(self) -> int:
+        return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)
+
+
+FIELDS = ("input_ids", "positions", "cu_seqlens", "inv_freq", "tile_map")
+
+
+def _stage(batch: PackedBatch) -> Tensor:
+    """A batch's tensors as one run of 32-bit words, to cross at once; each starts at 16 bytes, for the widest loads."""
+    parts = [getattr(batch, name).view(torch.int32).flatten() for name in FIELDS if getattr(batch, name) is not None]
+    return torch.cat([F.pad(part, (0, -len(part) % 4)) for part in parts])
+
+
+def _views(words: Tensor, like: PackedBatch) -> PackedBatch:
+    """The batch whose tensors lie in `words` as `_stage` laid those of `like`."""
+    found, start = {}, 0
+    for name in FIELDS:
+        tensor = getattr(like, name)
+        if tensor is not None:
+            size = math.prod(tensor.shape)
+            found[name] = words[start : start + size].view(tensor.dtype).view(tensor.shape)
+            start += size + -size % 4
+    return replace(like, **found)
 
 
 def _to_host(rows: Tensor) -> np.ndarray:

@@ -20,11 +20,34 @@ class Rotary:
     base: float
     trained_length: int
     scaling_factor: float | None = None
+    frequency_scale: float = 1.0  # multiplies every frequency; below 1 under static NTK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Layers in which a token sees its neighbours only, under a rotary embedding of their own."""
+
+    layers: tuple[int, ...]
+    window: int  # the farthest neighbour, in tokens to either side
+    rotary: Rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Layers whose MLP is a weighted choice among several: the `top` of a softmax over `count`, not renormalised."""
+
+    layers: tuple[int, ...]
+    count: int
+    top: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """A post-norm encoder: embeddings + LayerNorm, then `layers` x (attention, LayerNorm, MLP, LayerNorm)."""
+    """Embeddings + LayerNorm, then `layers` x (attention, LayerNorm, MLP, LayerNorm), a residual around each half.
+
+    A pre-norm encoder is the same walk, except that the residual is the sum before its LayerNorm instead of after it:
+    the norm that closes a layer is the one that opens the next, or the final one.
+    """
 
     family: str
     layers: int
@@ -41,6 +64,16 @@ class EncoderSpec:
     out_bias: bool
     up_bias: bool
     down_bias: bool
+    prenorm: bool = False
+    norm_bias: bool = True
+    padding_id: int | None = (
+        None  # learned positions count from the row after this one; a token of this id has this row
+    )
+    alibi: bool = False
+    qk_norm: bool = False  # LayerNorm over all heads of q, and of k
+    inner_norm: bool = False  # attention's output is added to the residual and normalised before that is done again
+    local: Local | None = None
+    experts: Experts | None = None
 
     @property
     def head_dim(self) -> int:
@@ -55,6 +88,30 @@ class EncoderSpec:
         """Rows of the first MLP product: gate and up together, or up alone."""
         return 2 * self.intermediate if self.gated else self.intermediate
 
+    @property
+    def position_limit(self) -> int:
+        """Tokens that the learned positions serve; 0 where there are none."""
+        return self.position_rows - (0 if self.padding_id is None else self.padding_id + 1)
+
+    @property
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """Each rotary embedding in use: of the layers that see the whole text, then of the local ones."""
+        whole = () if self.rotary is None else (self.rotary,)
+        return whole if self.local is None else (*whole, self.local.rotary)
+
+    @property
+    def scopes(self) -> tuple[tuple[int | None, int], ...]:
+        """Of each layer: the farthest token that it sees, None for all, and which of `rotaries` turns it."""
+        whole, local = (None, 0), (self.local.window if self.local else None, 1)
+        return tuple(local if self.local and index in self.local.layers else whole for index in range(self.layers))
+
+    @property
+    def alibi_slopes(self) -> tuple[float, ...]:
+        """Of each head, as published (Press et al., arXiv 2108.12409); heads beyond a power of two fall in between."""
+        power = 1 << (self.heads.bit_length() - 1)
+        between = (2 ** (-4 * step / power) for step in range(1, 2 * (self.heads - power), 2))
+        return (*(2 ** (-8 * step / power) for step in range(1, power + 1)), *between)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -62,3 +119,4 @@ class Slot:
 
     shape: tuple[int, ...]
     alternatives: tuple[tuple[str, ...], ...]  # each: names whose tensors, equal in size, are stacked along dim 0
+    swapped: tuple[str, ...] = ()  # of these names: tensors that hold up before gate, so the second half comes first

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from unpadded.checkpoint import Checkpoint
 from unpadded.errors import WeightsError
 from unpadded.families import FAMILIES
-from unpadded.spec import Slot
+from unpadded.spec import EncoderSpec, Slot
 from unpadded.tensors import StoredTensor, read_header, read_headers
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,17 +36,22 @@ class LayerWeights:
     """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them."""
 
     qkv: Tensor  # [3 * hidden, hidden], rows ordered three, head, dim
-    qkv_bias: Tensor | None
+    qkv_bias: Tensor | None = None
     out: Tensor  # [hidden, hidden]
-    out_bias: Tensor | None
+    out_bias: Tensor | None = None
     attention_norm: Tensor
-    attention_norm_bias: Tensor
-    up: Tensor  # [up_rows, hidden]; gated: the gate's rows, then the up rows
-    up_bias: Tensor | None
-    down: Tensor  # [hidden, intermediate]
-    down_bias: Tensor | None
+    attention_norm_bias: Tensor  # of every norm: zeros where the family has none
+    up: Tensor  # [up_rows, hidden]; gated: the gate's rows, then the up rows; experts: [experts, up_rows, hidden]
+    up_bias: Tensor | None = None
+    down: Tensor  # [hidden, intermediate]; experts: [experts, hidden, intermediate]
+    down_bias: Tensor | None = None
     mlp_norm: Tensor
     mlp_norm_bias: Tensor
+    qk_norm: Tensor | None = None  # [2 * hidden], q's then k's
+    qk_norm_bias: Tensor | None = None
+    inner_norm: Tensor | None = None
+    inner_norm_bias: Tensor | None = None
+    router: Tensor | None = None  # [experts, hidden]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +77,25 @@ def load_weights(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     slots = family.slots(spec)
     found = assign(slots, read_headers(checkpoint.weight_files), family.PREFIXES, family.IGNORED)
     loader = _Loader(device, dtype)
-    tensors = {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()}
+    return assemble(spec, {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()})
+
+
+def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:
+    """The weights of an encoder from the tensor of each slot."""
+    if not spec.norm_bias:
+        tensors |= {
+            f"{slot}_bias": torch.zeros_like(tensor) for slot, tensor in tensors.items() if slot.endswith("norm")
+        }
+    for index in spec.experts.layers if spec.experts else ():
+        up, down = f"layers.{index}.up", f"layers.{index}.down"
+        tensors[up] = tensors[up].view(-1, spec.up_rows, spec.hidden)
+        # stored as [experts * intermediate, hidden]: turned once here, one layer at a time
+        tensors[down] = tensors[down].view(-1, spec.intermediate, spec.hidden).mT.contiguous()
 
     def layer(index: int) -> LayerWeights:
-        def get(field: str) -> Tensor:
-            return tensors[f"layers.{index}.{field}"]
-
+        start = f"layers.{index}."
         return LayerWeights(
-            qkv=get("qkv"),
-            qkv_bias=get("qkv_bias") if spec.qkv_bias else None,
-            out=get("out"),
-            out_bias=get("out_bias") if spec.out_bias else None,
-            attention_norm=get("attention_norm"),
-            attention_norm_bias=get("attention_norm_bias"),
-            up=get("up"),
-            up_bias=get("up_bias") if spec.up_bias else None,
-            down=get("down"),
-            down_bias=get("down_bias") if spec.down_bias else None,
-            mlp_norm=get("mlp_norm"),
-            mlp_norm_bias=get("mlp_norm_bias"),
+            **{slot.removeprefix(start): tensor for slot, tensor in tensors.items() if slot.startswith(start)}
         )
 
     return EncoderWeights(
@@ -144,7 +149,7 @@ def assign(
                 problems.append(f"mis-shaped: {part.name} {part.shape} instead of {_part_shape(wanted, nearest)}")
             if part.dtype not in DTYPES:
                 problems.append(f"stored as {part.dtype} instead of {', '.join(DTYPES)}: {part.name}")
-        found[slot] = parts
+        found[slot] = tuple(half for part in parts for half in _in_order(part, wanted))
 
     surplus = [name for name in unused if not any(fnmatchcase(name, pattern) for pattern in ignored)]
     problems += [f"surplus: {unused[name].name} {unused[name].shape}" for name in surplus]
@@ -160,6 +165,14 @@ def assign(
 
 def _part_shape(slot: Slot, names: tuple[str, ...]) -> tuple[int, ...]:
     return (slot.shape[0] // len(names), *slot.shape[1:])
+
+
+def _in_order(part: StoredTensor, slot: Slot) -> tuple[StoredTensor, ...]:
+    """The tensor, or its two halves in the slot's order where the checkpoint has them the other way round."""
+    if not part.name.endswith(slot.swapped):
+        return (part,)
+    shape, middle = (part.shape[0] // 2, *part.shape[1:]), (part.start + part.stop) // 2
+    return replace(part, shape=shape, start=middle), replace(part, shape=shape, stop=middle)
 
 
 def _without_prefix(name: str, prefixes: tuple[str, ...]) -> str:

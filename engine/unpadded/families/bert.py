@@ -34,8 +34,10 @@ OFFERED: dict[str, Any] = {
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type, or without one by the names of BERT's layers."""
+    """By model_type, or without one by the names of BERT's layers. Jina's ALiBi models bear BERT's model_type too."""
     model_type = config.get("model_type")
+    if config.get("position_embedding_type") == "alibi":
+        return False
     return model_type == "bert" or (
         model_type is None and any(name.endswith("encoder.layer.0.attention.self.query.weight") for name in names)
     )
@@ -71,37 +73,48 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 def slots(spec: EncoderSpec) -> dict[str, Slot]:
     """Slot of the encoder -> shape and names, without prefix."""
     hidden, intermediate = spec.hidden, spec.intermediate
-    found = {
-        "word": _slot((spec.vocabulary, hidden), "embeddings.word_embeddings.weight"),
-        "token_type": _slot((spec.token_types, hidden), "embeddings.token_type_embeddings.weight"),
-        "position": _slot((spec.position_rows, hidden), "embeddings.position_embeddings.weight"),
-        **_norm_slots("norm", hidden, "embeddings.LayerNorm"),
-    }
+    found = embedding_slots(spec)
     for index in range(spec.layers):
         slot, name = f"layers.{index}", f"encoder.layer.{index}"
-        attention = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
         found |= {
-            f"{slot}.qkv": _slot((3 * hidden, hidden), *(f"{part}.weight" for part in attention)),
-            f"{slot}.qkv_bias": _slot((3 * hidden,), *(f"{part}.bias" for part in attention)),
-            f"{slot}.out": _slot((hidden, hidden), f"{name}.attention.output.dense.weight"),
-            f"{slot}.out_bias": _slot((hidden,), f"{name}.attention.output.dense.bias"),
-            **_norm_slots(f"{slot}.attention_norm", hidden, f"{name}.attention.output.LayerNorm"),
-            f"{slot}.up": _slot((intermediate, hidden), f"{name}.intermediate.dense.weight"),
-            f"{slot}.up_bias": _slot((intermediate,), f"{name}.intermediate.dense.bias"),
-            f"{slot}.down": _slot((hidden, intermediate), f"{name}.output.dense.weight"),
-            f"{slot}.down_bias": _slot((hidden,), f"{name}.output.dense.bias"),
-            **_norm_slots(f"{slot}.mlp_norm", hidden, f"{name}.output.LayerNorm"),
+            **attention_slots(slot, name, hidden),
+            **norm_slots(f"{slot}.attention_norm", hidden, f"{name}.attention.output.LayerNorm"),
+            f"{slot}.up": named((intermediate, hidden), f"{name}.intermediate.dense.weight"),
+            f"{slot}.up_bias": named((intermediate,), f"{name}.intermediate.dense.bias"),
+            f"{slot}.down": named((hidden, intermediate), f"{name}.output.dense.weight"),
+            f"{slot}.down_bias": named((hidden,), f"{name}.output.dense.bias"),
+            **norm_slots(f"{slot}.mlp_norm", hidden, f"{name}.output.LayerNorm"),
         }
     return found
 
 
-def _slot(shape: tuple[int, ...], *names: str) -> Slot:
-    return Slot(shape, (names,))
+def embedding_slots(spec: EncoderSpec) -> dict[str, Slot]:
+    tables = {"word": spec.vocabulary, "token_type": spec.token_types, "position": spec.position_rows}
+    names = {"word": "word_embeddings", "token_type": "token_type_embeddings", "position": "position_embeddings"}
+    found = {
+        slot: named((rows, spec.hidden), f"embeddings.{names[slot]}.weight") for slot, rows in tables.items() if rows
+    }
+    return found | norm_slots("norm", spec.hidden, "embeddings.LayerNorm")
 
 
-def _norm_slots(slot: str, hidden: int, name: str) -> dict[str, Slot]:
+def attention_slots(slot: str, name: str, hidden: int) -> dict[str, Slot]:
+    """qkv and the projection that follows, of the layer that the checkpoint calls `name`."""
+    qkv = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
+    return {
+        f"{slot}.qkv": named((3 * hidden, hidden), *(f"{part}.weight" for part in qkv)),
+        f"{slot}.qkv_bias": named((3 * hidden,), *(f"{part}.bias" for part in qkv)),
+        f"{slot}.out": named((hidden, hidden), f"{name}.attention.output.dense.weight"),
+        f"{slot}.out_bias": named((hidden,), f"{name}.attention.output.dense.bias"),
+    }
+
+
+def norm_slots(slot: str, hidden: int, name: str) -> dict[str, Slot]:
     # checkpoints converted from TensorFlow, bert-base-uncased among them, keep its gamma and beta
     return {
         slot: Slot((hidden,), ((f"{name}.weight",), (f"{name}.gamma",))),
         f"{slot}_bias": Slot((hidden,), ((f"{name}.bias",), (f"{name}.beta",))),
     }
+
+
+def named(shape: tuple[int, ...], *names: str) -> Slot:
+    return Slot(shape, (names,))

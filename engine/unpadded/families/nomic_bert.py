@@ -1,4 +1,4 @@
-"""NomicBERT: nomic-embed-text v1 and v1.5, nomic-bert-2048, CodeRankEmbed, arctic-embed-m-long.
+"""NomicBERT: nomic-embed-text v1, v1.5 and v2-moe, nomic-bert-2048, CodeRankEmbed, arctic-embed-m-long.
 
 Two vocabularies of keys and tensor names are in use, the published code's ("legacy") and that of transformers 5, often
 side by side. Where both speak they must agree. A legacy configuration that leaves a key out means the default of the
@@ -24,7 +24,7 @@ from unpadded.config import (
     text,
 )
 from unpadded.errors import ConfigError
-from unpadded.spec import GATED, Activation, EncoderSpec, Rotary, Slot
+from unpadded.spec import GATED, Activation, EncoderSpec, Experts, Rotary, Slot
 
 PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "bert.", "nomic_bert.")
 IGNORED: tuple[str, ...] = (
@@ -39,7 +39,10 @@ MAX_LENGTH: int | None = 8192
 PROMPTS: Mapping[str, str] = {
     task: f"{task}: " for task in ("search_query", "search_document", "clustering", "classification")
 }
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {"nomic-embed-text-v1.5": (768, 512, 256, 128, 64)}
+MATRYOSHKA: Mapping[str, tuple[int, ...]] = {
+    "nomic-embed-text-v1.5": (768, 512, 256, 128, 64),
+    "nomic-embed-text-v2-moe": (768, 256),
+}
 MATRYOSHKA_LAYER_NORM: bool = True
 
 LEGACY_KEYS = ("n_embd", "n_layer", "n_head", "activation_function", "rotary_emb_fraction", "qkv_proj_bias")
@@ -65,8 +68,9 @@ OFFERED: dict[str, Any] = {
     "add_cross_attention": False,
     "use_rms_norm": False,
     "norm_mlp": False,
-    "num_experts": 0,
     "num_shared_experts": 0,
+    "expert_choice_router": False,
+    "moe_normalize_expert_weights": False,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "rotary_emb_interleaved": False,
@@ -101,9 +105,10 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     refuse(config, {"head_dim": head_dim, "num_heads_kv": heads, "num_key_value_heads": heads})
     activation = _activation(config, legacy)
     attention_bias = _bias(config, "qkv_proj_bias", legacy)
+    layers = required(config, ("n_layer", "num_hidden_layers"), integer)
     return EncoderSpec(
         family="nomic_bert",
-        layers=required(config, ("n_layer", "num_hidden_layers"), integer),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         intermediate=_intermediate(config, legacy, hidden, activation in GATED),
@@ -117,6 +122,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         out_bias=attention_bias,
         up_bias=_bias(config, "mlp_fc1_bias", legacy),
         down_bias=_bias(config, "mlp_fc2_bias", legacy),
+        experts=_experts(config, layers, activation),
     )
 
 
@@ -126,10 +132,10 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
     if spec.token_types:
         found["token_type"] = Slot((spec.token_types, spec.hidden), (("embeddings.token_type_embeddings.weight",),))
     found |= _norm_slots("norm", spec.hidden, "emb_ln", "embeddings.LayerNorm")
-    in_layer = _layer_slots(spec)
+    dense, of_experts = _layer_slots(spec), _expert_slots(spec)
     for index in range(spec.layers):
         prefixes = (f"encoder.layers.{index}.", f"layers.{index}.")
-        for field, slot in in_layer.items():
+        for field, slot in (of_experts if spec.experts and index in spec.experts.layers else dense).items():
             names = tuple(tuple(prefix + name for name in names) for names in slot.alternatives for prefix in prefixes)
             found[f"layers.{index}.{field}"] = Slot(slot.shape, names)
     return found
@@ -157,6 +163,20 @@ def _layer_slots(spec: EncoderSpec) -> dict[str, Slot]:
     found |= _norm_slots("attention_norm", hidden, "norm1", "post_attention_layernorm")
     found |= _norm_slots("mlp_norm", hidden, "norm2", "post_mlp_layernorm")
     return found
+
+
+def _expert_slots(spec: EncoderSpec) -> dict[str, Slot]:
+    """A layer of experts: neither product has a bias of its own, one is added to their sum."""
+    if spec.experts is None:
+        return {}
+    hidden, rows = spec.hidden, spec.experts.count * spec.intermediate
+    found = {field: slot for field, slot in _layer_slots(spec).items() if field not in ("up_bias", "down_bias")}
+    return found | {
+        "router": Slot((spec.experts.count, hidden), (("mlp.router.layer.weight",),)),
+        "up": Slot((rows, hidden), (("mlp.experts.mlp.w1",),)),
+        "down": Slot((rows, hidden), (("mlp.experts.mlp.w2",),)),
+        "down_bias": Slot((hidden,), (("mlp.experts.bias",),)),
+    }
 
 
 def _norm_slots(slot: str, hidden: int, *modules: str) -> dict[str, Slot]:
@@ -206,6 +226,22 @@ def _intermediate(config: Mapping[str, Any], legacy: bool, hidden: int, gated: b
             "keep the one the tensors have"
         )
     return width
+
+
+def _experts(config: Mapping[str, Any], layers: int, activation: Activation) -> Experts | None:
+    """On every n-th layer, the second of each n."""
+    every = None if config.get("moe_every_n_layers") is None else integer(config, "moe_every_n_layers", least=0)
+    count = None if config.get("num_experts") is None else integer(config, "num_experts", least=0)
+    if not count or every == 0:
+        return None
+    if activation in GATED:
+        raise not_implemented("num_experts", count, f"0 where the activation is {activation}")
+    if every is None:
+        raise ConfigError(f"num_experts = {count} without moe_every_n_layers; add it")
+    top = required(config, ("moe_top_k",), integer)
+    if top > count:
+        raise ConfigError(f"moe_top_k = {top} of num_experts = {count}; correct config.json")
+    return Experts(layers=tuple(index for index in range(layers) if index % every == 1), count=count, top=top)
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,176 @@
+"""Jina's ALiBi BERTs against a plain forward pass, written from their published description, text by text."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import _Draw, change_json
+from family_checks import LENGTHS, VOCABULARY, assert_independent, assert_parity, write
+
+import unpadded
+from unpadded.checkpoint import open_checkpoint
+from unpadded.errors import ConfigError
+from unpadded.families import jina_bert, jina_code
+
+JINA_BASE = {  # the published keys of jina-embeddings-v2-base-en
+    "model_type": "bert",
+    "auto_map": {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"},
+    "attention_probs_dropout_prob": 0.0,
+    "emb_pooler": "mean",
+    "feed_forward_type": "geglu",
+    "hidden_act": "gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "position_embedding_type": "alibi",
+    "type_vocab_size": 2,
+    "vocab_size": 30528,
+}
+CODE_MAP = {"AutoModel": "jinaai/jina-bert-v2-qk-post-norm--modeling_bert.JinaBertModel"}
+HIDDEN, HEADS, INTERMEDIATE, LAYERS = 192, 6, 256, 2
+SMALL = JINA_BASE | {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": HEADS,  # no power of two, so that slopes fall in between
+    "num_hidden_layers": LAYERS,
+    "vocab_size": VOCABULARY,
+}
+SLOPES_OF_6 = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+
+
+def tensors_of(code):
+    draw = _Draw(HIDDEN, 0)
+    tensors = {
+        "embeddings.word_embeddings.weight": draw(VOCABULARY, HIDDEN),
+        "embeddings.token_type_embeddings.weight": draw(2, HIDDEN),
+        **draw.norm("embeddings.LayerNorm"),
+        **draw.linear("pooler.dense", HIDDEN, HIDDEN),
+    }
+    for index in range(LAYERS):
+        layer = f"encoder.layer.{index}"
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            tensors |= draw.linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
+        tensors |= draw.norm(f"{layer}.attention.output.LayerNorm")
+        up, down = ("up_gated_layer", "down_layer") if code else ("gated_layers", "wo")
+        tensors |= draw.linear(f"{layer}.mlp.{up}", 2 * INTERMEDIATE, HIDDEN, bias=False)
+        tensors |= draw.linear(f"{layer}.mlp.{down}", HIDDEN, INTERMEDIATE)
+        norms = ("attention.self.layer_norm_q", "attention.self.layer_norm_k", "layer_norm_1", "layer_norm_2")
+        for name in norms if code else ("mlp.layernorm",):
+            tensors |= draw.norm(f"{layer}.{name}")
+    return tensors
+
+
+def plain(tensors, code):
+    """Of one text at a time, in float64."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+
+    def linear(x, name):
+        return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, (HIDDEN,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-12)
+
+    def heads(x):
+        return x.view(len(x), HEADS, HIDDEN // HEADS).transpose(0, 1)
+
+    def attention(x, name):
+        q, k, v = (linear(x, f"{name}.self.{part}") for part in ("query", "key", "value"))
+        if code:
+            q, k = norm(q, f"{name}.self.layer_norm_q"), norm(k, f"{name}.self.layer_norm_k")
+        position = torch.arange(len(x))
+        bias = -torch.tensor(SLOPES_OF_6)[:, None, None] * (position[:, None] - position).abs()
+        scores = heads(q) @ heads(k).transpose(1, 2) / (HIDDEN // HEADS) ** 0.5 + bias
+        mixed = (scores.softmax(-1) @ heads(v)).transpose(0, 1).flatten(1)
+        return norm(linear(mixed, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
+
+    def run(ids):
+        x = tensors["embeddings.word_embeddings.weight"][torch.from_numpy(ids).long()]
+        x = norm(x + tensors["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+        for index in range(LAYERS):
+            name = f"encoder.layer.{index}"
+            attended = attention(x, f"{name}.attention")
+            if code:
+                x = norm(x + attended, f"{name}.layer_norm_1")
+                up, gate = linear(x, f"{name}.mlp.up_gated_layer").chunk(2, dim=-1)
+                x = norm(x + linear(up * F.gelu(gate), f"{name}.mlp.down_layer"), f"{name}.layer_norm_2")
+            else:
+                gate, up = linear(attended, f"{name}.mlp.gated_layers").chunk(2, dim=-1)
+                x = norm(attended + linear(F.gelu(gate) * up, f"{name}.mlp.wo"), f"{name}.mlp.layernorm")
+        return x.numpy()
+
+    return run
+
+
+@pytest.fixture(params=["text", "code"])
+def code(request):
+    return request.param == "code"
+
+
+@pytest.fixture
+def folder(code, tmp_path):
+    return write(tmp_path, SMALL | ({"auto_map": CODE_MAP} if code else {}), tensors_of(code))
+
+
+def test_the_published_configuration():
+    spec = jina_bert.read_config(JINA_BASE)
+    assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (12, 768, 12, 64, 3072)
+    assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.rotary) == (30528, 2, 0, None)
+    assert (spec.activation, spec.qkv_bias, spec.out_bias, spec.up_bias, spec.down_bias) == ("geglu", 1, 1, 0, 1)
+    assert spec.alibi and not spec.qk_norm and not spec.inner_norm
+    code = jina_code.read_config(JINA_BASE | {"auto_map": CODE_MAP})
+    assert code.alibi and code.qk_norm and code.inner_norm and code.family == "jina_code"
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (8, [2**-1, 2**-2, 2**-3, 2**-4, 2**-5, 2**-6, 2**-7, 2**-8]),
+        (6, SLOPES_OF_6),
+        # eight heads, then every other of sixteen
+        (12, [2**-1, 2**-2, 2**-3, 2**-4, 2**-5, 2**-6, 2**-7, 2**-8, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]),
+        (1, [2**-8]),
+    ],
+)
+def test_the_slopes(heads, slopes):
+    spec = jina_bert.read_config(JINA_BASE | {"num_attention_heads": heads, "hidden_size": 64 * heads})
+    assert spec.alibi_slopes == pytest.approx(slopes, rel=1e-12)
+
+
+def test_matches_the_description(folder, code):
+    reference = plain(tensors_of(code), code)
+    assert_parity(unpadded.load(folder, device="cpu"), reference, LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_depends_on_itself_alone(folder, dtype):
+    assert_independent(folder, dtype)
+
+
+@pytest.mark.parametrize("absent", ["auto_map", "model_type", "position_embedding_type"])
+def test_the_tensors_tell_the_variants_apart(folder, code, absent):
+    stated = open_checkpoint(folder).spec
+    change_json(folder / "config.json", **{absent: ...})
+    assert open_checkpoint(folder).spec == stated
+    assert stated.family == ("jina_code" if code else "jina_bert")
+
+
+def test_the_longest_text_is_not_bound_by_a_table(folder):
+    assert open_checkpoint(folder).max_length == 8192
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("feed_forward_type", "reglu"),
+        ("feed_forward_type", "original"),
+        ("position_embedding_type", "absolute"),
+        ("hidden_act", "relu"),
+    ],
+)
+@pytest.mark.parametrize("family", [jina_bert, jina_code])
+def test_what_is_not_implemented_is_refused_by_name(family, key, value):
+    with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
+        family.read_config(JINA_BASE | {key: value})

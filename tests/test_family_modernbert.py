@@ -1,0 +1,200 @@
+"""ModernBERT against transformers: pre-norm, local layers under a rotary embedding of their own."""
+
+import json
+
+import numpy as np
+import pytest
+from checkpoints import add_sentence_transformers_files, change_json, write_json
+from family_checks import VOCABULARY, assert_independent, assert_parity, last_hidden_state, seeded, write
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ModernBertConfig, ModernBertModel
+
+import unpadded
+from unpadded.checkpoint import open_checkpoint
+from unpadded.errors import ConfigError
+from unpadded.families import modernbert
+from unpadded.spec import Local, Rotary
+
+MODERNBERT_EMBED = {  # the published keys of modernbert-embed-base
+    "model_type": "modernbert",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "classifier_pooling": "mean",
+    "decoder_bias": True,
+    "embedding_dropout": 0.0,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "hidden_activation": "gelu",
+    "hidden_size": 768,
+    "intermediate_size": 1152,
+    "layer_norm_eps": 1e-05,
+    "local_attention": 128,
+    "local_rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "norm_bias": False,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 22,
+    "pad_token_id": 50283,
+    "position_embedding_type": "absolute",
+    "vocab_size": 50368,
+}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 5,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+SMALL = MODERNBERT_EMBED | SIZES
+
+
+def model_of(**changes):
+    return seeded(ModernBertModel(ModernBertConfig(**SMALL | changes)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return write(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+
+
+def test_the_published_configuration():
+    spec = modernbert.read_config(MODERNBERT_EMBED)
+    assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (22, 768, 12, 64, 1152)
+    assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.norm_eps) == (50368, 0, 0, 1e-5)
+    assert spec.activation == "geglu" and spec.prenorm and not spec.norm_bias
+    assert not (spec.qkv_bias or spec.out_bias or spec.up_bias or spec.down_bias)
+    assert spec.rotary == Rotary(base=160000.0, trained_length=8192)
+    local = tuple(index for index in range(22) if index not in (0, 3, 6, 9, 12, 15, 18, 21))
+    assert spec.local == Local(layers=local, window=64, rotary=Rotary(base=10000.0, trained_length=8192))
+
+
+def test_matches_transformers(model, folder):
+    assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
+
+
+def test_biases_and_the_configuration_of_transformers_5(tmp_path):
+    """Every bias, another window, the layers by name and the bases by layer type."""
+    model = model_of(
+        attention_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        local_attention=32,
+        layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        global_rope_theta=80000.0,
+        hidden_activation="silu",
+    )
+    config = json.loads(model.config.to_json_string())
+    assert "rope_parameters" in config and "global_rope_theta" not in config
+    config.pop("global_attn_every_n_layers", None)
+    folder = write(tmp_path, config, model.state_dict())
+    assert open_checkpoint(folder).spec.local.layers == (1, 4)
+    assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model), (1, 7, 65, 513))
+
+
+def test_a_scaling_factor_turns_the_global_layers_alone(folder):
+    spec = open_checkpoint(folder, rotary_scaling_factor=2.0).spec
+    assert spec.rotary.scaling_factor == 2.0 and spec.local.rotary.scaling_factor is None
+
+
+@pytest.mark.slow
+def test_real_width_and_length_match_transformers(tmp_path):
+    config = MODERNBERT_EMBED | {"num_hidden_layers": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    model = seeded(ModernBertModel(ModernBertConfig(**config)))
+    engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
+    assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
+
+
+def write_tokenizer(folder, lines):
+    """Byte-level BPE as ModernBERT's tokenizer.json has it, trained on the lines."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "pad_token": "[PAD]",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def test_real_text_gives_what_sentence_transformers_gives(folder, minilm):
+    lines = [line for line in (minilm / "README.md").read_text().splitlines() if line.strip()]
+    write_tokenizer(folder, lines)
+    prompts = {"query": "search_query: ", "document": "search_document: "}
+    add_sentence_transformers_files(folder, max_seq_length=100, prompts=prompts)
+    texts = [*lines, "", "a", "naïve\u3000ﬁne 中文 🙂", " ".join(lines)]
+    theirs, ours = SentenceTransformer(str(folder), device="cpu"), unpadded.load(folder, device="cpu")
+    for task in (None, "query"):
+        expected = theirs.encode(texts, prompt_name=task)
+        np.testing.assert_allclose(ours.encode(texts, task=task), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_depends_on_itself_alone(folder, dtype):
+    assert_independent(folder, dtype)
+
+
+def test_without_a_model_type_the_tensors_decide(folder):
+    stated = open_checkpoint(folder).spec
+    change_json(folder / "config.json", model_type=...)
+    assert open_checkpoint(folder).spec == stated
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("hidden_activation", "relu", "hidden_activation"),
+        ("layer_types", ["chunked_attention"] * 22, "layer_types"),
+        ("layer_types", ["full_attention"] * 3, "layer_types"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling"),
+        (
+            "rope_parameters",
+            {"full_attention": {"rope_type": "yarn", "rope_theta": 160000.0}},
+            "rope_parameters.full_attention.rope_type",
+        ),
+        (
+            "rope_parameters",
+            {"sliding_attention": {"rope_type": "default", "factor": 4.0}},
+            "rope_parameters.sliding_attention.factor",
+        ),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(key, value, named):
+    with pytest.raises(ConfigError, match=f"{named} = .* is not implemented"):
+        modernbert.read_config(MODERNBERT_EMBED | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 22}, "layer_types = .* but global_attn_every_n_layers = 3"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1000.0}}},
+            r"global_rope_theta = 160000.0 but rope_parameters.full_attention.rope_theta = 1000.0",
+        ),
+        ({"norm_eps": 1e-6}, "norm_eps = 1e-06 but layer_norm_eps = 1e-05"),
+    ],
+)
+def test_keys_that_disagree_are_refused_with_both_values(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        modernbert.read_config(MODERNBERT_EMBED | changes)
