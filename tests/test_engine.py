@@ -3,6 +3,7 @@
 import itertools
 import logging
 import pydoc_data.topics
+import threading
 
 import numpy as np
 import pytest
@@ -83,10 +84,31 @@ def test_an_endless_stream_is_not_collected(engine, monkeypatch):
     texts = (f"text number {index}" for index in itertools.count())
     blocks = engine.stream(texts)
     first, second = next(blocks), next(blocks)
-    consumed = int(next(texts).split()[-1])
-    assert consumed == len(first.vectors) + len(second.vectors)
-    expected = engine.encode(f"text number {index}" for index in range(consumed))
+    assert int(next(texts).split()[-1]) == 150, "one window ahead of the two that were taken"
+    expected = engine.encode(f"text number {index}" for index in range(100))
     assert np.array_equal(np.concatenate([first.vectors, second.vectors]), expected)
+
+
+def test_texts_are_taken_in_the_callers_thread(engine, monkeypatch):
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    threads = set()
+
+    def texts():
+        for index in range(5):
+            threads.add(threading.get_ident())
+            yield str(index)
+
+    assert len(engine.encode(texts())) == 5
+    assert threads == {threading.get_ident()}
+
+
+def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch):
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    blocks = engine.stream(["a", "b", "c", None, "e"])
+    assert len(next(blocks).vectors) == 2
+    with pytest.raises(unpadded.InputError, match="text 3 is neither"):
+        next(blocks)
+    assert np.isfinite(engine.encode(["still works"])).all()
 
 
 def test_order_survives_any_budget(minilm):

@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT 
 
 BOTTOM = ("errors", "spec", "batch", "scheduler")
 TOP = ("cli", "bulk", "server", "adapters", "__main__")
-RANKS = dict.fromkeys(BOTTOM, 0) | {"runner": 2, "engine": 3, "loading": 4, "": 4} | dict.fromkeys(TOP, 5)
+RANKS = dict.fromkeys(BOTTOM, 0) | {"runner": 2, "engine": 3, "loading": 4, "": 5} | dict.fromkeys(TOP, 5)
 MIDDLE = 1  # the encoder and what feeds it: families, weights, tokenizer, output ...
 
 MAX_LINES = 350

@@ -49,7 +49,8 @@ def test_a_row_does_not_depend_on_its_batch(pooled: torch.Tensor, dimensions: in
     together = matryoshka(pooled, dimensions=dimensions, layer_norm=layer_norm, normalize=True)
     for size in (1, 2, 7, 64):
         apart = [
-            matryoshka(part, dimensions=dimensions, layer_norm=layer_norm, normalize=True) for part in pooled.split(size)
+            matryoshka(part, dimensions=dimensions, layer_norm=layer_norm, normalize=True)
+            for part in pooled.split(size)
         ]
         assert torch.equal(torch.cat(apart), together)
 

@@ -24,6 +24,8 @@ from unpadded.errors import (
 )
 
 if TYPE_CHECKING:
+    from unpadded.adapters import nomic as embed
+    from unpadded.adapters.accelerate import accelerate, restore
     from unpadded.engine import Embeddings, Engine
     from unpadded.loading import load
 
@@ -43,14 +45,26 @@ __all__ = [
     "UnpaddedError",
     "WeightsError",
     "__version__",
+    "accelerate",
+    "embed",
     "load",
+    "restore",
 ]
 
 # Where each public name lives: imported at first use, so that the command line answers at once.
-_HOMES = {"Embeddings": "unpadded.engine", "Engine": "unpadded.engine", "load": "unpadded.loading"}
+_HOMES = {
+    "Embeddings": "unpadded.engine",
+    "Engine": "unpadded.engine",
+    "accelerate": "unpadded.adapters.accelerate",
+    "load": "unpadded.loading",
+    "restore": "unpadded.adapters.accelerate",
+}
+_MODULES = {"embed": "unpadded.adapters.nomic"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'unpadded' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,8 +1,8 @@
 """The async side: concurrent callers share batches, and none waits for another's whole work.
 
-A `Call` is one caller's tokenised texts. The `Joiner` owns the one thread that runs the model: it forms a batch from all
-calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled leaves the queue;
-a batch that fails is run again call by call, so that only the call at fault fails.
+A `Call` is one caller's tokenised texts. The `Joiner` owns the one thread that runs the model: it forms a batch from
+all calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled leaves the
+queue; a batch that fails is run again call by call, so that only the call at fault fails.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from unpadded.errors import OverloadedError
+from unpadded.errors import OutputError, OverloadedError
 from unpadded.fairness import Backlog, next_batch
 from unpadded.window import Window
 
-Rows: TypeAlias = Sequence[np.ndarray]  # one a sequence
+Rows: TypeAlias = Sequence[np.ndarray] | np.ndarray  # one a sequence
 Parts: TypeAlias = list[tuple["Call", list[int]]]  # a batch: of each call, which of its sequences
 Observe: TypeAlias = Callable[[int, int, float], object]  # of a batch: its texts, tokens, seconds
 
@@ -60,6 +60,7 @@ class Call:
         self._missing = len(sequences)
 
     def add(self, indices: Sequence[int], rows: Rows) -> None:
+        """Take the rows of some sequences; the last ones set the future."""
         for index, row in zip(indices, rows, strict=True):
             self._rows[index] = row
         self._missing -= len(indices)
@@ -67,8 +68,11 @@ class Call:
             self.future.set_result([row for row in self._rows if row is not None])
 
     def fail(self, error: BaseException) -> None:
+        """End with what the model raised."""
+        failed = OutputError(f"the model failed on these texts: {error!r}; send them one by one to find which")
+        failed.__cause__ = error
         if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+            self.future.set_exception(failed)
 
 
 class Joiner:
@@ -98,9 +102,12 @@ class Joiner:
     def submit(self, sequences: Sequence[np.ndarray], work: Work, *, max_queued_tokens: int | None = None) -> Call:
         """Queue sequences; the call's future gives their rows in order, and cancelling it drops what has not run.
 
-        OverloadedError when more than `max_queued_tokens` would wait; a call that finds the queue empty is always taken.
+        OverloadedError when more than `max_queued_tokens` would wait; a call that finds the queue empty is taken.
         """
         call = Call(sequences, work)
+        if not sequences:
+            call.future.set_result([])
+            return call
         with self._lock:
             queued = sum(other.backlog.tokens for other in self._calls)
             if max_queued_tokens is not None and queued and queued + call.backlog.tokens > max_queued_tokens:

@@ -20,6 +20,7 @@ __all__ = ["Checkpoint", "Dense", "open_checkpoint"]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MODEL_FILE = "config_sentence_transformers.json"
+WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 LONGEST = 1_000_000  # tokenizers without a limit state 1e30
 # of sentence-transformers' loading arguments, those that do not change a vector
 HARMLESS_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
@@ -157,7 +158,7 @@ def _family(config: Mapping[str, Any], stored: list[StoredTensor], folder: Path)
 
 def _with_stored_vocabulary(spec: EncoderSpec, stored: list[StoredTensor]) -> EncoderSpec:
     """Rows beyond the stated vocabulary are padding, and the tensor knows how many."""
-    tables = [tensor for tensor in stored if tensor.name.endswith("embeddings.word_embeddings.weight")]
+    tables = [tensor for tensor in stored if tensor.name.endswith(WORD_TABLES)]
     rows = tables[0].shape[0] if len(tables) == 1 and tables[0].shape else spec.vocabulary
     return replace(spec, vocabulary=max(rows, spec.vocabulary))
 
@@ -214,10 +215,10 @@ def _max_length(
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
             raise OptionError(f"max_length = {asked!r} is not a whole number of tokens; give one of at least 1")
-        if spec.position_rows and asked > spec.position_rows:
+        if spec.position_limit and asked > spec.position_limit:
             raise OptionError(
-                f"max_length = {asked} is beyond the {spec.position_rows} learned positions of the model; "
-                f"give at most {spec.position_rows}"
+                f"max_length = {asked} is beyond the {spec.position_limit} learned positions of the model; "
+                f"give at most {spec.position_limit}"
             )
         return asked, ()
     tokenizer_file = _read_if_present(folder / "tokenizer_config.json")
@@ -226,9 +227,9 @@ def _max_length(
     elif tokenizer_file.get("model_max_length") is not None and positive(tokenizer_file, "model_max_length") < LONGEST:
         length = integer(tokenizer_file, "model_max_length")
     else:
-        length = family.MAX_LENGTH or spec.position_rows
+        length = family.MAX_LENGTH or spec.position_limit
         return length, (f"max_length={length}: no file states it",)
-    return min(length, spec.position_rows or length), ()
+    return min(length, spec.position_limit or length), ()
 
 
 def _matryoshka(stated: Mapping[str, Any], family: Family, name: str, root: Path, width: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The command line: `unpadded embed` and `unpadded info`. Nothing heavy is imported before a command runs."""
+"""The command line: `unpadded embed`, `serve` and `info`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unpadded.errors import OutputError, UnpaddedError
+from unpadded.errors import OptionError, OutputError, UnpaddedError
+from unpadded.server.options import DESCRIPTION, EPILOG, add_arguments, read_options
+
+if TYPE_CHECKING:
+    from unpadded import Engine
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -62,20 +67,8 @@ def _embed(args: argparse.Namespace) -> None:
 
     bulk.check_inputs(args.input, args.column, args.output)
     with bulk.open_output(args.output) as writer:
-        import unpadded
-
-        engine = unpadded.load(
-            args.model,
-            device=args.device,
-            dtype=args.dtype,
-            attention=args.attention,
-            rotary_scaling_factor=args.rotary_scaling_factor,
-            max_length=args.max_length,
-            token_budget=args.token_budget,
-            revision=args.revision,
-        )
         totals = bulk.embed_texts(
-            engine,
+            _load(args),
             bulk.read_texts(args.input, args.column or bulk.DEFAULT_COLUMN),
             writer,
             task=args.task,
@@ -93,6 +86,31 @@ def _embed(args: argparse.Namespace) -> None:
         f"({rate:,.0f} tokens/s), {totals.truncated:,} truncated -> {args.output or 'stdout'}",
         file=sys.stderr,
     )
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    import unpadded
+
+    return unpadded.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        rotary_scaling_factor=args.rotary_scaling_factor,
+        max_length=args.max_length,
+        token_budget=args.token_budget,
+        revision=args.revision,
+    )
+
+
+def _serve(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    try:
+        from unpadded.server.lifecycle import serve
+    except ModuleNotFoundError as error:
+        raise OptionError(f"serving needs more packages: {error}; pip install 'unpadded[server]'") from error
+    options = read_options(args)
+    serve(_load(args), options, started)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -139,20 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("-o", "--output", metavar="OUT", help="where the vectors go; its ending says how")
     embed.add_argument("--column", metavar="NAME", help="the text column of .jsonl and .parquet (default: text)")
 
-    model = embed.add_argument_group("the model")
-    model.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
-    model.add_argument("--attention", default="auto", help="the attention backend (default: auto)")
-    model.add_argument(
-        "--rotary-scaling-factor",
-        type=_scaling_factor,
-        default="config",
-        metavar="F",
-        help="config, none, or a number such as 2 (default: config)",
-    )
-    model.add_argument("--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's)")
-    model.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch; it bounds memory")
+    _add_model_arguments(embed)
 
     text = embed.add_argument_group("the texts")
     text.add_argument("-t", "--task", metavar="T", help="search_query, search_document ... or a prompt of the model")
@@ -168,12 +173,41 @@ def _parser() -> argparse.ArgumentParser:
 
     vectors.add_argument("--ranges", metavar="NPY", help="[2, N], lowest and highest of each, for int8 and uint8")
 
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.set_defaults(command=_serve)
+    serve.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
+    add_arguments(serve)
+    _add_model_arguments(serve)
+
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(command=_info)
     info.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
     info.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("the model")
+    model.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: auto)")
+    model.add_argument("--attention", default="auto", help="the attention backend (default: auto)")
+    model.add_argument(
+        "--rotary-scaling-factor",
+        type=_scaling_factor,
+        default="config",
+        metavar="F",
+        help="config, none, or a number such as 2 (default: config)",
+    )
+    model.add_argument("--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's)")
+    model.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch; it bounds memory")
 
 
 def _scaling_factor(value: str) -> str | float | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from unpadded.aio import Joiner, Rows, Work, run_windows
 from unpadded.checkpoint import Checkpoint
-from unpadded.errors import OptionError, OutputError
+from unpadded.errors import DeadlineError, OptionError, OutputError
 from unpadded.options import Options, Plan, check_offered, make_plan
 from unpadded.output import quantize
-from unpadded.runner import Runner
+from unpadded.runner import OnTheWay, Runner
 from unpadded.scheduler import schedule
 from unpadded.tokenizer import Tokenizer
 from unpadded.window import Text, Window, WindowReader
@@ -40,9 +43,22 @@ class Engine:
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, runner: Runner, token_budget: int) -> None:
         self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
         self.token_budget = token_budget
+        self._tokenizer = tokenizer
         self._reader = WindowReader(checkpoint, tokenizer)
         self._runner = runner
+        self._joiner: Joiner | None = None  # set by the first call of aembed
+
+    @property
+    def runner(self) -> Runner:
+        """The device side, for adapters that run the encoder themselves."""
+        return self._runner
+
+    def with_runner(self, runner: Runner, *, max_length: int | None = None) -> Engine:
+        """The same model on another runner, keeping another number of a text's tokens; shares the tokenizer."""
+        checkpoint = replace(self.checkpoint, max_length=max_length or self.checkpoint.max_length)
+        return Engine(checkpoint, self._tokenizer, runner, self.token_budget)
 
     @property
     def dimensions(self) -> int:
@@ -74,15 +90,34 @@ class Engine:
         sentence-transformers does. show_progress: a bar on stderr; None shows one where stderr is a terminal.
         Raises InputError, naming the text by its index, for what cannot be embedded.
         """
-        plan = make_plan(self.checkpoint, self.dimensions, **options)
-        blocks = [_no_texts(plan)]
+        plan = self.plan(**options)
         with _progress_bar(texts, show_progress) as advance:
-            blocks += self._blocks([texts] if isinstance(texts, str) else texts, plan, advance)
-        return Embeddings(
-            quantize(np.concatenate([block.vectors for block in blocks]), plan.precision, plan.ranges),
-            np.concatenate([block.token_counts for block in blocks]),
-            np.concatenate([block.truncated for block in blocks]),
-        )
+            return _collect(self._blocks([texts] if isinstance(texts, str) else texts, plan, advance), plan)
+
+    async def aencode(
+        self, texts: str | Iterable[Text], *, deadline: float | None = None, **options: Unpack[Options]
+    ) -> np.ndarray:
+        """The vectors of `aembed` alone: [n, dimensions], or [dimensions] for one string."""
+        vectors: np.ndarray = (await self.aembed(texts, deadline=deadline, **options)).vectors
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    async def aembed(
+        self, texts: str | Iterable[Text], *, deadline: float | None = None, **options: Unpack[Options]
+    ) -> Embeddings:
+        """As `embed`, with the same bits, in batches shared with every other call that waits.
+
+        A call of one text waits for about one batch, however many texts the others have queued. Cancelling drops what
+        has not run. deadline: seconds after which DeadlineError is raised and the rest is dropped.
+        """
+        plan = self.plan(**options)
+        windows = self.read([texts] if isinstance(texts, str) else texts, plan)
+        self._joiner = self._joiner or Joiner(self.token_budget)
+        try:
+            async with asyncio.timeout(deadline):
+                done = await run_windows(self._joiner, windows, self.work(plan))
+        except TimeoutError as error:
+            raise DeadlineError(f"the deadline passed: {deadline} s; send fewer texts or allow more time") from error
+        return self.collect(done, plan)
 
     def stream(
         self, texts: Iterable[Text], *, show_progress: bool | None = False, **options: Unpack[Options]
@@ -91,7 +126,7 @@ class Engine:
 
         int8 and uint8 need `ranges` here, or a vector would depend on the block it is in.
         """
-        plan = make_plan(self.checkpoint, self.dimensions, **options)
+        plan = self.plan(**options)
         if plan.precision in ("int8", "uint8") and plan.ranges is None:
             raise OptionError(
                 f"precision is {plan.precision!r} without ranges; pass ranges=[2, dimensions], the lowest and the "
@@ -107,7 +142,7 @@ class Engine:
 
     def token_embeddings(self, texts: str | Iterable[Text], **options: Unpack[Options]) -> list[np.ndarray]:
         """The last hidden state of every token, prompt and special tokens included: [tokens, hidden] fp32 a text."""
-        plan = make_plan(self.checkpoint, self.dimensions, **options)
+        plan = self.plan(**options)
         if plan.long_text == "mean":
             raise OptionError("long_text is 'mean', which has no rows of tokens; use long_text='truncate'")
         rows: list[np.ndarray] = []
@@ -123,27 +158,81 @@ class Engine:
         running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self._runner.describe()}
         return self.checkpoint.describe() | running
 
+    def plan(self, **options: Unpack[Options]) -> Plan:
+        """The options checked against the model; OptionError names what it does not offer."""
+        return make_plan(self.checkpoint, self.dimensions, **options)
+
+    def read(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
+        """Tokenise, a window of texts at a time."""
+        return self._reader.windows(texts, plan)
+
+    def work(self, plan: Plan) -> Work:
+        """What a `Joiner` does with the sequences of `read`."""
+        run = partial(
+            self._runner.embed, layer_norm=plan.layer_norm, dimensions=plan.dimensions, normalize=plan.normalize
+        )
+        return Work((plan.layer_norm, plan.dimensions, plan.normalize), run)
+
+    def token_work(self) -> Work:
+        """The same for `token_embeddings`."""
+        return Work("tokens", self._runner.token_rows)
+
+    def collect(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Embeddings:
+        """What a `Joiner` made of the windows of `read`; OutputError names a text whose vector is not finite."""
+        blocks = []
+        for window, rows in done:
+            vectors = np.stack(list(rows))
+            _check_finite(vectors, list(range(len(vectors))), window)
+            blocks.append(_finish(window, vectors, plan))
+        return _collect(blocks, plan)
+
     def _blocks(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
-        """fp32 vectors, a window of texts at a time."""
-        for window in self._reader.windows(texts, plan):
+        """fp32 vectors, a window of texts at a time; the next one is tokenised while this one runs."""
+        for window in self._reader.windows_ahead(texts, plan):
             n_texts, n_sequences = len(window.truncated), len(window.sequences)
             lengths = np.array([len(ids) for ids in window.sequences], np.int64)
             rows = np.empty((n_sequences, plan.dimensions), np.float32)
             done = 0
-            for batch in schedule(lengths.tolist(), self.token_budget):
-                rows[batch] = self._runner.embed(
-                    [window.sequences[i] for i in batch],
-                    layer_norm=plan.layer_norm,
-                    dimensions=plan.dimensions,
-                    normalize=plan.normalize,
-                )
+            for batch, vectors in self._batches(window, lengths.tolist(), plan):
+                rows[batch] = vectors
                 _check_finite(rows, batch, window)
                 before, done = done * n_texts // n_sequences, done + len(batch)
                 advance(done * n_texts // n_sequences - before, int(lengths[batch].sum()))
-            if plan.long_text == "mean":
-                rows = _mean_of_chunks(rows, window.owners, plan.normalize)
-            token_counts = np.bincount(window.owners, weights=lengths).astype(np.int64)
-            yield Embeddings(rows, token_counts, window.truncated)
+            yield _finish(window, rows, plan)
+
+    def _batches(self, window: Window, lengths: list[int], plan: Plan) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Which sequences, and their vectors, batch by batch; one batch runs while the next is packed."""
+        behind: tuple[list[int], OnTheWay] | None = None
+        for batch in schedule(lengths, self.token_budget):
+            launched = self._runner.launch(
+                [window.sequences[i] for i in batch],
+                layer_norm=plan.layer_norm,
+                dimensions=plan.dimensions,
+                normalize=plan.normalize,
+            )
+            if behind is not None:
+                yield behind[0], behind[1].wait()
+            behind = batch, launched
+        if behind is not None:
+            yield behind[0], behind[1].wait()
+
+
+def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
+    """fp32 vectors of a window's texts from those of its sequences."""
+    if plan.long_text == "mean":
+        rows = _mean_of_chunks(rows, window.owners, plan.normalize)
+    token_counts = np.bincount(window.owners, weights=[len(ids) for ids in window.sequences]).astype(np.int64)
+    return Embeddings(rows, token_counts, window.truncated)
+
+
+def _collect(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
+    """Blocks of fp32 vectors as one, in the precision asked for."""
+    blocks = [_no_texts(plan), *blocks]
+    return Embeddings(
+        quantize(np.concatenate([block.vectors for block in blocks]), plan.precision, plan.ranges),
+        np.concatenate([block.token_counts for block in blocks]),
+        np.concatenate([block.truncated for block in blocks]),
+    )
 
 
 def _check_finite(rows: np.ndarray, batch: list[int], window: Window) -> None:

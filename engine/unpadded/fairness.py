@@ -1,7 +1,8 @@
 """Whose texts run next when several callers wait. Integers only.
 
 A batch goes to the callers in rounds: each takes a quantum of tokens a round, so a caller of one query is in the next
-batch however many texts the others have queued. Within a caller the longest text that fits goes first, as in `schedule`.
+batch however many texts the others have queued. Within a caller the longest text that fits goes first, as `schedule`
+has it.
 """
 
 from bisect import bisect_right

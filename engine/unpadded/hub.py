@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from unpadded.errors import CheckpointError
 
@@ -21,15 +21,18 @@ FILES = (
 ALLOWED = (*FILES, *(f"[0-9]_*/{name}" for name in FILES), "modules.json", "config_sentence_transformers.json")
 
 
-def fetch(model: str, revision: str | None) -> Path:
-    """The folder of a snapshot, downloaded where the cache lacks it; HF_HUB_OFFLINE and tokens are the library's."""
+def fetch(model: str, revision: str | None, **where: Any) -> Path:
+    """The folder of a snapshot, downloaded where the cache lacks it; HF_HUB_OFFLINE and tokens are the library's.
+
+    where: its cache_dir, token and local_files_only.
+    """
     import huggingface_hub  # takes a second to import, and a folder does not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     # httpx's, for connections and proxies; the package it comes from depends on the version of the hub's library
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED)))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED), **where))
     except (transport_error, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {model!r} (revision {revision!r}) is not a folder here and cannot be fetched from the hub: "

@@ -7,14 +7,15 @@ from typing import Literal, cast
 
 import torch
 
-from unpadded.backends import attention_backend
+from unpadded.backends import Attention, attention_backend
 from unpadded.checkpoint import open_checkpoint
 from unpadded.encoder import Encoder
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.runner import Runner
+from unpadded.spec import EncoderSpec
 from unpadded.tokenizer import Tokenizer
-from unpadded.weights import load_dense, load_weights
+from unpadded.weights import EncoderWeights, load_dense, load_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Rows of a layer's out-projection and MLP that go together on a CPU, so that their activations stay in its caches (EPYC
@@ -33,6 +34,7 @@ def load(
     rotary_scaling_factor: float | Literal["config"] | None = "config",
     max_length: int | None = None,
     token_budget: int | None = None,
+    batch_invariant: bool = False,
     revision: str | None = None,
 ) -> Engine:
     """Load a checkpoint: its configuration, safetensors and tokenizer; never a pickle, never its code.
@@ -43,6 +45,8 @@ def load(
     rotary_scaling_factor: "config" (what the checkpoint says), None, or the factor of dynamic-NTK scaling for texts
     longer than the model was trained on; every text is scaled by its own length.
     max_length: tokens kept of a text; None takes the checkpoint's. token_budget: tokens of a batch; it bounds memory.
+    batch_invariant: the same bits for a text alone and in any batch on CUDA too, through our own matrix products; a CPU
+    gives them anyway.
     Raises CheckpointError (or its ConfigError, WeightsError) and OptionError.
     """
     device = _device(device)
@@ -53,15 +57,19 @@ def load(
     checkpoint = open_checkpoint(
         model, revision=revision, max_length=max_length, rotary_scaling_factor=rotary_scaling_factor
     )
-    encoder = Encoder(
-        checkpoint.spec,
-        load_weights(checkpoint, device=device, dtype=dtype),
-        attention=backend,
-        row_block=CPU_ROW_BLOCK if device.type == "cpu" else None,
-    )
+    weights = load_weights(checkpoint, device=device, dtype=dtype)
+    encoder = make_encoder(checkpoint.spec, weights, backend, batch_invariant=batch_invariant)
     runner = Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
     tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case)
     return Engine(checkpoint, tokenizer, runner, token_budget or TOKEN_BUDGET.get(device.type, 8192))
+
+
+def make_encoder(
+    spec: EncoderSpec, weights: EncoderWeights, attention: Attention, *, batch_invariant: bool = False
+) -> Encoder:
+    """An encoder that runs where its weights are."""
+    row_block = CPU_ROW_BLOCK if weights.word.device.type == "cpu" else None
+    return Encoder(spec, weights, attention=attention, row_block=row_block, batch_invariant=batch_invariant)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,11 +54,17 @@ class Runner:
         with self._on_device():
             return self.encoder(self._to_device(batch), states)
 
-    @torch.inference_mode()
     def embed(
         self, sequences: Sequence[np.ndarray], *, layer_norm: bool, dimensions: int, normalize: bool
     ) -> np.ndarray:
         """Id sequences, each [tokens] int32 -> [batch, dimensions] fp32 on the host, shaped as `matryoshka` says."""
+        return self.launch(sequences, layer_norm=layer_norm, dimensions=dimensions, normalize=normalize).wait()
+
+    @torch.inference_mode()
+    def launch(
+        self, sequences: Sequence[np.ndarray], *, layer_norm: bool, dimensions: int, normalize: bool
+    ) -> OnTheWay:
+        """`embed` that on CUDA does not wait: the host packs the next batch while the device runs this one."""
         batch = pack(sequences, self.encoder.spec)
         bucket = bucket_of(batch) if self._captures else None
         with self._one_at_a_time, self._on_device():
@@ -65,9 +72,9 @@ class Runner:
 
     def _embed(
         self, batch: PackedBatch, bucket: int | None, texts: int, layer_norm: bool, dimensions: int, normalize: bool
-    ) -> np.ndarray:
+    ) -> OnTheWay:
         if bucket is None:
-            return _to_host(self._pooled(self._to_device(batch), layer_norm, dimensions, normalize))
+            return OnTheWay(self._pooled(self._to_device(batch), layer_norm, dimensions, normalize))
         batch = self._with_tile_map(batch)
         tiles = bucket // self._block_m() + TEXTS
         batch = fill(batch, bucket, TEXTS, tiles)
@@ -77,14 +84,14 @@ class Runner:
             words = staged.to(self.device)
             captured = _views(words, batch)
             self._graphs[key] = Graph(words, lambda: self._pooled(captured, layer_norm, dimensions, normalize))
-        return _to_host(self._graphs[key].replay(staged)[:texts])
+        return OnTheWay(self._graphs[key].replay(staged)[:texts])
 
     @torch.inference_mode()
     def token_rows(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Id sequences, each [tokens] int32 -> the last hidden states of each, [tokens, hidden] fp32 on the host."""
         with self._on_device():
             batch = self._to_device(pack(sequences, self.encoder.spec))
-            hidden = _to_host(self.encoder(batch).float())
+            hidden = OnTheWay(self.encoder(batch).float()).wait()
         return np.split(hidden, np.cumsum(batch.lengths)[:-1])
 
     def _pooled(self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool) -> Tensor:
@@ -126,7 +133,8 @@ def _stage(batch: PackedBatch) -> Tensor:
 
 def _views(words: Tensor, like: PackedBatch) -> PackedBatch:
     """The batch whose tensors lie in `words` as `_stage` laid those of `like`."""
-    found, start = {}, 0
+    found: dict[str, Any] = {}
+    start = 0
     for name in FIELDS:
         tensor = getattr(like, name)
         if tensor is not None:
@@ -136,5 +144,18 @@ def _views(words: Tensor, like: PackedBatch) -> PackedBatch:
     return replace(like, **found)
 
 
-def _to_host(rows: Tensor) -> np.ndarray:
-    return rows.cpu().numpy()
+class OnTheWay:
+    """Rows that the device was told to compute and copy to the host."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows, self._copied = rows, None
+        if rows.is_cuda:
+            self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            self._rows.copy_(rows, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> np.ndarray:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._rows.numpy()

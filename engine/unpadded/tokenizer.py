@@ -75,6 +75,16 @@ class Tokenizer:
         """Token ids this tokenizer can give, added tokens included; 0 without tokenizer files."""
         return self._backend.get_vocab_size(with_added_tokens=True) if self._backend else 0
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's object; CheckpointError for a folder without tokenizer files."""
+        if self._backend is None:
+            raise CheckpointError(
+                f"the model has no tokenizer: neither tokenizer.json nor vocab.txt in {self.folder}; "
+                "add one of them or pass token ids"
+            )
+        return self._backend
+
     def encode(
         self,
         texts: Sequence[str],
@@ -252,12 +262,7 @@ class Tokenizer:
 
     def _encodings(self, texts: Iterable[str], *, words: bool = False) -> Iterator[Encoding]:
         """Tokenise without special tokens, a block at a time on all cores; `words` asks for words and offsets."""
-        if self._backend is None:
-            raise CheckpointError(
-                f"the model has no tokenizer: neither tokenizer.json nor vocab.txt in {self.folder}; "
-                "add one of them or pass token ids"
-            )
-        encode = self._backend.encode_batch if words else self._backend.encode_batch_fast
+        encode = self.backend.encode_batch if words else self.backend.encode_batch_fast
         for block in _blocks(texts):
             yield from encode(block, add_special_tokens=False)
 

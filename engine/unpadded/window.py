@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,19 +49,19 @@ class WindowReader:
 
     def windows(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
         """Take texts as they come, a window at a time. InputError names a text by its index."""
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-            raise InputError(f"texts are not a collection: {type(texts).__name__}; pass a list of strings")
-        window: list[Text] = []
-        first_index = length = 0
-        for text in texts:
-            window.append(text)
-            length += len(text) if hasattr(text, "__len__") else 1
-            if len(window) == WINDOW_TEXTS or length >= WINDOW_LENGTH:
-                yield self._tokenise(window, first_index, plan)
-                first_index += len(window)
-                window, length = [], 0
-        if window:
-            yield self._tokenise(window, first_index, plan)
+        return (self._tokenise(window, first_index, plan) for first_index, window in _gathered(texts))
+
+    def windows_ahead(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
+        """The same, each tokenised in a thread while the one before is used. `texts` is iterated in the caller's."""
+        with ThreadPoolExecutor(1, "unpadded-tokenise") as thread:
+            behind: Future[Window] | None = None
+            for first_index, window in _gathered(texts):
+                coming = thread.submit(self._tokenise, window, first_index, plan)
+                if behind is not None:
+                    yield behind.result()
+                behind = coming
+            if behind is not None:
+                yield behind.result()
 
     def _tokenise(self, texts: list[Text], first_index: int, plan: Plan) -> Window:
         sequences: list[np.ndarray] = []
@@ -149,3 +150,20 @@ class WindowReader:
             self._checkpoint.name,
             rotary.trained_length,
         )
+
+
+def _gathered(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
+    """The index of the first text of each window, and its texts."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise InputError(f"texts are not a collection: {type(texts).__name__}; pass a list of strings")
+    window: list[Text] = []
+    first_index = length = 0
+    for text in texts:
+        window.append(text)
+        length += len(text) if hasattr(text, "__len__") else 1
+        if len(window) == WINDOW_TEXTS or length >= WINDOW_LENGTH:
+            yield first_index, window
+            first_index += len(window)
+            window, length = [], 0
+    if window:
+        yield first_index, window

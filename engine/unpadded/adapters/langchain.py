@@ -1,0 +1,38 @@
+"""An engine as LangChain's Embeddings."""
+
+from __future__ import annotations
+
+from langchain_core.embeddings import Embeddings
+
+from unpadded.engine import Engine
+from unpadded.options import Options
+
+
+class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # Any where the package is absent
+    """`unpadded.load(...)` for LangChain's stores and retrievers.
+
+    query, document: options of `Engine.encode` for each kind of text. Without them the checkpoint's own prompts, under
+    the names that nomic (search_query, search_document) and sentence-transformers (query, document) give them.
+    """
+
+    def __init__(self, engine: Engine, *, query: Options | None = None, document: Options | None = None) -> None:
+        self.engine = engine
+        self.query = _options(engine, ("search_query", "query")) if query is None else query
+        self.document = _options(engine, ("search_document", "document")) if document is None else document
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return list(self.engine.encode(texts, output="list", show_progress=False, **self.document))
+
+    def embed_query(self, text: str) -> list[float]:
+        return list(self.engine.encode(text, output="list", show_progress=False, **self.query))
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        return list((await self.engine.aencode(texts, **self.document)).tolist())
+
+    async def aembed_query(self, text: str) -> list[float]:
+        return list((await self.engine.aencode(text, **self.query)).tolist())
+
+
+def _options(engine: Engine, names: tuple[str, ...]) -> Options:
+    name = next((name for name in names if name in engine.checkpoint.prompts), None)
+    return Options() if name is None else Options(task=name)
