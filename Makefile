@@ -3,6 +3,7 @@ VENV ?= .venv
 TORCH ?= -r .ci/requirements.txt
 
 BIN := $(VENV)/bin
+BENCHES := ceilings loading memory throughput drop_in server
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench format clean
@@ -22,8 +23,11 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "bench: every measurement in bench/, one after the other"
-	@set -e; for script in $(filter-out bench/demo.py,$(wildcard bench/*.py)); do PYTHONPATH=tests $(BIN)/python $$script; done
+	@echo "bench: every measurement, one after the other, and the README's tables from them (half an hour; leave the machine alone)"
+	@set -e; for name in $(BENCHES); do \
+		echo "bench: $$name"; PYTHONPATH=tests $(BIN)/python bench/$$name.py --out bench/results/$$name.json; done
+	@PYTHONPATH=tests $(BIN)/python -m pytest -q bench/kernels.py
+	@$(BIN)/python bench/report.py bench/results --readme README.md
 
 format: $(READY)
 	@echo "format: ruff fixes and formats every file"

@@ -3,8 +3,7 @@
     python bench/report.py bench/results --readme README.md    # rewrite the README's tables
     python bench/report.py DIR --write summary.md              # a run's own summary
 
-DIR holds the JSON that the benches write: throughput, loading, memory, ceilings, kernels (pytest-benchmark's), model;
-those that are absent are left out.
+DIR holds the JSON that the benches write, each under its own name; those that are absent are left out.
 """
 
 from __future__ import annotations
@@ -80,6 +79,21 @@ def throughput(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def drop_in(result: dict[str, Any]) -> str:
+    rows = ((row["drop_in"], f"**{row['ratio']:.2f} x**", f"{row['least_cosine']:.7f}") for row in result["rows"])
+    return table(("one line changed", "speed", "least cosine to the original"), rows)
+
+
+def server(result: dict[str, Any]) -> str:
+    steady, overload = result["steady"], result["overload"]
+    names = ("clients", "p50, ms", "p99, ms", "tokens/s", "share of engine.encode", "wrong answers")
+    rows = [
+        ("steady", *(str(steady[name]) for name in names)),
+        ("overload", *(str(overload.get(name, "")) for name in names)),
+    ]
+    return table(("server load", *names), rows)
+
+
 def loading(result: dict[str, Any]) -> str:
     rows = (
         (
@@ -135,6 +149,8 @@ def model(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput": throughput,
+    "drop_in": drop_in,
+    "server": server,
     "loading": loading,
     "memory": memory,
     "ceilings": ceilings,
