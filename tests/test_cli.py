@@ -175,6 +175,7 @@ def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: P
         "ranges": None,
         "truncation": "left",
         "long_text": "mean",
+        "show_progress": None,
     }
 
 
@@ -194,7 +195,8 @@ def test_inputs_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
             yield b"line %d\n" % taken
 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless()))
-    assert list(islice(bulk.read_texts(["-"]), 5)) == [f"line {i}" for i in range(1, 6)]
+    found = islice(bulk.read_rows(["-"]), 5)
+    assert [row.text for row in found if isinstance(row, bulk.Row)] == [f"line {i}" for i in range(1, 6)]
     assert taken == 5
 
 

@@ -30,6 +30,7 @@ _EMBED_EPILOG = """\
 examples:
   unpadded embed notes.txt -m nomic-ai/nomic-embed-text-v1.5 -t search_document -o notes.npy
   unpadded embed a.jsonl b.jsonl --column body -m ./model --dimensions 256 -o vectors.parquet
+  unpadded embed corpus/ -m ./model --id-column doc --carry title,year --on-error skip -o vectors/ --resume
   echo "What is a vector?" | unpadded embed - -m ./model -t search_query
 """
 
@@ -65,25 +66,36 @@ def _abandon_stdout() -> None:
 def _embed(args: argparse.Namespace) -> None:
     from unpadded import bulk
 
-    bulk.check_inputs(args.input, args.column, args.output)
-    with bulk.open_output(args.output) as writer:
-        totals = bulk.embed_texts(
-            _load(args),
-            bulk.read_texts(args.input, args.column or bulk.DEFAULT_COLUMN),
-            writer,
-            task=args.task,
-            prompt=args.prompt,
-            dimensions=args.dimensions,
-            normalize=args.normalize,
-            precision=args.precision,
-            ranges=bulk.read_ranges(args.ranges) if args.ranges else None,
-            truncation=args.truncation,
-            long_text=args.long_text,
-        )
-    rate = totals.tokens / totals.seconds
+    job = bulk.make_job(
+        args.input,
+        output=args.output,
+        column=args.column,
+        id_column=args.id_column,
+        carry=args.carry,
+        on_error=args.on_error,
+        part_rows=args.part_rows,
+        resume=args.resume,
+    )
+    totals = bulk.run_job(
+        job,
+        lambda: _load(args),
+        task=args.task,
+        prompt=args.prompt,
+        dimensions=args.dimensions,
+        normalize=args.normalize,
+        precision=args.precision,
+        ranges=bulk.read_ranges(args.ranges) if args.ranges else None,
+        truncation=args.truncation,
+        long_text=args.long_text,
+    )
+    rate = totals.tokens / totals.seconds if totals.seconds else 0
+    resumed = f" after {totals.resumed:,} done before" if args.resume else ""
+    memory = bulk.peak_memory()
     print(
-        f"unpadded: {totals.texts:,} texts, {totals.tokens:,} tokens in {totals.seconds:.2f} s "
-        f"({rate:,.0f} tokens/s), {totals.truncated:,} truncated -> {args.output or 'stdout'}",
+        f"unpadded: {totals.texts:,} texts{resumed}, {totals.tokens:,} tokens in {totals.seconds:.2f} s "
+        f"({rate:,.0f} tokens/s), {totals.truncated:,} truncated -> {args.output or 'stdout'}\n"
+        f"unpadded: {totals.skipped:,} skipped, {totals.padding_avoided:.1%} padding avoided"
+        + ("" if memory is None else f", peak memory {memory / 2**20:,.0f} MiB"),
         file=sys.stderr,
     )
 
@@ -146,8 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser(
         "embed",
         help="embed the texts of files",
-        description="Embed texts. INPUT is a text file (a text per line), .jsonl, .parquet, or - for lines on stdin; "
-        "several follow one another. OUT is .npy, .jsonl or .parquet; without it JSON lines go to stdout.",
+        description="Embed texts. INPUT is a text file (a text per line), .jsonl, .csv, .parquet, all but the "
+        "last also .gz, a folder or pattern of them, or - for lines on stdin; several follow one another. OUT is .npy, "
+        ".jsonl, .parquet, or a folder (vectors/) of Parquet parts; without it JSON lines go to stdout.",
         epilog=_EMBED_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -155,7 +168,20 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("input", nargs="+", metavar="INPUT")
     embed.add_argument("-m", "--model", required=True, help="a folder or a Hugging Face id")
     embed.add_argument("-o", "--output", metavar="OUT", help="where the vectors go; its ending says how")
-    embed.add_argument("--column", metavar="NAME", help="the text column of .jsonl and .parquet (default: text)")
+    embed.add_argument("--column", metavar="NAME", help="the text column of .jsonl, .csv and .parquet (default: text)")
+
+    bulk = embed.add_argument_group("the rows")
+    bulk.add_argument("--id-column", metavar="NAME", help="the ids of a Parquet output (default: the row's number)")
+    bulk.add_argument(
+        "--carry",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="columns carried into a Parquet output: typed from .parquet, else as strings",
+    )
+    bulk.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="of a broken row (default: raise)")
+    bulk.add_argument("--part-rows", type=int, metavar="N", help="rows of a part of a folder (default: 65536)")
+    bulk.add_argument("--resume", action="store_true", help="go on with a folder where a run was interrupted")
 
     _add_model_arguments(embed)
 

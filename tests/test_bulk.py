@@ -1,0 +1,498 @@
+"""Bulk jobs over real files with a real model: what is read, what is written, and what a kill leaves."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+import unpadded
+from unpadded.bulk import Broken, Row, read_rows
+from unpadded.bulk.dataset import open_dataset
+from unpadded.bulk.sources import Place, expand_inputs
+from unpadded.bulk.writers import Columns
+from unpadded.cli import main
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+WORDS = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
+TEXTS = [" ".join(WORDS[start : start + 3 + start % 7]) for start in range(0, 1500, 4)]  # 375 of real English
+
+
+@pytest.fixture(scope="module")
+def loaded(minilm: Path) -> unpadded.Engine:
+    return unpadded.load(minilm, device="cpu")
+
+
+@pytest.fixture
+def engine(loaded: unpadded.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> unpadded.Engine:
+    monkeypatch.setattr(unpadded, "load", lambda model, **options: loaded, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return loaded
+
+
+def embed(*arguments: str | Path) -> int:
+    return main(["embed", "-m", "loaded", *map(str, arguments)])
+
+
+def write_jsonl(path: Path, texts: list[str], bad: dict[int, bytes] | None = None) -> Path:
+    lines = [json.dumps({"text": text, "doc": f"d{i}", "n": i}).encode() for i, text in enumerate(texts)]
+    for index, line in (bad or {}).items():
+        lines[index] = line
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    vectors = table["embedding"].combine_chunks()
+    return vectors.flatten().to_numpy().reshape(len(table), -1)
+
+
+def write_every_kind(folder: Path) -> list[str]:
+    """The same nine texts, as columns where there are any, in every kind of file."""
+    texts = ["plain", "zwölf Boxkämpfer", 'with "quotes", commas', "日本語", *TEXTS[:5]]
+    names = [f"d{i}" for i in range(len(texts))]
+    lines = "".join(json.dumps({"doc": name, "text": text}) + "\n" for name, text in zip(names, texts, strict=True))
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pd.DataFrame({"doc": names, "text": texts}).to_csv(folder / "c.csv", index=False)
+    (folder / "d.csv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + (folder / "c.csv").read_bytes()))
+    pq.write_table(pa.table({"doc": names, "text": texts}), folder / "e.parquet", row_group_size=2)
+    (folder / "f.txt").write_text("\n".join(texts))
+    (folder / "g.txt.gz").write_bytes(gzip.compress("\r\n".join(texts).encode()))
+    return texts
+
+
+def test_a_folder_of_every_kind_of_file_reads_the_same_texts(tmp_path: Path) -> None:
+    texts = write_every_kind(tmp_path)
+    for hidden in ("_manifest.json", ".hidden.txt", "notes.md", "picture.png"):
+        (tmp_path / hidden).write_bytes(b"\xff not a text")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper/z.txt").write_text("last")
+    files = expand_inputs([str(tmp_path)])
+    assert [Path(name).name for name in files] == sorted(
+        ["a.jsonl", "b.jsonl.gz", "c.csv", "d.csv.gz", "z.txt", "e.parquet", "f.txt", "g.txt.gz"],
+        key=lambda name: "deeper/z.txt" if name == "z.txt" else name,
+    )
+    found = [row for row in read_rows(files) if isinstance(row, Row)]
+    assert [row.number for row in found] == list(range(7 * len(texts) + 1))
+    assert sorted(row.text for row in found) == sorted([*texts * 7, "last"])
+    assert expand_inputs([str(tmp_path / "*.csv*")]) == [str(tmp_path / "c.csv"), str(tmp_path / "d.csv.gz")]
+
+
+def test_reading_goes_on_from_any_row(tmp_path: Path) -> None:
+    write_every_kind(tmp_path)
+    files = expand_inputs([str(tmp_path / "*.*v*"), str(tmp_path / "*.jsonl*"), str(tmp_path / "e.parquet")])
+    rows = [row for row in read_rows(files, beside=["doc"]) if isinstance(row, Row)]
+    assert len(rows) == 5 * 9 and [row.beside for row in rows[:9]] == [[f"d{i}"] for i in range(9)]
+    for behind, row in enumerate(rows):
+        assert (
+            list(read_rows(files, beside=["doc"], start=Place(row.number + 1, row.source, row.row)))
+            == rows[behind + 1 :]
+        )
+
+
+def test_a_csv_field_may_be_long_and_hold_lines(tmp_path: Path) -> None:
+    long = "word " * 50_000
+    (tmp_path / "in.csv").write_text(f'n,body\r\n1,"two\nlines"\r\n\r\n2,"{long}"\r\n3,a,b\r\n4,last\r\n', newline="")
+    first, second, broken, last = read_rows([str(tmp_path / "in.csv")], "body")
+    assert isinstance(first, Row) and first.text == "two\nlines"
+    assert isinstance(second, Row) and second.text == long
+    assert isinstance(broken, Broken) and broken.row == 6 and "3 fields under 2 columns" in broken.error
+    assert isinstance(last, Row) and last.text == "last" and last.number == 3
+
+
+BAD_ROWS = {
+    "json.jsonl": (b'"fine"\n{"text": \n"fine"\n', 2, "not JSON"),
+    "field.jsonl": (b'"fine"\n{"body": "b"}\n"fine"\n', 2, "no field 'text'"),
+    "number.jsonl": (b'"fine"\n{"text": 12}\n"fine"\n', 2, "not a text"),
+    "deep.jsonl": (b'"fine"\n' + b"[" * 100_000 + b'\n"fine"\n', 2, "not JSON"),
+    "surrogate.jsonl": (b'"fine"\n"a \\ud800 alone"\n"fine"\n', 2, "not UTF-8"),
+    "latin.txt": (b"fine\nZ\xfcrich\nfine\n", 2, "not UTF-8"),
+    "latin.csv": (b"text\nfine\nZ\xfcrich\nfine\n", 3, "not UTF-8"),
+    "short.csv": (b"n,text\n1,fine\n2\n3,fine\n", 3, "1 fields under 2 columns"),
+    "null.parquet": (pa.array(["fine", None, "fine"]), 1, "is null"),
+    "latin.parquet": (
+        pa.Array.from_buffers(
+            pa.string(),
+            3,
+            [None, pa.py_buffer(np.array([0, 4, 10, 14], np.int32)), pa.py_buffer(b"fineZ\xfcrichfine")],
+        ),
+        1,
+        "not UTF-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_broken_row_is_named_or_skipped(
+    engine: unpadded.Engine, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, row, reason = BAD_ROWS[name]
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    else:
+        pq.write_table(pa.table({"text": content}), name)
+    assert embed(name, "-o", "out.npy") == 2
+    where = f"{name!r} {'row' if name.endswith('.parquet') else 'line'} {row}"
+    stderr = capsys.readouterr().err
+    assert reason in stderr and where in stderr and stderr.count("\n") == 1
+
+    assert embed(name, "-o", "out.npy", "--on-error", "skip") == 0
+    assert "1 skipped" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load("out.npy"), engine.encode(["fine", "fine"]))
+    (rejected,) = map(json.loads, Path("out.npy.rejects.jsonl").read_text().splitlines())
+    assert rejected.keys() == {"file", "row", "error"} and (rejected["file"], rejected["row"]) == (name, row)
+    assert reason in rejected["error"]
+
+    assert embed(name, "-o", "parts/", "--on-error", "skip") == 0
+    assert json.loads(Path("parts/_rejects.jsonl").read_text()) == rejected
+    assert pq.read_table("parts")["id"].to_pylist() == [0, 2]
+
+
+def test_a_cut_gzip_is_an_error_even_when_rows_are_skipped(
+    engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("in.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode())[:-20])
+    assert embed("in.txt.gz", "-o", "out.npy", "--on-error", "skip") == 2
+    assert "the input cannot be read: 'in.txt.gz'" in capsys.readouterr().err
+    assert os.listdir() == ["in.txt.gz"]
+
+
+def test_a_dataset_holds_what_the_engine_gives(engine: unpadded.Engine, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    flags = ["--part-rows", "150", "--id-column", "doc", "--carry", "n", "--dimensions", "96"]
+    assert embed(source, "-o", "parts/", *flags) == 0
+    expected = engine.embed(TEXTS, dimensions=96)
+    names = ["part-000000.parquet", "part-000001.parquet", "part-000002.parquet"]
+    assert sorted(os.listdir("parts")) == ["_manifest.json", *names]
+    assert [pq.ParquetFile(f"parts/{name}").metadata.num_rows for name in names] == [150, 150, 75]
+    assert pq.ParquetFile(f"parts/{names[0]}").metadata.row_group(0).column(1).compression == "ZSTD"
+
+    table = pyarrow.dataset.dataset("parts").to_table()
+    assert table.schema.names == ["id", "embedding", "tokens", "truncated", "n"]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 96)
+    np.testing.assert_array_equal(vectors_of(table), expected.vectors)
+    assert table["tokens"].to_pylist() == expected.token_counts.tolist()
+    assert table["truncated"].to_pylist() == expected.truncated.tolist()
+    assert table["id"].to_pylist() == [f"d{i}" for i in range(len(TEXTS))]
+    assert table["n"].to_pylist() == [str(i) for i in range(len(TEXTS))]
+
+    frame = pd.read_parquet("parts")
+    np.testing.assert_array_equal(np.stack(frame["embedding"]), expected.vectors)
+    manifest = json.loads(Path("parts/_manifest.json").read_text())
+    assert manifest["finished"] and [part["rows"] for part in manifest["parts"]] == [150, 150, 75]
+    assert sum(part["tokens"] for part in manifest["parts"]) == expected.token_counts.sum()
+
+
+def test_a_dataset_opens_in_polars_and_duckdb(engine: unpadded.Engine, tmp_path: Path) -> None:
+    polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
+    assert embed(write_jsonl(tmp_path / "in.jsonl", TEXTS[:20]), "-o", "parts/", "--part-rows", "8") == 0
+    expected = engine.encode(TEXTS[:20])
+    np.testing.assert_array_equal(polars.read_parquet("parts/*.parquet")["embedding"].to_numpy(), expected)
+    rows = duckdb.sql("select embedding from 'parts/*.parquet' order by id").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in rows], np.float32), expected)
+
+
+def test_columns_of_parquet_keep_their_types(engine: unpadded.Engine) -> None:
+    days = pa.array([0, 19_000, None], pa.date32())
+    source = pa.table(
+        {"text": TEXTS[:3], "key": pa.array([7, 8, 9], pa.int16()), "day": days, "tags": [["a"], [], None]}
+    )
+    pq.write_table(source, "in.parquet")
+    for out in ("parts/", "one.parquet"):
+        assert embed("in.parquet", "-o", out, "--id-column", "key", "--carry", "day,tags") == 0
+        table = pq.read_table(out)
+        assert table["id"].combine_chunks().equals(source["key"].combine_chunks())
+        assert table["day"].combine_chunks().equals(days)
+        assert table["tags"].combine_chunks().equals(source["tags"].combine_chunks())
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
+def test_vectors_keep_their_precision(engine: unpadded.Engine, tmp_path: Path, precision: Any) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:9])
+    ranges = np.stack([np.full(384, -0.2, np.float32), np.full(384, 0.2, np.float32)])
+    np.save("ranges.npy", ranges)
+    if precision in ("int8", "uint8"):
+        assert embed(source, "-o", "parts/", "--precision", precision) == 2
+        assert not Path("parts").exists()
+    assert embed(source, "-o", "parts/", "--precision", precision, "--ranges", "ranges.npy") == 0
+    expected = engine.encode(TEXTS[:9], precision=precision, ranges=ranges)
+    vectors = vectors_of(pq.read_table("parts"))
+    assert vectors.dtype == expected.dtype
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_no_texts_make_a_dataset_that_opens(engine: unpadded.Engine) -> None:
+    Path("in.txt").touch()
+    assert embed("in.txt", "-o", "parts/") == 0
+    table = pq.read_table("parts")
+    assert len(table) == 0 and table.schema.field("embedding").type == pa.list_(pa.float32(), 384)
+
+
+def test_the_summary_counts_padding(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("in.txt").write_text("\n".join(TEXTS))
+    assert embed("in.txt", "-o", "parts/") == 0
+    counts = engine.embed(TEXTS).token_counts
+    padded = sum(len(batch) * max(batch) for batch in (counts[i : i + 32] for i in range(0, len(counts), 32)))
+    stderr = capsys.readouterr().err
+    assert f"{len(TEXTS)} texts, {counts.sum():,} tokens in" in stderr and "0 truncated -> parts/" in stderr
+    assert f"0 skipped, {1 - counts.sum() / padded:.1%} padding avoided" in stderr
+    memory = re.search(r"peak memory ([\d,]+) MiB", stderr)
+    assert memory is not None and 50 < int(memory[1].replace(",", "")) < 20_000
+
+
+class Killed(BaseException):
+    """Stands for a kill between two steps."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Let the sync or rename of this number, and each after it, not happen; returns the steps there were."""
+    steps = [0]
+
+    def counted(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            steps[0] += 1
+            if steps[0] >= step:
+                raise Killed
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    return steps
+
+
+def test_resuming_after_a_stop_at_every_step_gives_the_same_bytes(engine: unpadded.Engine, tmp_path: Path) -> None:
+    bad = {2: b"{", 3: b"{", 8: b'{"n": 1}', 11: b"12"}  # 8 rows remain: parts of 3, 3 and 2
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:12], bad)
+    flags = ["--part-rows", "3", "--on-error", "skip", "--carry", "n"]
+    with pytest.MonkeyPatch.context() as counting:
+        steps = stop_at(counting, 10**6)
+        assert embed(source, "-o", "whole/", *flags) == 0
+    whole = contents(Path("whole"))
+    assert len(whole) == 5 and whole["_rejects.jsonl"].count(b"\n") == 4
+    for step in range(1, steps[0] + 1):
+        out = f"stopped{step}/"
+        with pytest.MonkeyPatch.context() as stopping, pytest.raises(Killed):
+            stop_at(stopping, step)
+            embed(source, "-o", out, *flags)
+        assert embed(source, "-o", out, *flags, "--resume") == 0
+        assert contents(Path(out)) == whole, step
+
+
+RUNS = """
+import json, os, sys
+import torch
+import pyarrow.parquet, unpadded.bulk, unpadded.loading, unpadded.window
+from unpadded.cli import main
+unpadded.window.WINDOW_TEXTS = 16
+for line in sys.stdin:
+    run = os.fork()
+    if run == 0:
+        os._exit(main(json.loads(line)))
+    print(run, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def runs() -> Iterator[subprocess.Popen[str]]:
+    """Runs the command line in a process each, forked from one that has done the slow imports."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", RUNS]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_ten_random_moments_gives_the_same_bytes(
+    runs: subprocess.Popen[str], tmp_path: Path, minilm: Path
+) -> None:
+    draw = random.Random(0)
+    bad = dict.fromkeys((0, 1, 90, 200, 201, 202, 374), b'{"text": ')
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS, bad)
+    flags = ["-m", str(minilm), "--device", "cpu", "--part-rows", "4", "--on-error", "skip", "--carry", "doc,n"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = ["embed", str(source), *flags, "--resume", "-o"]
+    assert main([*command, f"{whole}/"]) == 0
+
+    def start() -> int:
+        assert runs.stdin is not None and runs.stdout is not None
+        print(json.dumps([*command, f"{killed}/"]), file=runs.stdin, flush=True)
+        return int(runs.stdout.readline())
+
+    def parts() -> int:
+        return len(list(killed.glob("part-*")))
+
+    progress = []
+    for kill in range(10):
+        process, before = start(), parts()
+        deadline = time.monotonic() + 60
+        if kill % 5:  # else while the model loads
+            while parts() == before:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        moment = time.monotonic() + draw.uniform(0, 0.1)
+        while time.monotonic() < moment and parts() < before + 4:  # a fast machine would finish before the tenth
+            time.sleep(0.001)
+        os.kill(process, signal.SIGKILL)
+        assert runs.stdout is not None and int(runs.stdout.readline()) == -signal.SIGKILL
+        progress.append(parts())
+    assert len(set(progress)) >= 8 and progress[-1] < 92, progress
+    start()
+    assert int(runs.stdout.readline()) == 0
+    assert contents(killed) == contents(whole)
+    assert len(pq.read_table(killed)) == len(TEXTS) - len(bad)
+
+
+def test_two_runs_do_not_write_one_dataset(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("in.txt").write_text("\n".join(TEXTS[:3]))
+    Path("parts").mkdir()
+    with open_dataset("parts/", Columns(), part_rows=8, resume=True):
+        assert embed("in.txt", "-o", "parts/", "--resume") == 2
+        assert "another run writes the output: 'parts/'" in capsys.readouterr().err
+    assert embed("in.txt", "-o", "parts/", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--dimensions", "64"], "settings.dimensions None, this run 64"),
+        (["-t", "query"], "settings.task None, this run 'query'"),
+        (["--part-rows", "5"], "layout.part_rows 4, this run 5"),
+        (["--carry", "n"], "layout.carry [], this run ['n']"),
+        (["--precision", "float16"], "settings.precision 'float32', this run 'float16'"),
+    ],
+)
+def test_another_setting_is_not_resumed(
+    engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], difference: str
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
+    assert embed(source, "-o", "parts/", "--part-rows", "4") == 0
+    before = contents(Path("parts"))
+    assert embed(source, "-o", "parts/", "--part-rows", "4", "--resume", *flags) == 2
+    assert difference in capsys.readouterr().err
+    assert contents(Path("parts")) == before
+
+
+def test_another_input_or_model_is_not_resumed(
+    engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
+    assert embed(source, "-o", "parts/") == 0
+    os.utime(source, ns=(0, 0))
+    assert embed(source, "-o", "parts/", "--resume") == 2
+    assert "inputs[0].modified_ns" in capsys.readouterr().err
+
+    assert embed(source, "-o", "more/") == 0
+    manifest = json.loads(Path("more/_manifest.json").read_text())
+    manifest["run"]["model_files"]["model.safetensors"]["sha256_of_samples"] = "0" * 64
+    Path("more/_manifest.json").write_text(json.dumps(manifest))
+    assert embed(source, "-o", "more/", "--resume") == 2
+    assert "model_files.model.safetensors.sha256_of_samples" in capsys.readouterr().err
+
+
+def test_a_dataset_is_not_written_over(
+    engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
+    Path("parts").mkdir()
+    assert embed(source, "-o", "parts") == 0
+    before = contents(Path("parts"))
+    assert embed(source, "-o", "parts") == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert embed(source, "-o", "parts", "--resume") == 0
+    assert "0 texts after 10 done before" in capsys.readouterr().err
+    assert contents(Path("parts")) == before
+
+    Path("parts/part-000000.parquet").write_bytes(b"")
+    assert embed(source, "-o", "parts", "--resume") == 2
+    assert "missing or changed: 'parts/part-000000.parquet'" in capsys.readouterr().err
+    Path("other").mkdir()
+    Path("other/mine.txt").write_text("mine")
+    assert embed(source, "-o", "other/", "--resume") == 2
+    assert "not empty: 'other/' has 'mine.txt'" in capsys.readouterr().err
+
+
+def test_what_was_mended_is_gone_on_with_by_skipping(
+    engine: unpadded.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stopped at a broken row keeps its parts; --on-error may change, as it changes no row before."""
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:20], {17: b"{"})
+    assert embed(source, "-o", "parts/", "--part-rows", "4") == 2
+    assert sorted(os.listdir("parts"))[:2] == ["_manifest.json", "part-000000.parquet"]
+    assert embed(source, "-o", "parts/", "--part-rows", "4", "--resume", "--on-error", "skip") == 0
+    assert embed(source, "-o", "whole/", "--part-rows", "4", "--on-error", "skip") == 0
+    assert contents(Path("parts")) == contents(Path("whole"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in.jsonl", "-o", "out.npy", "--resume"], "--resume is for a dataset, not for 'out.npy'"),
+        (["in.jsonl", "--part-rows", "4"], "--part-rows is for a dataset, not for 'stdout'"),
+        (["in.jsonl", "-o", "parts/", "--part-rows", "0"], "--part-rows is not positive: 0"),
+        (["in.jsonl", "--on-error", "skip"], "no place for what it skips"),
+        (["-", "-o", "parts/", "--resume"], "--resume cannot read standard input again"),
+        (["in.jsonl", "-o", "out.npy", "--carry", "n"], "carried into Parquet only: 'n'"),
+        (["in.txt", "-o", "parts/", "--carry", "n"], "a text file has none: 'n' of 'in.txt'"),
+        (["in.jsonl", "-o", "parts/", "--carry", "tokens"], "there twice: 'tokens'"),
+        (["in.jsonl", "in.parquet", "-o", "parts/", "--carry", "n"], "carried together: 'in.parquet', 'in.jsonl'"),
+        (["in.parquet", "-o", "parts/", "--carry", "m"], "no column 'm': 'in.parquet' has 'text', 'n'"),
+        (["in.parquet", "other.parquet", "-o", "parts/", "--carry", "n"], "'n' is string in 'other.parquet' and int64"),
+        (["folder", "-o", "folder/parts/"], "lies in an input folder: 'folder/parts/'"),
+        (["folder", "-o", "folder/"], "would replace an input: 'folder/'"),
+        (["*.md", "-o", "parts/"], "no file is named like the input: '*.md'"),
+        (["in.txt", "-o", "out.txt/"], "the output is a file: 'out.txt/'"),
+        (["in.parquet.gz", "-o", "parts/"], "gzipped Parquet"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("in.jsonl"), TEXTS[:2])
+    Path("in.txt").write_text("a\n")
+    Path("in.parquet.gz").write_bytes(b"")
+    Path("out.txt").touch()
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}), "in.parquet")
+    pq.write_table(pa.table({"text": ["a"], "n": ["1"]}), "other.parquet")
+    Path("folder").mkdir()
+    Path("folder/in.txt").write_text("a\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert embed(*arguments) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1, stderr
+    assert sorted(tmp_path.rglob("*")) == before
