@@ -154,7 +154,7 @@ def test_an_empty_input_gives_an_empty_file(engine: FakeEngine, tmp_path: Path, 
 def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
     flags = "-t search_query --dimensions 64 --dtype bfloat16 --device cpu --attention sdpa --precision int8"
     more = "--rotary-scaling-factor 2 --truncation left --long-text mean --no-normalize --max-length 512"
-    rest = "--token-budget 4096 --revision main --prompt p:"
+    rest = "--token-budget 4096 --batch-invariant --revision main --prompt p:"
     assert embed(text_file, "-o", tmp_path / "out.npy", *flags.split(), *more.split(), *rest.split()) == 0
     assert engine.load_options == {
         "model": "fake",
@@ -164,6 +164,7 @@ def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: P
         "rotary_scaling_factor": 2.0,
         "max_length": 512,
         "token_budget": 4096,
+        "batch_invariant": True,
         "revision": "main",
     }
     assert engine.text_options == {

@@ -111,6 +111,7 @@ def _load(args: argparse.Namespace) -> Engine:
         rotary_scaling_factor=args.rotary_scaling_factor,
         max_length=args.max_length,
         token_budget=args.token_budget,
+        batch_invariant=args.batch_invariant,
         revision=args.revision,
     )
 
@@ -234,6 +235,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's)")
     model.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch; it bounds memory")
+    model.add_argument("--batch-invariant", action="store_true", help="the same bits in any batch on CUDA too, slower")
 
 
 def _scaling_factor(value: str) -> str | float | None:
