@@ -116,7 +116,7 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
 @torch.inference_mode()
 def packed_baseline(engine: Engine, ids: Ids) -> np.ndarray:
     """The same packed plan from library parts: F.linear, PyTorch's variable-length attention, elementwise in torch."""
-    runner = engine._runner
+    runner = engine.runner
     spec, weights = runner.encoder.spec, runner.encoder.weights
     batch: PackedBatch = runner._to_device(pack(ids, spec))
     token_type = None if weights.token_type is None else weights.token_type[0]

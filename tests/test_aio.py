@@ -230,7 +230,7 @@ def test_a_vector_that_is_not_finite_fails_its_own_caller(minilm):
     texts = ["about coroutines", "zebra crossing", "about threads"]
     expected = engine.encode([texts[0], texts[2]])
     zebra = engine.tokenizer.encode(["zebra"], max_length=8)[0].ids[1]
-    engine._runner.encoder.weights.word[int(zebra)] = float("nan")
+    engine.runner.encoder.weights.word[int(zebra)] = float("nan")
 
     async def together():
         return await asyncio.gather(*(engine.aencode(["a word", text]) for text in texts), return_exceptions=True)

@@ -175,7 +175,7 @@ def test_long_text_mean_is_nomics_chunked_mean(tmp_path):
 
     prefix = engine.embed([""], task="search_document").token_counts[0] - 2
     room = 2048 - 2 - prefix
-    tokenizer = engine._reader._tokenizer
+    tokenizer = engine.tokenizer
     body = tokenizer.encode([" ".join(words)], max_length=10**6)[0].ids[1:-1]
     head = tokenizer.encode(["search_document: x"], max_length=100)[0].ids[: 1 + prefix]
     chunks = [np.concatenate([head, body[at : at + room], [102]]) for at in range(0, len(body) - 8, room - 8)]

@@ -45,25 +45,19 @@ class Engine:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.token_budget = token_budget
-        self._tokenizer = tokenizer
         self._reader = WindowReader(checkpoint, tokenizer)
-        self._runner = runner
+        self.runner = runner
         self._joiner: Joiner | None = None  # set by the first call of aembed
-
-    @property
-    def runner(self) -> Runner:
-        """The device side, for adapters that run the encoder themselves."""
-        return self._runner
 
     def with_runner(self, runner: Runner, *, max_length: int | None = None) -> Engine:
         """The same model on another runner, keeping another number of a text's tokens; shares the tokenizer."""
         checkpoint = replace(self.checkpoint, max_length=max_length or self.checkpoint.max_length)
-        return Engine(checkpoint, self._tokenizer, runner, self.token_budget)
+        return Engine(checkpoint, self.tokenizer, runner, self.token_budget)
 
     @property
     def dimensions(self) -> int:
         """Length of a vector that is not cut."""
-        return self._runner.dimensions
+        return self.runner.dimensions
 
     def encode(
         self,
@@ -149,13 +143,13 @@ class Engine:
         for window in self._reader.windows([texts] if isinstance(texts, str) else texts, plan):
             found: dict[int, np.ndarray] = {}
             for batch in schedule([len(ids) for ids in window.sequences], self.token_budget):
-                found |= zip(batch, self._runner.token_rows([window.sequences[i] for i in batch]), strict=True)
+                found |= zip(batch, self.runner.token_rows([window.sequences[i] for i in batch]), strict=True)
             rows += [found[i] for i in range(len(found))]
         return rows
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and how it runs, in plain values."""
-        running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self._runner.describe()}
+        running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self.runner.describe()}
         return self.checkpoint.describe() | running
 
     def plan(self, **options: Unpack[Options]) -> Plan:
@@ -169,13 +163,13 @@ class Engine:
     def work(self, plan: Plan) -> Work:
         """What a `Joiner` does with the sequences of `read`."""
         run = partial(
-            self._runner.embed, layer_norm=plan.layer_norm, dimensions=plan.dimensions, normalize=plan.normalize
+            self.runner.embed, layer_norm=plan.layer_norm, dimensions=plan.dimensions, normalize=plan.normalize
         )
         return Work((plan.layer_norm, plan.dimensions, plan.normalize), run)
 
     def token_work(self) -> Work:
         """The same for `token_embeddings`."""
-        return Work("tokens", self._runner.token_rows)
+        return Work("tokens", self.runner.token_rows)
 
     def collect(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Embeddings:
         """What a `Joiner` made of the windows of `read`; OutputError names a text whose vector is not finite."""
@@ -204,7 +198,7 @@ class Engine:
         """Which sequences, and their vectors, batch by batch; one batch runs while the next is packed."""
         behind: tuple[list[int], OnTheWay] | None = None
         for batch in schedule(lengths, self.token_budget):
-            launched = self._runner.launch(
+            launched = self.runner.launch(
                 [window.sequences[i] for i in batch],
                 layer_norm=plan.layer_norm,
                 dimensions=plan.dimensions,

@@ -66,9 +66,8 @@ class EncoderSpec:
     down_bias: bool
     prenorm: bool = False
     norm_bias: bool = True
-    padding_id: int | None = (
-        None  # learned positions count from the row after this one; a token of this id has this row
-    )
+    # learned positions count from the row after this one; a token of this id has this row
+    padding_id: int | None = None
     alibi: bool = False
     qk_norm: bool = False  # LayerNorm over all heads of q, and of k
     inner_norm: bool = False  # attention's output is added to the residual and normalised before that is done again
