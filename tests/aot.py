@@ -1,6 +1,6 @@
 """Compile every kernel as its launcher would launch it on a GPU generation, without a GPU, and read what came out.
 
-    python tests/aot.py 80 90 100        JSON on stdout: one object for each kernel, dtype, case and generation
+    python tests/aot.py 80 89 90 100     JSON on stdout: one object for each kernel, dtype, case and generation
 
 The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder: tiles, flags and alignments are theirs.
 """
@@ -26,22 +26,29 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from unpadded_kernels.activation import KINDS, activation_triton
 from unpadded_kernels.attention import attention_block_m, attention_triton, tile_map_of
 from unpadded_kernels.embedding import embedding_triton
-from unpadded_kernels.layer_norm import add_layer_norm_triton
+from unpadded_kernels.fp8 import E4M3, quantize_rows_triton
+from unpadded_kernels.layer_norm import add_layer_norm_fp8_triton, add_layer_norm_triton, pre_layer_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
-from unpadded_kernels.norm import pre_layer_norm_triton, qk_norm_triton
+from unpadded_kernels.linear_fp8 import linear_fp8_triton
+from unpadded_kernels.linear_rotary import linear_rotary_triton
+from unpadded_kernels.moe import expert_mlp_triton
 from unpadded_kernels.padded_pooling import masked_mean_pool_triton
 from unpadded_kernels.pooling import pool_triton
+from unpadded_kernels.qk_norm import qk_norm_triton
+from unpadded_kernels.rms_norm import rms_norm_triton
 from unpadded_kernels.rotary import rotary_cos_sin_triton, rotary_triton
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    E4M3: "fp8e4nv",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL")
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL")
 WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
-REGISTERS, SHARED = 65536, {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one multiprocessor
+REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one multiprocessor
 TOKENS = 256
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
@@ -68,12 +75,20 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     def rows(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    if dtype == E4M3:
+        yield from fp8_cases()
+        return
     cu_seqlens = torch.tensor([0, 100, TOKENS], dtype=torch.int32)
     ids = torch.zeros(TOKENS, dtype=torch.int32)
     for hidden in (384, 768, 1024):
         x, row = rows(TOKENS, hidden), rows(hidden)
         yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_triton(x, x, row, row, 1e-5)
         yield f"hidden {hidden}, sum too", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
+    for hidden in (768, 1152, 2304):
+        x, row = rows(TOKENS, hidden), rows(hidden)
+        for residual in (None, x):
+            name = f"rms, hidden {hidden}" + (", sum" if residual is x else "")
+            yield name, lambda x=x, residual=residual, row=row: rms_norm_triton(x, residual, row, 1e-5)
     x, row = rows(TOKENS, 768), rows(768)
     yield "word, type, position", lambda: embedding_triton(ids, ids, x, row, x, row, row, 1e-5)
     for kind in KINDS:
@@ -97,6 +112,26 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         arguments = rows(TOKENS, inner), rows(outer, inner), rows(outer), kind
         name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
         yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
+    for head_dim in (32, 64, 128) if dtype == torch.float16 else (64,):
+        arguments = rows(TOKENS, 768), rows(2304, 768), rows(2304), torch.empty(TOKENS, head_dim), 768 // head_dim, True
+        yield f"rotary, head_dim {head_dim}", lambda arguments=arguments: linear_rotary_triton(*arguments)
+    for kind, up_rows in (("gelu", 3072), ("swiglu", 6144)) if dtype == torch.float16 else (("gelu", 3072),):
+        arguments = rows(TOKENS, 768), rows(8, 768), rows(8, up_rows, 768), rows(8, 768, 3072), rows(768), 2, kind
+        yield f"8 experts, {kind}", lambda arguments=arguments: expert_mlp_triton(*arguments)
+
+
+def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What makes e4m3 rows of fp16, and the products of such rows."""
+    for hidden in (384, 768, 1024):
+        x, row = torch.empty(TOKENS, hidden, dtype=torch.float16), torch.empty(hidden, dtype=torch.float16)
+        yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_fp8_triton(x, x, row, row, 1e-5)
+        yield f"rows of {hidden}", lambda x=x: quantize_rows_triton(x)
+    for inner, outer, kind in ((768, 2304, None), (768, 6144, "swiglu"), (384, 1536, "gelu")):
+        x, weight = (torch.empty(rows, inner, dtype=E4M3) for rows in (TOKENS, outer))
+        scales, bias = (torch.empty(TOKENS), torch.empty(outer)), torch.empty(outer, dtype=torch.float16)
+        arguments = x, scales[0], weight, scales[1], bias, kind, torch.float16
+        name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
+        yield name, lambda arguments=arguments: linear_fp8_triton(*arguments)
 
 
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
@@ -146,8 +181,8 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
 
 def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
     dtype, capability = job
-    for op in ("attention", "linear"):
-        sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: capability
+    for op in ("attention", "linear", "linear_fp8", "moe"):
+        sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
     for case, call in cases(DTYPES[dtype]):
         for kernel, args, kwargs in launches(call):
@@ -160,7 +195,9 @@ def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    jobs = [(dtype, int(capability)) for capability in sys.argv[1:] for dtype in DTYPES]
+    # sm_80 has no e4m3; sm_89 has, and otherwise runs what sm_80 does
+    dtypes = {80: ("fp32", "fp16", "bf16"), 89: ("fp8",)}
+    jobs = [(dtype, capability) for capability in map(int, sys.argv[1:]) for dtype in dtypes.get(capability, DTYPES)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(compiled_rows, jobs) for row in rows]
     json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout)

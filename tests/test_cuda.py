@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import test_family_nomic_moe
 import torch
 from checkpoints import REAL, write_bert, write_nomic
-from test_encoder import random_ids, relative_error
+from family_checks import random_ids, relative_error, write
 from transformers import NomicBertModel
 
 import unpadded
@@ -19,6 +20,18 @@ LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_nomic(tmp_path_factory.mktemp("nomic"), names="transformers", tokenizer=False, **REAL | {"layers": 4})
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A checkpoint whose every second MLP is of experts."""
+    config = test_family_nomic_moe.SMALL | {"n_positions": 8192, "max_trained_positions": 8192}
+    return write(tmp_path_factory.mktemp("experts"), config, test_family_nomic_moe.make_tensors())
+
+
+@pytest.fixture(params=["folder", "experts"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 def exact_hidden(folder, texts, **options):
@@ -63,8 +76,8 @@ def test_vectors_are_close_to_fp32(folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_batch_invariant_gives_the_same_bits_in_any_batch(folder, dtype):
-    engine = unpadded.load(folder, device="cuda", dtype=dtype, max_length=8192, batch_invariant=True)
+def test_batch_invariant_gives_the_same_bits_in_any_batch(either, dtype):
+    engine = unpadded.load(either, device="cuda", dtype=dtype, max_length=8192, batch_invariant=True)
     texts = random_ids((1, 2, 7, 40, 40, 64, 65, 130, 513, 2048, 2500))
     alone = np.concatenate([engine.encode([ids]) for ids in texts])
     draw = np.random.default_rng(1)
@@ -88,8 +101,26 @@ def test_graphs_follow_new_contents(folder):
     assert not eager.runner._graphs
 
 
-def test_nothing_waits_for_the_gpu_within_a_pass(folder):
-    engine = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
+def test_experts_match_the_cpu(experts):
+    texts = random_ids((1, 2, 7, 64, 65, 500))
+    found = unpadded.load(experts, device="cuda", dtype="float32").token_embeddings(texts)
+    for ours, expected in zip(found, exact_hidden(experts, texts), strict=True):
+        assert relative_error(ours, expected) <= 1e-5, len(expected)
+
+
+def test_experts_in_a_graph(experts):
+    """With products of fixed tiles a token's bits are its own, in a graph's bucket too."""
+    options = {"device": "cuda", "dtype": "float16", "batch_invariant": True}
+    engine, eager = unpadded.load(experts, **options), unpadded.load(experts, **options)
+    eager.runner._captures = False
+    for seed, lengths in enumerate(((5,), (40, 1), (7, 20, 30), (60,), (200, 300), (900,))):
+        texts = random_ids(lengths, seed=seed)
+        assert np.array_equal(engine.encode(texts), eager.encode(texts)), lengths
+    assert engine.runner._graphs and not eager.runner._graphs
+
+
+def test_nothing_waits_for_the_gpu_within_a_pass(either):
+    engine = unpadded.load(either, device="cuda", dtype="float16", max_length=8192)
     texts = random_ids((700, 800, 900))
     engine.token_embeddings(texts)
     from unpadded.batch import pack

@@ -1,10 +1,8 @@
 """Variable-length attention: both Triton kernels against the reference."""
 
-import sys
-
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, HAS_CUDA, assert_matches, packed
+from conftest import DEVICE, DTYPES, assert_matches, packed
 
 from unpadded_kernels.attention import (
     attention,
@@ -21,20 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered in divide"),
 ]
 RAGGED = [[1], [7], [1, 257, 64], [128, 64], [5, 0, 70], [0, 0, 3, 0], [2] * 9, [129, 1, 1, 31]]
-DESCRIPTORS = not HAS_CUDA or torch.cuda.get_device_capability()[0] >= 9
-
-
-@pytest.fixture(params=["pointers", "descriptors"])
-def kernel(request, monkeypatch):
-    """The kernel of sm_80, and the one of sm_90 and later wherever it can run."""
-    if request.param == "descriptors" and not DESCRIPTORS:
-        pytest.skip("needs compute capability 9.0")
-    module = sys.modules["unpadded_kernels.attention"]
-    if request.param == "pointers":
-        monkeypatch.setattr(module, "generation", lambda device: 80)
-    elif not HAS_CUDA:
-        monkeypatch.setattr(module, "generation", lambda device: 90)
-    return request.param
 
 
 def inputs(lengths, heads, head_dim, dtype):

@@ -1,13 +1,21 @@
-"""Residual add + LayerNorm: the Triton kernel against its reference."""
+"""Residual add + LayerNorm, alone and handing on its sum: the Triton kernel against its references."""
 
 import pytest
 import torch
 from conftest import DEVICE, DTYPES, assert_matches
 
-from unpadded_kernels.layer_norm import add_layer_norm, add_layer_norm_reference, add_layer_norm_triton
+from unpadded_kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    add_layer_norm_triton,
+    pre_layer_norm,
+    pre_layer_norm_reference,
+    pre_layer_norm_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
 EPS = 1e-5
+SHAPES = [(1, 384), (7, 768), (130, 1000), (3, 5), (4, 1)]
 
 
 def inputs(tokens, hidden, dtype):
@@ -21,10 +29,21 @@ def expected(*tensors, eps=EPS):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, hidden", [(1, 384), (7, 768), (130, 1000), (3, 5), (4, 1)])
+@pytest.mark.parametrize("tokens, hidden", SHAPES)
 def test_matches_the_reference(tokens, hidden, dtype):
     tensors = inputs(tokens, hidden, dtype)
     assert_matches(add_layer_norm_triton(*tensors, EPS), expected(*tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, hidden", SHAPES)
+def test_hands_on_its_sum(tokens, hidden, dtype):
+    x, residual, weight, bias = inputs(tokens, hidden, dtype)
+    alone = add_layer_norm_triton(x, residual, weight, bias, EPS)
+    y, total = pre_layer_norm_triton(x, residual, weight, bias, EPS)
+    assert torch.equal(y, alone)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(pre_layer_norm_reference(x, residual, weight, bias, EPS)[1], x + residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,14 +69,16 @@ def test_a_mean_far_from_zero_keeps_its_digits():
 
 def test_no_tokens():
     assert add_layer_norm_triton(*inputs(0, 384, torch.float32), EPS).shape == (0, 384)
+    assert [part.shape for part in pre_layer_norm_triton(*inputs(0, 384, torch.float32), EPS)] == [(0, 384)] * 2
 
 
 def test_strided_tokens_are_read_in_place():
     x, residual, weight, bias = inputs(9, 384, torch.float32)
     wide_x, wide_residual = torch.randn(9, 3 * 384, device=DEVICE), torch.randn(9, 2 * 384, device=DEVICE)
     wide_x[:, 384:768], wide_residual[:, :384] = x, residual
-    actual = add_layer_norm_triton(wide_x[:, 384:768], wide_residual[:, :384], weight, bias, EPS)
-    assert_matches(actual, expected(x, residual, weight, bias))
+    y, total = pre_layer_norm_triton(wide_x[:, 384:768], wide_residual[:, :384], weight, bias, EPS)
+    assert_matches(y, expected(x, residual, weight, bias))
+    assert torch.equal(total, x + residual)
 
 
 def test_tokens_past_two_to_the_31_elements(far_tokens):
@@ -66,18 +87,16 @@ def test_tokens_past_two_to_the_31_elements(far_tokens):
     assert_matches(actual, expected(far_tokens, residual, weight, bias))
 
 
-def test_refuses_rows_that_are_not_contiguous():
+@pytest.mark.parametrize("run", [add_layer_norm_triton, pre_layer_norm_triton])
+def test_refuses_what_it_would_misread(run):
     x, residual, weight, bias = inputs(384, 384, torch.float32)
     with pytest.raises(ValueError, match=r"rows must be contiguous, got strides \(1, 384\)"):
-        add_layer_norm_triton(x.t(), residual, weight, bias, EPS)
+        run(x.t(), residual, weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"got \(3, 384\) and \(384, 384\)"):
+        run(x, residual[:3], weight, bias, EPS)
 
 
-def test_refuses_a_residual_of_another_shape():
-    x, residual, weight, bias = inputs(4, 384, torch.float32)
-    with pytest.raises(ValueError, match=r"got \(3, 384\) and \(4, 384\)"):
-        add_layer_norm_triton(x, residual[:3], weight, bias, EPS)
-
-
-def test_op_contract(monkeypatch):
+@pytest.mark.parametrize("op", [add_layer_norm, pre_layer_norm])
+def test_op_contract(op, monkeypatch):
     monkeypatch.undo()  # opcheck compares what torch.empty returns
-    torch.library.opcheck(add_layer_norm, (*inputs(5, 384, torch.float32), EPS))
+    torch.library.opcheck(op, (*inputs(5, 384, torch.float32), EPS))

@@ -1,7 +1,5 @@
 """Matrix products with fixed tiles, alone and with the activation in the same pass: both Triton kernels."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,20 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("seed", "poison_empty"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # numpy, of a sigmoid that is 0
 ]
-DESCRIPTORS = not HAS_CUDA or torch.cuda.get_device_capability()[0] >= 9
-
-
-@pytest.fixture(params=["pointers", "descriptors"])
-def kernel(request, monkeypatch):
-    """The kernel of sm_80, and the one of sm_90 and later wherever it can run."""
-    if request.param == "descriptors" and not DESCRIPTORS:
-        pytest.skip("needs compute capability 9.0")
-    module = sys.modules["unpadded_kernels.linear"]
-    if request.param == "pointers":
-        monkeypatch.setattr(module, "generation", lambda device: 80)
-    elif not HAS_CUDA:
-        monkeypatch.setattr(module, "generation", lambda device: 90)
-    return request.param
 
 
 def inputs(tokens, in_features, rows, dtype, bias=True):

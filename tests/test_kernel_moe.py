@@ -1,13 +1,17 @@
-"""An MLP of experts: the op against every expert on every token, and a token's bits whoever stands beside it."""
+"""An MLP of experts: the op and its Triton kernels against every expert on every token; a token's bits in any batch."""
+
+import sys
+from collections import defaultdict
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, TOLERANCE
+from conftest import DEVICE, DTYPES, HAS_CUDA, TOLERANCE, assert_matches
 
-from unpadded_kernels.activation import activation_reference
-from unpadded_kernels.moe import expert_mlp, expert_mlp_reference
+from unpadded_kernels.activation import GATED, activation_reference
+from unpadded_kernels.moe import expert_mlp, expert_mlp_reference, expert_mlp_triton
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
+OF_NANS = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, under the interpreter
 
 
 def inputs(tokens, hidden=64, intermediate=96, experts=8, gated=False, dtype=torch.float32):
@@ -60,15 +64,105 @@ def test_an_expert_that_nobody_chose():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.skipif(DEVICE == "cuda", reason="the library's products on CUDA follow the number of rows")
-def test_a_token_does_not_depend_on_its_batch(dtype):
+@pytest.mark.skipif(HAS_CUDA, reason="of the CPU's body")
+def test_a_token_does_not_depend_on_its_batch_on_a_cpu(dtype):
     x, *weights = inputs(200, dtype=dtype)
     whole = expert_mlp(x, *weights, 2, "gelu")
     for count in (1, 2, 3, 17, 130):
         assert torch.equal(expert_mlp(x[-count:], *weights, 2, "gelu"), whole[-count:]), count
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "kind"), [(1, "gelu"), (150, "gelu"), (7, "swiglu"), (7, "geglu"), (7, "gelu_tanh")]
+)
+def test_kernels_match_every_expert_on_every_token(tokens, kind, dtype):
+    tensors = inputs(tokens, gated=kind in GATED, dtype=dtype)
+    assert_matches(expert_mlp_triton(*tensors, 2, kind), every_expert(*tensors, 2, kind))
+
+
+@pytest.mark.parametrize(
+    ("experts", "top", "hidden", "intermediate"), [(1, 1, 64, 64), (5, 4, 72, 200), (20, 3, 40, 8)]
+)
+def test_kernels_of_any_dimensions(experts, top, hidden, intermediate):
+    tensors = inputs(33, hidden, intermediate, experts)
+    assert_matches(expert_mlp_triton(*tensors, top, "gelu"), every_expert(*tensors, top, "gelu"))
+
+
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_all_tokens_on_one_expert_and_one_that_nobody_chose(tokens):
+    x, router, up, down, bias = inputs(tokens, experts=4)
+    x[:, 0], router[:, 0] = 10, torch.tensor([2.0, -100.0, 50.0, 1.0])
+    expected = every_expert(x, router, up, down, bias, 2, "gelu")
+    up[1] = down[1] = float("nan")
+    assert_matches(expert_mlp_triton(x, router, up, down, bias, 2, "gelu"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@OF_NANS
+def test_a_token_does_not_depend_on_its_batch(dtype):
+    x, *weights = inputs(100, hidden=32, intermediate=64, experts=3, dtype=dtype)
+    whole = expert_mlp_triton(x, *weights, 2, "gelu")
+    for count in (1, 90):
+        assert torch.equal(expert_mlp_triton(x[:count], *weights, 2, "gelu"), whole[:count]), count
+        if HAS_CUDA:  # numpy's product, under the interpreter, gives a row bits that depend on its place in the tile
+            assert torch.equal(expert_mlp_triton(x[-count:], *weights, 2, "gelu"), whole[-count:]), count
+    x[95:] = float("nan")
+    assert torch.equal(expert_mlp_triton(x, *weights, 2, "gelu")[:95], whole[:95])
+
+
+def test_every_token_finds_its_experts_wherever_it_stands():
+    x, *weights = inputs(150)
+    order = torch.randperm(150, device=DEVICE)
+    actual = expert_mlp_triton(x[order], *weights, 2, "gelu")
+    assert_matches(actual, expert_mlp_triton(x, *weights, 2, "gelu")[order])
+
+
+@OF_NANS
+def test_a_token_that_is_not_finite_stays_so():
+    x, *weights = inputs(9)
+    x[4, 3] = float("nan")
+    y = expert_mlp_triton(x, *weights, 2, "gelu")
+    assert y[4].isnan().all() and y[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+def test_strided_tokens_are_read_in_place():
+    x, *weights = inputs(9)
+    wide = torch.randn(9, 3 * 64, device=DEVICE)
+    wide[:, 64:128] = x
+    assert_matches(expert_mlp_triton(wide[:, 64:128], *weights, 2, "gelu"), every_expert(x, *weights, 2, "gelu"))
+
+
+def test_tokens_past_two_to_the_31_elements(far_tokens):
+    _, *weights = inputs(5, hidden=192, dtype=torch.float16)
+    assert_matches(expert_mlp_triton(far_tokens, *weights, 2, "gelu"), every_expert(far_tokens, *weights, 2, "gelu"))
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    """On tensors that hold nothing, whatever asked for a value would fail."""
+    module = sys.modules["unpadded_kernels.moe"]
+    for name in ("_route_kernel", "_expert_product_kernel", "_mix_kernel"):
+        monkeypatch.setattr(module, name, defaultdict(lambda: lambda *args, **options: None))
+    y = expert_mlp_triton(*(tensor.to("meta") for tensor in inputs(9)), 2, "gelu")
+    assert y.shape == (9, 64)
+
+
+def test_refusals():
+    x, router, up, down, bias = inputs(5)
+    with pytest.raises(ValueError, match="unknown activation 'relu'"):
+        expert_mlp_triton(x, router, up, down, bias, 2, "relu")
+    with pytest.raises(ValueError, match=r"up must be \(8, 192, 64\) with contiguous rows, got \(8, 96, 64\)"):
+        expert_mlp_triton(x, router, up, down, bias, 2, "swiglu")
+    with pytest.raises(ValueError, match=r"down must be \(8, 64, 96\) with contiguous rows.*strides \(6144, 1, 64\)"):
+        expert_mlp_triton(x, router, up, down.mT.contiguous().mT, bias, 2, "gelu")
+    with pytest.raises(ValueError, match=r"top must lie in 1\.\.8, got 9"):
+        expert_mlp_triton(x, router, up, down, bias, 9, "gelu")
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        expert_mlp_triton(x.mT.contiguous().mT, router, up, down, bias, 2, "gelu")
+
+
+@pytest.mark.parametrize("expert_mlp", [expert_mlp, expert_mlp_triton])
+def test_no_tokens(expert_mlp):
     assert expert_mlp(*inputs(0), 2, "gelu").shape == (0, 64)
 
 

@@ -79,11 +79,11 @@ def test_no_tokens():
 
 def test_refusals():
     qkv, cos_sin = inputs(4, 2, 32, torch.float32)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
-        rotary_triton(qkv.transpose(2, 3), cos_sin)
-    with pytest.raises(ValueError, match=r"cos_sin must be fp32 of \(4, 32\), got torch.float16"):
+    with pytest.raises(ValueError, match="rows of a head must be contiguous"):
+        rotary_triton(qkv.transpose(2, 3).contiguous().transpose(2, 3), cos_sin)
+    with pytest.raises(ValueError, match=r"cos_sin must be contiguous fp32 of \(4, 32\), got torch.float16"):
         rotary_triton(qkv, cos_sin.half())
-    with pytest.raises(ValueError, match=r"cos_sin must be fp32 of \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"cos_sin must be contiguous fp32 of \(4, 32\)"):
         rotary_triton(qkv, cos_sin[:3])
     with pytest.raises(ValueError, match="odd head_dim of 31"):
         rotary_triton(qkv[..., :31], cos_sin)

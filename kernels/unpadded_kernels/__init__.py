@@ -7,27 +7,36 @@ CUDA, and where plain torch is slow on a CPU it has a body of its own there too.
 from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
-from unpadded_kernels.layer_norm import add_layer_norm
+from unpadded_kernels.fp8 import quantize_rows
+from unpadded_kernels.layer_norm import add_layer_norm, add_layer_norm_fp8, pre_layer_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
+from unpadded_kernels.linear_fp8 import linear_fp8
+from unpadded_kernels.linear_rotary import linear_rotary
 from unpadded_kernels.moe import expert_mlp
-from unpadded_kernels.norm import pre_layer_norm, qk_norm_
 from unpadded_kernels.padded_pooling import masked_mean_pool
 from unpadded_kernels.pooling import pool
+from unpadded_kernels.qk_norm import qk_norm_
+from unpadded_kernels.rms_norm import rms_norm
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 
 __all__ = [
     "activation",
     "add_layer_norm",
+    "add_layer_norm_fp8",
     "attention",
     "embedding",
     "expert_mlp",
     "linear",
     "linear_activation",
+    "linear_fp8",
     "linear_invariant",
+    "linear_rotary",
     "masked_mean_pool",
     "pool",
     "pre_layer_norm",
     "qk_norm_",
+    "quantize_rows",
+    "rms_norm",
     "rotary_",
     "rotary_cos_sin",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unpadded_kernels._triton import TensorDescriptor, triton
 from unpadded_kernels.attention_bias import attend_biased
-from unpadded_kernels.attention_kernels import _attention_kernel, _attention_tma_kernel
+from unpadded_kernels.attention_kernels import _attention_kernel
 from unpadded_kernels.linear import linear_cpu
 from unpadded_kernels.tiles import attention_tile, generation
 
@@ -140,7 +140,7 @@ def _takes_descriptors(qkv: Tensor, head_dim: int) -> bool:
     """Whether one tensor descriptor reaches every head of packed qkv."""
     packed = qkv.stride(1) == qkv.shape[2] * head_dim and qkv.stride(2) == head_dim
     aligned = qkv.data_ptr() % 16 == 0 and qkv.stride(0) * qkv.itemsize % 16 == 0
-    return packed and aligned and head_dim.bit_count() == 1
+    return packed and aligned and head_dim >= 16 and head_dim.bit_count() == 1
 
 
 def attention_triton(
@@ -164,42 +164,38 @@ def attention_triton(
     out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     if total_tokens == 0:
         return out
-    use_tma = tile.tma and _takes_descriptors(qkv, head_dim)
-    if tile.tma and not use_tma:
+    if tile.tma and not _takes_descriptors(qkv, head_dim):
         tile = attention_tile(qkv.dtype, head_dim, 80)
     if tile_map is None:
         tile_map = tile_map_of(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
-    grid = (tile_map.shape[0] * heads,)
-    options = {
-        "stride_ot": out.stride(0),
-        "scale": scale * _LOG2_E,
-        "window": window or 0,
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "HAS_WINDOW": window is not None,
-        "HAS_ALIBI": alibi_slopes is not None,
-        **tile.launch,
-    }
-    if use_tma:
+    q_source = kv_source = qkv
+    if tile.tma:
         shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]
-        q_descriptor = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
-        kv_descriptor = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
-        _attention_tma_kernel[grid](q_descriptor, kv_descriptor, cu_seqlens, tile_map, alibi_slopes, out, **options)
-    else:
-        _attention_kernel[grid](
-            qkv,
-            cu_seqlens,
-            tile_map,
-            alibi_slopes,
-            out,
-            stride_qt=qkv.stride(0),
-            stride_qs=qkv.stride(1),
-            stride_qh=qkv.stride(2),
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            **options,
-        )
+        q_source = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
+        kv_source = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
+    _attention_kernel[(tile_map.shape[0] * heads,)](
+        q_source,
+        kv_source,
+        cu_seqlens,
+        tile_map,
+        alibi_slopes,
+        out,
+        stride_qt=qkv.stride(0),
+        stride_qs=qkv.stride(1),
+        stride_qh=qkv.stride(2),
+        stride_ot=out.stride(0),
+        scale=scale * _LOG2_E,
+        window=window or 0,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        TMA=tile.tma,
+        HAS_WINDOW=window is not None,
+        HAS_ALIBI=alibi_slopes is not None,
+        **tile.launch,
+    )
     return out
 
 

@@ -1,4 +1,4 @@
-"""The two kernels of attention: pointer loads for any GPU and layout, tensor descriptors (TMA) from sm_90 on.
+"""The kernel of attention, through pointers for any GPU and layout or, from sm_90 on, tensor descriptors (TMA).
 
 A program takes one head of one tile of queries through the keys of its text, with an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; the part of one that ends the text
@@ -6,6 +6,35 @@ comes last, after the loop.
 """
 
 from unpadded_kernels._triton import tl, triton
+
+
+@triton.jit
+def _load(
+    source,
+    text_start,
+    row,
+    column,
+    length,
+    stride_qt,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows row.. of a text, from a column of packed qkv on. source: a descriptor with TMA, else a pointer.
+
+    MASKED: where rows may lie beyond the text; a pointer gives zeros for them, a descriptor the next text's.
+    """
+    if TMA:
+        x = source.load([text_start + row, column])
+    else:
+        rows, d = row + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        mask = (d < HEAD_DIM)[None, :]
+        if MASKED:
+            mask = mask & (rows < length)[:, None]
+        x = tl.load(source + (text_start + rows).to(tl.int64)[:, None] * stride_qt + column + d, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -63,7 +92,8 @@ def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    qkv_ptr,
+    q_source,
+    kv_source,
     cu_seqlens_ptr,
     tile_map_ptr,
     alibi_slopes_ptr,
@@ -79,68 +109,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-):
-    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    text = tl.load(tile_map_ptr + 2 * tile)
-    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-    text_start = tl.load(cu_seqlens_ptr + text).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + text + 1) - text_start).to(tl.int32)
-    if first >= length:  # a captured graph may fill its map with entries that do nothing
-        return
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
-
-    query = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    d_mask = (d < HEAD_DIM)[None, :]
-    head_ptr = qkv_ptr + text_start * stride_qt + head * stride_qh
-    q_ptrs = head_ptr + query.to(tl.int64)[:, None] * stride_qt + d[None, :]
-    q = tl.load(q_ptrs, mask=(query < length)[:, None] & d_mask, other=0.0)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for block in range(start, whole, BLOCK_N):
-        key = block + n
-        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
-        k = tl.load(k_ptrs, mask=d_mask, other=0.0)
-        v = tl.load(k_ptrs + stride_qs, mask=d_mask, other=0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, key, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
-        )
-    if tail:
-        key = whole + n
-        k_ptrs = head_ptr + stride_qs + key.to(tl.int64)[:, None] * stride_qt + d[None, :]
-        mask = (key < length)[:, None] & d_mask
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-        v = tl.load(k_ptrs + stride_qs, mask=mask, other=0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, key, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
-        )
-    out_ptrs = out_ptr + (text_start + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
-    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & d_mask)
-
-
-@triton.jit(do_not_specialize=["window"])
-def _attention_tma_kernel(
-    q_descriptor,
-    kv_descriptor,
-    cu_seqlens_ptr,
-    tile_map_ptr,
-    alibi_slopes_ptr,
-    out_ptr,
-    stride_ot,
-    scale,
-    window,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
@@ -157,26 +126,29 @@ def _attention_tma_kernel(
 
     query = first + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    q = q_descriptor.load([text_start + first, head * HEAD_DIM])
+    q_column = head * stride_qh
+    k_column, v_column = q_column + stride_qs, q_column + 2 * stride_qs
+    q = _load(q_source, text_start, first, q_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_M, BLOCK_D)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for block in range(start, whole, BLOCK_N):
-        k = kv_descriptor.load([text_start + block, (HEADS + head) * HEAD_DIM])
-        v = kv_descriptor.load([text_start + block, (2 * HEADS + head) * HEAD_DIM])
+        k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         highest, total, acc = _attend(
             q, k, v, highest, total, acc, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
         )
     if tail:
-        k = kv_descriptor.load([text_start + whole, (HEADS + head) * HEAD_DIM])
-        v = kv_descriptor.load([text_start + whole, (2 * HEADS + head) * HEAD_DIM])
-        # the block runs into the next text, where a NaN or infinity times a weight of 0 would be NaN
-        v = tl.where((whole + n < length)[:, None], v, 0.0)
+        k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if TMA:
+            # a NaN or infinity of the next text times a weight of 0 would be NaN
+            v = tl.where((whole + n < length)[:, None], v, 0.0)
         highest, total, acc = _attend(
             q, k, v, highest, total, acc, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
         )
-    d = tl.arange(0, HEAD_DIM)
-    out_ptrs = out_ptr + (text_start.to(tl.int64) + query)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
-    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None])
+    d = tl.arange(0, BLOCK_D)
+    out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])

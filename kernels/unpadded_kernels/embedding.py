@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import tl, triton
+from unpadded_kernels.layer_norm import normalised
 from unpadded_kernels.tiles import row_launch
 
 
@@ -68,15 +69,8 @@ def _embedding_kernel(
     if HAS_POSITION:
         row = tl.load(positions_ptr + token).to(tl.int64)
         x += tl.load(position_ptr + row * stride_pp + h, mask=mask, other=0.0).to(tl.float32)
-
-    mean = tl.sum(x, axis=0) / HIDDEN
-    # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
-    centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
-
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * stride_yt + h, centred * rstd * weight + bias, mask=mask)
+    y = normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
+    tl.store(y_ptr + token * stride_yt + h, y, mask=mask)
 
 
 def embedding_triton(

@@ -1,8 +1,9 @@
-"""Residual add + LayerNorm, the closing step of both halves of a post-norm layer.
+"""Residual add + LayerNorm, the closing step of both halves of a layer.
 
-    y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias,   h = x + residual
+    h = x + residual,   y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
 
-Bound by memory: 6 * hidden bytes per token in 16 bits (two rows read, one written).
+add_layer_norm gives y; pre_layer_norm gives h too, the residual of a pre-norm layer; add_layer_norm_fp8 gives y's rows
+in e4m3 and their scales too (see `fp8`). Bound by memory: 6, 8 and 7 * hidden bytes per token in 16 bits.
 """
 
 import torch
@@ -10,13 +11,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import tl, triton
+from unpadded_kernels.fp8 import empty_rows, quantize_rows_reference, store_quantized
 from unpadded_kernels.tiles import row_launch
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns [total_tokens, hidden] in x's dtype."""
+    return pre_layer_norm_reference(x, residual, weight, bias, eps)[0]
+
+
+def pre_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns x + residual, normalised and as it is."""
     h = x.float() + residual.float()
-    return F.layer_norm(h, weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    return F.layer_norm(h, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), h.to(x.dtype)
+
+
+def add_layer_norm_fp8_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """add_layer_norm, and what quantize_rows makes of it: y, its rows in e4m3, their scales [total_tokens] fp32."""
+    y = add_layer_norm_reference(x, residual, weight, bias, eps)
+    return y, *quantize_rows_reference(y)
+
+
+@triton.jit
+def normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
+    """LayerNorm of one fp32 row, whose masked lanes hold 0 and get 0."""
+    mean = tl.sum(x, axis=0) / HIDDEN
+    # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
+    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    return centred * rstd * weight + bias
 
 
 @triton.jit
@@ -26,32 +55,43 @@ def _add_layer_norm_kernel(
     weight_ptr,
     bias_ptr,
     y_ptr,
+    sum_ptr,
+    rows_ptr,
+    scale_ptr,
     stride_xt,
     stride_rt,
-    stride_yt,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
 ):
     # int64: total_tokens * hidden passes 2**31 in one large batch
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
-
     x = tl.load(x_ptr + token * stride_xt + h, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / HIDDEN
-    # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
-    centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
-
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * stride_yt + h, centred * rstd * weight + bias, mask=mask)
+    if HAS_SUM:
+        tl.store(sum_ptr + token * HIDDEN + h, x, mask=mask)
+    y = normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
+    if HAS_ROWS:
+        store_quantized(y.to(tl.float32), rows_ptr + token * HIDDEN + h, scale_ptr + token, mask)
 
 
-def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """One row per program. The tokens of x and residual may be strided, their rows not."""
+def _launch(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    total: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """One row per program. The tokens of x and residual may be strided, their rows not; the results are contiguous."""
     total_tokens, hidden = x.shape
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape, got {tuple(residual.shape)} and {tuple(x.shape)}")
@@ -69,21 +109,59 @@ def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Ten
         weight,
         bias,
         y,
+        total,
+        rows,
+        scale,
         stride_xt=x.stride(0),
         stride_rt=residual.stride(0),
-        stride_yt=y.stride(0),
         eps=eps,
         HIDDEN=hidden,
         BLOCK_H=block_h,
+        HAS_SUM=total is not None,
+        HAS_ROWS=rows is not None,
         **row_launch(block_h),
     )
     return y
 
 
+def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _launch(x, residual, weight, bias, eps)
+
+
+def pre_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _launch(x, residual, weight, bias, eps, total=total), total
+
+
+def add_layer_norm_fp8_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, scale = empty_rows(x)
+    return _launch(x, residual, weight, bias, eps, rows=rows, scale=scale), rows, scale
+
+
 add_layer_norm = torch.library.custom_op("unpadded::add_layer_norm", add_layer_norm_reference, mutates_args=())
 add_layer_norm.register_kernel("cuda", add_layer_norm_triton)
+pre_layer_norm = torch.library.custom_op("unpadded::pre_layer_norm", pre_layer_norm_reference, mutates_args=())
+pre_layer_norm.register_kernel("cuda", pre_layer_norm_triton)
+add_layer_norm_fp8 = torch.library.custom_op(
+    "unpadded::add_layer_norm_fp8", add_layer_norm_fp8_reference, mutates_args=()
+)
+add_layer_norm_fp8.register_kernel("cuda", add_layer_norm_fp8_triton)
 
 
 @add_layer_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
+
+
+@pre_layer_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@add_layer_norm_fp8.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *empty_rows(x)

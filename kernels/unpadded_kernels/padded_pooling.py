@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import tl, triton
-from unpadded_kernels.pooling import BLOCK_C, BLOCK_H, BLOCK_T, CHUNK_T, finish
+from unpadded_kernels.pooling import BLOCK_C, BLOCK_H, CHUNK_T, OF_CHUNK, OF_TEXT, finish, mean_of_chunks
 
 
 def masked_mean_pool_reference(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
@@ -67,18 +67,13 @@ def _masked_mean_kernel(
     NORMALIZE: tl.constexpr,
 ):
     text = tl.program_id(0).to(tl.int64)
-    chunks = tl.cdiv(max_seqlen, CHUNK_T)
     h = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK_C, BLOCK], tl.float32)
-    for start in range(0, chunks, BLOCK_C):
-        chunk = (start + tl.arange(0, BLOCK_C))[:, None]
-        mask = (chunk < chunks) & (h < HIDDEN)[None, :]
-        sums += tl.load(sums_ptr + (text * chunks + chunk) * HIDDEN + h[None, :], mask=mask, other=0.0)
-    length = tl.zeros([BLOCK], tl.int32)
+    counts = tl.zeros([BLOCK], tl.int32)
     for start in range(0, max_seqlen, BLOCK):
-        counts = tl.load(mask_ptr + text * stride_mb + start + h, mask=start + h < max_seqlen, other=0) != 0
-        length += counts.to(tl.int32)
-    pooled = tl.sum(sums, axis=0) / tl.maximum(tl.sum(length, axis=0), 1)
+        token_mask = tl.load(mask_ptr + text * stride_mb + start + h, mask=start + h < max_seqlen, other=0)
+        counts += (token_mask != 0).to(tl.int32)
+    chunks = tl.cdiv(max_seqlen, CHUNK_T)
+    pooled = mean_of_chunks(sums_ptr, text * chunks, chunks, tl.sum(counts, axis=0), HIDDEN, BLOCK_C, BLOCK)
     finish(pooled, pooled_ptr, text, HIDDEN, HIDDEN, BLOCK, False, NORMALIZE)
 
 
@@ -106,11 +101,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
             stride_ht=hidden.stride(1),
             stride_mb=mask.stride(0),
             HIDDEN=width,
-            CHUNK_T=CHUNK_T,
-            BLOCK_T=BLOCK_T,
-            BLOCK_H=BLOCK_H,
-            num_warps=4,
-            enable_fp_fusion=True,
+            **OF_CHUNK,
         )
     _masked_mean_kernel[(batch,)](
         sums,
@@ -123,8 +114,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
         BLOCK_C=BLOCK_C,
         BLOCK=triton.next_power_of_2(width),
         NORMALIZE=normalize,
-        num_warps=8,
-        enable_fp_fusion=True,
+        **OF_TEXT,
     )
     return pooled
 

@@ -20,6 +20,9 @@ BLOCK_T = 32
 BLOCK_H = 128
 # Chunk sums that the last kernel holds at once.
 BLOCK_C = 8
+# How the kernels of a chunk and of a text are launched.
+OF_CHUNK = {"CHUNK_T": CHUNK_T, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "num_warps": 4, "enable_fp_fusion": True}
+OF_TEXT = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def matryoshka(pooled: Tensor, layer_norm: bool, dimensions: int, normalize: bool) -> Tensor:
@@ -72,6 +75,18 @@ def finish(
     if NORMALIZE:
         pooled = pooled / tl.maximum(tl.sqrt(tl.sum(pooled * pooled, axis=0)), 1e-12)
     tl.store(pooled_ptr + text.to(tl.int64) * DIMENSIONS + h, pooled, mask=h < DIMENSIONS)
+
+
+@triton.jit
+def mean_of_chunks(sums_ptr, first, chunks, length, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of a text's chunks, from row `first` on, over its length."""
+    h = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK_C, BLOCK], tl.float32)
+    for start in range(0, chunks, BLOCK_C):
+        chunk = (start + tl.arange(0, BLOCK_C))[:, None]
+        mask = (chunk < chunks) & (h < HIDDEN)[None, :]
+        sums += tl.load(sums_ptr + (first + chunk).to(tl.int64) * HIDDEN + h[None, :], mask=mask, other=0.0)
+    return tl.sum(sums, axis=0) / tl.maximum(length, 1)
 
 
 @triton.jit
@@ -130,14 +145,7 @@ def _mean_kernel(
     text = tl.program_id(0)
     length = tl.load(cu_seqlens_ptr + text + 1) - tl.load(cu_seqlens_ptr + text)
     first = _first_chunk(cu_seqlens_ptr, text, CHUNK_T)
-    chunks = tl.cdiv(length, CHUNK_T)
-    h = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK_C, BLOCK], tl.float32)
-    for start in range(0, chunks, BLOCK_C):
-        chunk = (start + tl.arange(0, BLOCK_C))[:, None]
-        mask = (chunk < chunks) & (h < HIDDEN)[None, :]
-        sums += tl.load(sums_ptr + (first + chunk).to(tl.int64) * HIDDEN + h[None, :], mask=mask, other=0.0)
-    pooled = tl.sum(sums, axis=0) / tl.maximum(length, 1)
+    pooled = mean_of_chunks(sums_ptr, first, tl.cdiv(length, CHUNK_T), length, HIDDEN, BLOCK_C, BLOCK)
     finish(pooled, pooled_ptr, text, HIDDEN, DIMENSIONS, BLOCK, LAYER_NORM, NORMALIZE)
 
 
@@ -181,7 +189,7 @@ def pool_triton(
     if batch == 0:
         return pooled
     block = triton.next_power_of_2(width)
-    steps = {"LAYER_NORM": layer_norm, "NORMALIZE": normalize, "num_warps": 8, "enable_fp_fusion": True}
+    steps = {"LAYER_NORM": layer_norm, "NORMALIZE": normalize, **OF_TEXT}
     if mode != "mean":
         _token_kernel[(batch,)](
             hidden,
@@ -204,11 +212,7 @@ def pool_triton(
         batch=batch,
         stride_ht=hidden.stride(0),
         HIDDEN=width,
-        CHUNK_T=CHUNK_T,
-        BLOCK_T=BLOCK_T,
-        BLOCK_H=BLOCK_H,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **OF_CHUNK,
     )
     _mean_kernel[(batch,)](
         sums,

@@ -106,7 +106,6 @@ def _rotary_kernel(
     stride_qt,
     stride_qs,
     stride_qh,
-    stride_ct,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,8 +117,8 @@ def _rotary_kernel(
     d_mask = d < HALF
     mask = (row < 2 * HEADS)[:, None] & d_mask[None, :]
 
-    cos = tl.load(cos_sin_ptr + token * stride_ct + d, mask=d_mask, other=0.0)[None, :]
-    sin = tl.load(cos_sin_ptr + token * stride_ct + HALF + d, mask=d_mask, other=0.0)[None, :]
+    cos = tl.load(cos_sin_ptr + token * (2 * HALF) + d, mask=d_mask, other=0.0)[None, :]
+    sin = tl.load(cos_sin_ptr + token * (2 * HALF) + HALF + d, mask=d_mask, other=0.0)[None, :]
     row_offset = (row // HEADS) * stride_qs + (row % HEADS) * stride_qh
     first_ptrs = qkv_ptr + token * stride_qt + row_offset[:, None] + d[None, :]
     first = tl.load(first_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -159,20 +158,23 @@ def rotary_cos_sin_triton(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tenso
     return cos_sin
 
 
+def check_cos_sin(cos_sin: Tensor, total_tokens: int, head_dim: int) -> None:
+    """ValueError where a kernel cannot turn heads of head_dim by this table."""
+    if head_dim % 2:
+        raise ValueError(f"rotary turns pairs, got an odd head_dim of {head_dim}")
+    if cos_sin.shape != (total_tokens, head_dim) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        raise ValueError(
+            f"cos_sin must be contiguous fp32 of ({total_tokens}, {head_dim}), got {cos_sin.dtype} of "
+            f"{tuple(cos_sin.shape)}, strides {cos_sin.stride()}: make it with rotary_cos_sin"
+        )
+
+
 def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
     """One token per program, every head of q and k in it. Tokens and heads may be strided, a head's row not."""
     total_tokens, _, heads, head_dim = qkv.shape
-    if head_dim % 2:
-        raise ValueError(f"rotary turns pairs, got an odd head_dim of {head_dim}")
-    if qkv.stride(3) != 1 or cos_sin.stride(1) != 1:
-        raise ValueError(
-            f"rows must be contiguous, got strides {qkv.stride()} and {cos_sin.stride()}: pass .contiguous()"
-        )
-    if cos_sin.shape != (total_tokens, head_dim) or cos_sin.dtype != torch.float32:
-        raise ValueError(
-            f"cos_sin must be fp32 of ({total_tokens}, {head_dim}), got {cos_sin.dtype} of {tuple(cos_sin.shape)}: "
-            "make it with rotary_cos_sin"
-        )
+    check_cos_sin(cos_sin, total_tokens, head_dim)
+    if qkv.stride(3) != 1:
+        raise ValueError(f"the rows of a head must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
     if total_tokens == 0:
         return
     block_r, block_d = triton.next_power_of_2(2 * heads), triton.next_power_of_2(head_dim // 2)
@@ -182,7 +184,6 @@ def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
         stride_qt=qkv.stride(0),
         stride_qs=qkv.stride(1),
         stride_qh=qkv.stride(2),
-        stride_ct=cos_sin.stride(0),
         HEADS=heads,
         HALF=head_dim // 2,
         BLOCK_R=block_r,

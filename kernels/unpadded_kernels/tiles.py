@@ -59,19 +59,50 @@ LINEAR = {
     (False, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+    (False, "rotary", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "nothing", 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
     (False, "activation", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "gated", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (False, "rotary", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "nothing", 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
     (False, "activation", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "gated", 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (False, "rotary", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (True, "nothing", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
     (True, "activation", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
     (True, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
+    (True, "rotary", 80): Tile(block_m=64, block_n=128, block_k=16, num_warps=8, num_stages=2),
+}
+
+# The same of e4m3 operands: (what follows in the same pass, generation). sm_80 has no e4m3; sm_89 runs its tiles.
+LINEAR_FP8 = {
+    ("nothing", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    ("activation", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    ("gated", 80): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    ("nothing", 90): Tile(block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=3, tma=True),
+    ("activation", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    ("gated", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, tma=True),
+    ("nothing", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    ("activation", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    ("gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
+}
+
+# The same of a product grouped by expert, whose rows no descriptor gathers: (is the dtype fp32, gated, generation)
+EXPERTS = {
+    (False, False, 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (False, True, 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+    (False, False, 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    (False, True, 90): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    (False, False, 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    (False, True, 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    (True, False, 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (True, True, 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
 }
 
 # Generations where linear_activation is one kernel, not the library's product and the activation. None is measured yet.
 FUSED_ACTIVATION: frozenset[int] = frozenset()
+# The same of linear_rotary: one kernel, not the library's product and the rotation.
+FUSED_ROTARY: frozenset[int] = frozenset()
 
 
 def generation(device: torch.device) -> int:
@@ -97,6 +128,15 @@ def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
 def linear_tile(dtype: torch.dtype, follows: str, generation: int) -> Tile:
     fp32 = dtype == torch.float32
     return LINEAR[fp32, follows, 80 if fp32 else generation]
+
+
+def linear_fp8_tile(follows: str, generation: int) -> Tile:
+    return LINEAR_FP8[follows, generation]
+
+
+def expert_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
+    fp32 = dtype == torch.float32
+    return EXPERTS[fp32, gated, 80 if fp32 else generation]
 
 
 def programs(device: torch.device) -> int:
