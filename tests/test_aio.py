@@ -159,6 +159,34 @@ def test_a_full_queue_refuses(joiner):
     assert joiner.submit(sequences(3, [10]), work, max_queued_tokens=300).future.result(10)[0][0] == 3
 
 
+def test_batches_run_side_by_side():
+    joiner, meeting = Joiner(token_budget=100, at_once=2), threading.Barrier(2, timeout=10)
+
+    def run(sequences):
+        meeting.wait()  # for the other batch
+        return np.stack([[ids[0], len(ids)] for ids in sequences])
+
+    found = joiner.submit(sequences(1, [90, 70, 80, 95]), Work("a", run)).future.result(10)
+    assert [row.tolist() for row in found] == [[1, 90], [1, 70], [1, 80], [1, 95]]
+    joiner.close()
+
+
+def test_one_of_two_batches_of_a_call_fails():
+    joiner = Joiner(token_budget=100, at_once=2)
+
+    def run(sequences):
+        if len(sequences[0]) == 70:
+            raise RuntimeError("seventy")
+        return np.stack([[ids[0], len(ids)] for ids in sequences])
+
+    work = Work("a", run)
+    with pytest.raises(OutputError, match="seventy"):
+        joiner.submit(sequences(1, [90, 70, 80, 95]), work).future.result(10)
+    assert joiner.submit(sequences(2, [10]), work).future.result(10)[0].tolist() == [2, 10]
+    assert joiner.queued_tokens == 0
+    joiner.close()
+
+
 def test_a_closed_joiner_leaves_nobody_waiting():
     joiner, gate = Joiner(token_budget=100), Gate()
     running = joiner.submit(sequences(1, [10]), Work("a", gate))

@@ -111,6 +111,33 @@ def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch
     assert np.isfinite(engine.encode(["still works"])).all()
 
 
+def test_what_is_interrupted_frees_its_threads(engine, monkeypatch):
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    before = threading.active_count()
+    blocks = engine.stream(str(index) for index in itertools.count())
+    next(blocks)
+    blocks.close()
+    assert threading.active_count() == before
+
+    def interrupted():
+        yield from ("a", "b", "c")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.encode(interrupted())
+    assert threading.active_count() == before
+
+    def fails(sequences, **options):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "launch", fails)
+        with pytest.raises(ZeroDivisionError):
+            engine.encode(["a", "b", "c", "d", "e"])
+    assert threading.active_count() == before
+    assert np.isfinite(engine.encode(["still works"])).all()
+
+
 def test_order_survives_any_budget(minilm):
     texts = paragraphs(60)
     expected = unpadded.load(minilm, device="cpu").encode(texts)

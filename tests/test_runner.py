@@ -1,17 +1,24 @@
-"""What crosses to a device arrives as it was, and what fills a bucket for a CUDA graph changes no text's bits."""
+"""What crosses to a device arrives as it was, what fills a bucket for a CUDA graph changes no text's bits, and what a
+device's memory does not hold is split.
+"""
 
+import asyncio
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_nomic
+import torch.nn.functional as F
+from checkpoints import write_bert, write_nomic
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
 from unpadded.batch import pack
 from unpadded.graphs import BUCKETS, TEXTS, bucket_of, fill
+from unpadded.memory import bytes_per_token
 from unpadded.runner import FIELDS, _stage, _views
-from unpadded_kernels import pool
+from unpadded_kernels import activation, pool
 from unpadded_kernels.attention import tile_map_of
 
 
@@ -62,3 +69,123 @@ def test_what_no_bucket_holds(runner):
     assert bucket_of(pack(draw([33] * TEXTS), spec)) is None  # too many texts
     assert bucket_of(pack(draw([99] * 21), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
+
+
+class Small:
+    """An encoder on a device that holds `tokens` at a time."""
+
+    def __init__(self, encoder, tokens):
+        self.tokens, self.ran = tokens, []
+        self._encoder = encoder
+
+    def __getattr__(self, name):
+        return getattr(self._encoder, name)
+
+    def __call__(self, batch, **options):
+        self.ran.append(batch.lengths)
+        if sum(batch.lengths) > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return self._encoder(batch, **options)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    return unpadded.load(write_nomic(tmp_path, scaling_factor=2.0, trained_length=100), device="cpu", token_budget=800)
+
+
+def test_a_batch_that_does_not_fit_is_split(engine, caplog):
+    texts = draw([5, 300, 80, 7, 7, 200, 90, 100, 11])
+    expected = engine.encode(texts)
+    rows = engine.token_embeddings(texts)
+    engine.runner.encoder = small = Small(engine.runner.encoder, 320)
+    assert np.array_equal(engine.encode(texts), expected)
+    assert sum(small.ran[0]) == 800, "it is tried as it is first"
+    small.ran.clear()
+    assert np.array_equal(engine.encode(texts), expected)
+    assert all(np.array_equal(*pair) for pair in zip(engine.token_embeddings(texts), rows, strict=True))
+    assert max(map(sum, small.ran)) <= 400, "those that follow are not tried whole again"
+    assert len(caplog.messages) == 1
+    assert "a batch of 800 tokens does not fit the memory of cpu" in caplog.text
+
+
+def test_a_text_that_alone_does_not_fit_is_named(engine):
+    engine.runner.encoder = Small(engine.runner.encoder, 320)
+    texts = draw([5, 300, 5, 80, 321, 7])
+    message = "text 4 does not fit the memory of cpu: 321 tokens; free some, load with a max_length below 321"
+    for attempt in (engine.encode, engine.token_embeddings, lambda texts: asyncio.run(engine.aencode(texts))):
+        with pytest.raises(unpadded.TooLargeError, match=message):
+            attempt(texts)
+        assert np.isfinite(engine.encode(texts[:4])).all()
+
+
+def test_a_text_that_does_not_fit_is_its_own_callers(engine):
+    expected = engine.encode(draw([5, 300]))
+    engine.runner.encoder = Small(engine.runner.encoder, 320)
+
+    async def together():
+        calls = (engine.aencode(texts) for texts in (draw([5, 300]), draw([7, 400]), draw([9])))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, large, last = asyncio.run(together())
+    assert np.array_equal(first, expected) and last.shape == (1, 128)
+    assert isinstance(large, unpadded.TooLargeError) and "text 1 does not fit" in str(large)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that the results of operations take at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        given = {id(tensor.untyped_storage()) for tensor in arguments if isinstance(tensor, torch.Tensor)}
+        result = function(*arguments, **keywords or {})
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in given:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("write", [write_nomic, write_bert], ids=["gated", "plain"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_a_token(tmp_path, write, dtype):
+    """As on a GPU: all rows at once, the MLP's product and its activation apart."""
+    spec = unpadded.load(write(tmp_path), device="cpu", dtype=dtype).checkpoint.spec
+    encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype).runner.encoder
+    encoder.row_block = None
+    encoder.linear_activation = lambda x, weight, bias, kind: activation(F.linear(x, weight, bias), kind)
+    itemsize = encoder.weights.word.dtype.itemsize
+    most = []
+    for tokens in (1000, 3000):
+        batch = pack(draw([tokens // 20] * 20), spec)
+        with torch.inference_mode(), Live() as live:
+            encoder(batch)
+        most.append(live.most)
+    counted = bytes_per_token(spec, itemsize)
+    assert 0.8 * counted < (most[1] - most[0]) / 2000 <= counted
+
+
+def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr("unpadded.memory.MEMINFO", meminfo)
+
+    def budget(kibibytes, **options):
+        meminfo.write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {kibibytes} kB\n")
+        return unpadded.load(minilm, device="cpu", **options).token_budget
+
+    spec = unpadded.load(minilm, device="cpu").checkpoint.spec
+    assert budget(10_000, token_budget="auto") == 10_000 * 1024 // 2 // bytes_per_token(spec, 4)
+    assert budget(10_000, token_budget="auto", dtype="bfloat16") == 10_000 * 1024 // 2 // bytes_per_token(spec, 2)
+    assert budget(1, token_budget="auto") == 1
+    assert budget(10**8, token_budget="auto") == budget(10) == budget(10**8) == 2048
+    assert budget(10, token_budget=512) == 512
+    meminfo.unlink()
+    assert unpadded.load(minilm, device="cpu", token_budget="auto").token_budget == 2048
+    with pytest.raises(unpadded.OptionError, match="token_budget is unknown: 'most'; use auto"):
+        unpadded.load(minilm, device="cpu", token_budget="most")

@@ -1,6 +1,7 @@
 """Every index once, never over the budget, neighbours of equal length, no hole that a waiting text would fill."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,18 @@ def test_every_text_once_within_the_budget(seed):
         for length in tokens:
             waiting.remove(length)
         assert not waiting or len(tokens) == 1 < budget < tokens[0] or sum(tokens) + waiting[0] > budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "filled", "partly"), [(2048, 0.99, 50), (8192, 0.995, 1), (16384, 0.998, 1), (32768, 0.99, 1)]
+)
+def test_batches_of_real_lengths_are_full(budget, filled, partly):
+    """Whole documents, a window of them: a text beyond the budget fills its batch."""
+    words = (Path(__file__).parents[1] / "bench" / "lengths.txt").read_text().split()
+    lengths = [min(int(word), 8192) for word in words]
+    tokens = [sum(lengths[index] for index in batch) for batch in schedule(lengths, budget)]
+    assert sum(tokens) / sum(max(budget, count) for count in tokens) > filled
+    assert sum(count < 0.9 * budget for count in tokens) <= partly
 
 
 def test_long_texts_leave_room_that_short_ones_fill():

@@ -255,7 +255,7 @@ def test_right_truncation_keeps_the_prompt(bert: Tokenizer) -> None:
 def test_too_long_is_an_error_that_names_text_and_length(bert: Tokenizer) -> None:
     texts = ["fits", "one two three four", PROSE * 5000]
     with pytest.raises(InputError, match=r"text 11 is too long: 6 tokens, at most 5 fit"):
-        bert.encode(texts, max_length=5, truncation="error", first_index=10)
+        bert.encode(texts, max_length=5, truncation="error", indices=range(10, 10 + len(texts)))
     with pytest.raises(InputError, match=r"text 0 is too long: more than 512 tokens"):
         bert.encode(texts[2:], max_length=512, truncation="error")
     assert ids_of(bert.encode(texts[:2], max_length=6, truncation="error")) == ids_of(
@@ -266,14 +266,14 @@ def test_too_long_is_an_error_that_names_text_and_length(bert: Tokenizer) -> Non
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ("a", "pair"), ["a", "pair"]])
 def test_what_is_not_a_string_is_named(bert: Tokenizer, text: object) -> None:
     with pytest.raises(InputError, match=f"text 1001 is not a string: {type(text).__name__}; pass strings"):
-        bert.encode(["fine", text], max_length=64, first_index=1000)
+        bert.encode(["fine", text], max_length=64, indices=[7, 1001])
 
 
 @pytest.mark.parametrize("before", ["", "é", "x" * 100_000])
 def test_a_lone_surrogate_is_named(bert: Tokenizer, before: str) -> None:
     text = f"{before}\ud83d rest"
     with pytest.raises(InputError, match=rf"text 7 holds a lone surrogate: U\+D83D at character {len(before)}; repair"):
-        bert.encode(["fine", "fine", text], max_length=64, first_index=5)
+        bert.encode(["fine", "fine", text], max_length=64, indices=[5, 6, 7])
     repaired = text.encode("utf-8", "replace").decode()
     assert len(bert.encode([repaired], max_length=64)) == 1
 
@@ -302,6 +302,24 @@ def test_blocks_change_nothing(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch)
     expected = ids_of(bert.encode(texts, max_length=50))
     monkeypatch.setattr("unpadded.tokenizer.BLOCK_CHARACTERS", 40)
     assert ids_of(bert.encode(texts, max_length=50)) == expected
+
+
+def test_few_cores_are_kept_busy(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library spreads the texts of a call over the cores, one each."""
+    given: list[int] = []
+    backend = bert.backend
+
+    class Counted:
+        def encode_batch_fast(self, block: list[str], **options: bool) -> list[tokenizers.Encoding]:
+            given.append(len(block))
+            return backend.encode_batch_fast(block, **options)
+
+    texts = ["one", "two words", "three", "", "five"]
+    expected = ids_of(bert.encode(texts, max_length=50))
+    monkeypatch.setattr(bert, "_backend", Counted())
+    monkeypatch.setattr(bert, "_cores", 2)
+    assert ids_of(bert.encode(texts, max_length=50)) == expected
+    assert given == [1, 2, 2, 1], "the prompt, and the texts"
 
 
 def test_threads_share_a_tokenizer(bert: Tokenizer) -> None:

@@ -1,8 +1,8 @@
 """The async side: concurrent callers share batches, and none waits for another's whole work.
 
-A `Call` is one caller's tokenised texts. The `Joiner` owns the one thread that runs the model: it forms a batch from
-all calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled leaves the
-queue; a batch that fails is run again call by call, so that only the call at fault fails.
+A `Call` is one caller's tokenised texts. The `Joiner` owns the threads that run the model, one a device: each forms a
+batch from all calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled
+leaves the queue; a batch that fails is run again call by call, so that only the call at fault fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from unpadded.errors import OutputError, OverloadedError
+from unpadded.errors import OutputError, OverloadedError, TooLargeError, UnpaddedError
 from unpadded.fairness import Backlog, next_batch
 from unpadded.window import Window
 
@@ -58,35 +58,46 @@ class Call:
         self.submitted = self.started = time.perf_counter()  # started: set by the joiner with the first batch
         self._rows: list[np.ndarray | None] = [None] * len(sequences)
         self._missing = len(sequences)
+        self._lock = threading.Lock()  # its batches may end side by side
 
     def add(self, indices: Sequence[int], rows: Rows) -> None:
         """Take the rows of some sequences; the last ones set the future."""
-        for index, row in zip(indices, rows, strict=True):
-            self._rows[index] = row
-        self._missing -= len(indices)
-        if not self._missing and self.future.set_running_or_notify_cancel():
-            self.future.set_result([row for row in self._rows if row is not None])
+        with self._lock:
+            for index, row in zip(indices, rows, strict=True):
+                self._rows[index] = row
+            self._missing -= len(indices)
+            if not self._missing and self.future.set_running_or_notify_cancel():
+                self.future.set_result([row for row in self._rows if row is not None])
 
-    def fail(self, error: BaseException) -> None:
-        """End with what the model raised."""
-        failed = OutputError(f"the model failed on these texts: {error!r}; send them one by one to find which")
-        failed.__cause__ = error
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(failed)
+    def fail(self, indices: Sequence[int], error: BaseException) -> None:
+        """End with what was raised for some of its sequences."""
+        if isinstance(error, TooLargeError):
+            error = error.at(indices[error.index])
+        elif not isinstance(error, UnpaddedError):
+            failed = OutputError(f"the model failed on these texts: {error!r}; send them one by one to find which")
+            failed.__cause__ = error
+            error = failed
+        with self._lock:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
 
 
 class Joiner:
-    """Runs calls in shared batches of at most `token_budget` tokens, on a thread of its own. Any thread may submit."""
+    """Runs calls in shared batches of at most `token_budget` tokens, `at_once` of them side by side, on threads of its
+    own. Any thread may submit.
+    """
 
-    def __init__(self, token_budget: int, observe: Observe | None = None) -> None:
+    def __init__(self, token_budget: int, observe: Observe | None = None, *, at_once: int = 1) -> None:
         self.token_budget = token_budget
         self.observe = observe
         self.readers = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), "unpadded-tokenise")
-        self._device = ThreadPoolExecutor(1, "unpadded-run")
+        self._at_once = at_once
+        self._device = ThreadPoolExecutor(at_once, "unpadded-run")
         self._lock = threading.Lock()
         self._calls: list[Call] = []  # with a backlog; the first is served first
         self._retries: list[Parts] = []
-        self._running = False
+        self._running = 0  # batches
+        self._closed = False
 
     @property
     def queued_tokens(self) -> int:
@@ -121,9 +132,11 @@ class Joiner:
         return call
 
     def close(self) -> None:
-        """Let the running batch end and take no further work; whoever waits gets a CancelledError."""
+        """Let the running batches end and take no further work; whoever waits gets a CancelledError."""
         with self._lock:
-            calls, self._calls = self._calls, []
+            self._closed = True
+            calls = [*self._calls, *(call for parts in self._retries for call, _ in parts)]
+            self._calls, self._retries = [], []
         for call in calls:
             call.future.cancel()
         self.readers.shutdown(wait=False, cancel_futures=True)
@@ -136,12 +149,13 @@ class Joiner:
                 self._calls.remove(call)
 
     def _advance(self) -> None:
-        with self._lock:
-            if self._running or not (self._retries or self._calls):
-                return
-            parts = self._retries.pop() if self._retries else self._next_parts()
-            self._running = True
-        self._device.submit(self._run, parts).add_done_callback(partial(self._finish, parts))
+        while True:
+            with self._lock:
+                if self._running == self._at_once or not (self._retries or self._calls):
+                    return
+                parts = self._retries.pop() if self._retries else self._next_parts()
+                self._running += 1
+            self._device.submit(self._run, parts).add_done_callback(partial(self._finish, parts))
 
     def _next_parts(self) -> Parts:
         mates = [call for call in self._calls if call.work.key == self._calls[0].work.key]
@@ -170,12 +184,16 @@ class Joiner:
                 call.add(indices, rows[start : start + len(indices)])
                 start += len(indices)
         elif len(parts) == 1:
-            parts[0][0].fail(error)
-        else:
-            with self._lock:
-                self._retries += [[part] for part in parts]
+            call, indices = parts[0]
+            call.fail(indices, error)
         with self._lock:
-            self._running = False
+            self._running -= 1
+            again = error is not None and len(parts) > 1
+            if again and not self._closed:
+                self._retries += [[part] for part in parts]
+        if again and self._closed:
+            for call, _ in parts:
+                call.future.cancel()
         self._advance()
 
 
@@ -196,7 +214,9 @@ async def run_windows(
     ahead: tuple[Window, Call] | None = None
 
     async def settle(window: Window, call: Call) -> None:
-        done.append((window, await asyncio.wrap_future(call.future)))
+        with window.naming(range(len(window.distinct))):
+            rows = await asyncio.wrap_future(call.future)
+        done.append((window, [rows[i] for i in window.copies]))
         timing.queue += call.started - call.submitted
         timing.inference += time.perf_counter() - call.started
 
@@ -208,7 +228,7 @@ async def run_windows(
             if window is None:
                 break
             taken = done or ahead
-            call = joiner.submit(window.sequences, work, max_queued_tokens=None if taken else max_queued_tokens)
+            call = joiner.submit(window.to_run(), work, max_queued_tokens=None if taken else max_queued_tokens)
             if ahead is not None:
                 behind, ahead = ahead, (window, call)
                 await settle(*behind)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unpadded.aio import Joiner, Rows, Work, run_windows
+from unpadded.aio import Joiner, Observe, Rows, Work, run_windows
 from unpadded.checkpoint import Checkpoint
 from unpadded.errors import DeadlineError, OptionError, OutputError
 from unpadded.options import Options, Plan, check_offered, make_plan
@@ -24,8 +26,10 @@ from unpadded.runner import OnTheWay, Runner
 from unpadded.scheduler import schedule
 from unpadded.tokenizer import Tokenizer
 from unpadded.window import Text, Window, WindowReader
+from unpadded.workers import Coming, Workers
 
 Output = Literal["numpy", "torch", "list"]
+Item = TypeVar("Item")
 Advance = Callable[[int, int], object]  # called with the texts and the tokens that were done
 
 
@@ -41,13 +45,48 @@ class Embeddings:
 class Engine:
     """An encoder with its tokenizer and pooling. `unpadded.load` makes one."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, runner: Runner, token_budget: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, runner: Runner | Workers, token_budget: int
+    ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.token_budget = token_budget
         self._reader = WindowReader(checkpoint, tokenizer)
-        self.runner = runner
+        self._runner = runner
         self._joiner: Joiner | None = None  # set by the first call of aembed
+
+    @property
+    def runner(self) -> Runner:
+        """What holds the weights; OptionError where other processes do."""
+        if isinstance(self._runner, Workers):
+            raise OptionError(
+                f"the weights are not in this process: device={self._runner.describe()['device']!r}; this needs them, "
+                "so load the model on one device"
+            )
+        return self._runner
+
+    @property
+    def at_once(self) -> int:
+        """Batches that run side by side: one a device."""
+        return self._runner.at_once
+
+    @property
+    def ready(self) -> int:
+        """Devices that take batches: fewer than `at_once` while a process that died is started again."""
+        return self._runner.ready
+
+    def close(self) -> None:
+        """End the processes of several devices, and the threads of `aembed`; an engine of one device goes on."""
+        if self._joiner is not None:
+            self._joiner.close()
+            self._joiner = None
+        self._runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def with_runner(self, runner: Runner, *, max_length: int | None = None) -> Engine:
         """The same model on another runner, keeping another number of a text's tokens; shares the tokenizer."""
@@ -57,7 +96,7 @@ class Engine:
     @property
     def dimensions(self) -> int:
         """Length of a vector that is not cut."""
-        return self.runner.dimensions
+        return self._runner.dimensions
 
     def encode(
         self,
@@ -105,7 +144,7 @@ class Engine:
         """
         plan = self.plan(**options)
         windows = self.read([texts] if isinstance(texts, str) else texts, plan)
-        self._joiner = self._joiner or Joiner(self.token_budget)
+        self._joiner = self._joiner or self.joiner()
         try:
             async with asyncio.timeout(deadline):
                 done = await run_windows(self._joiner, windows, self.work(plan))
@@ -141,15 +180,18 @@ class Engine:
             raise OptionError("long_text is 'mean', which has no rows of tokens; use long_text='truncate'")
         rows: list[np.ndarray] = []
         for window in self._reader.windows([texts] if isinstance(texts, str) else texts, plan):
+            sequences = window.to_run()
             found: dict[int, np.ndarray] = {}
-            for batch in schedule([len(ids) for ids in window.sequences], self.token_budget):
-                found |= zip(batch, self.runner.token_rows([window.sequences[i] for i in batch]), strict=True)
-            rows += [found[i] for i in range(len(found))]
+            for batch in schedule([len(ids) for ids in sequences], self.token_budget):
+                with window.naming(batch):
+                    hidden = self._runner.token_rows([sequences[i] for i in batch], adapter=plan.adapter)
+                    found |= zip(batch, hidden, strict=True)
+            rows += [found[i] for i in window.copies]
         return rows
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and how it runs, in plain values."""
-        running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self.runner.describe()}
+        running = {"dimensions": self.dimensions, "token_budget": self.token_budget, **self._runner.describe()}
         return self.checkpoint.describe() | running
 
     def plan(self, **options: Unpack[Options]) -> Plan:
@@ -162,53 +204,66 @@ class Engine:
 
     def work(self, plan: Plan) -> Work:
         """What a `Joiner` does with the sequences of `read`."""
-        run = partial(
-            self.runner.embed, layer_norm=plan.layer_norm, dimensions=plan.dimensions, normalize=plan.normalize
-        )
-        return Work((plan.layer_norm, plan.dimensions, plan.normalize), run)
+        return Work(tuple(plan.shape.values()), partial(self._runner.embed, **plan.shape))
 
-    def token_work(self) -> Work:
+    def token_work(self, plan: Plan) -> Work:
         """The same for `token_embeddings`."""
-        return Work("tokens", self.runner.token_rows)
+        return Work(("tokens", plan.adapter), partial(self._runner.token_rows, adapter=plan.adapter))
+
+    def joiner(self, observe: Observe | None = None) -> Joiner:
+        """What runs the calls of many callers in shared batches; `observe` is called after each batch."""
+        return Joiner(self.token_budget, observe, at_once=self.at_once)
 
     def collect(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Embeddings:
         """What a `Joiner` made of the windows of `read`; OutputError names a text whose vector is not finite."""
         blocks = []
         for window, rows in done:
             vectors = np.stack(list(rows))
-            _check_finite(vectors, list(range(len(vectors))), window)
+            _check_finite(vectors[window.distinct], window, range(len(window.distinct)))
             blocks.append(_finish(window, vectors, plan))
         return _collect(blocks, plan)
 
     def _blocks(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
-        """fp32 vectors, a window of texts at a time; the next one is tokenised while this one runs."""
-        for window in self._reader.windows_ahead(texts, plan):
-            n_texts, n_sequences = len(window.truncated), len(window.sequences)
-            lengths = np.array([len(ids) for ids in window.sequences], np.int64)
-            rows = np.empty((n_sequences, plan.dimensions), np.float32)
-            done = 0
-            for batch, vectors in self._batches(window, lengths.tolist(), plan):
-                rows[batch] = vectors
-                _check_finite(rows, batch, window)
-                before, done = done * n_texts // n_sequences, done + len(batch)
-                advance(done * n_texts // n_sequences - before, int(lengths[batch].sum()))
-            yield _finish(window, rows, plan)
+        """fp32 vectors, a window of texts at a time; the next is tokenised, and its batches are launched, meanwhile."""
+        rows = np.empty((0, plan.dimensions), np.float32)  # of the sequences that the window runs
+        done = 0
+        for window, batch, launched in _held_back(self._launched(texts, plan), self._runner.depth):
+            if done == 0:
+                rows = np.empty((len(window.distinct), plan.dimensions), np.float32)
+            with window.naming(batch):
+                rows[batch] = launched.wait()
+            _check_finite(rows[batch], window, batch)
+            before, done, of = done, done + len(batch), len(rows)
+            n_texts = len(window.truncated)
+            tokens = sum(len(window.sequences[window.distinct[i]]) for i in batch)
+            advance(done * n_texts // of - before * n_texts // of, tokens)
+            if done == of:
+                yield _finish(window, rows[window.copies], plan)
+                done = 0
 
-    def _batches(self, window: Window, lengths: list[int], plan: Plan) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Which sequences, and their vectors, batch by batch; one batch runs while the next is packed."""
-        behind: tuple[list[int], OnTheWay] | None = None
-        for batch in schedule(lengths, self.token_budget):
-            launched = self.runner.launch(
-                [window.sequences[i] for i in batch],
-                layer_norm=plan.layer_norm,
-                dimensions=plan.dimensions,
-                normalize=plan.normalize,
-            )
-            if behind is not None:
-                yield behind[0], behind[1].wait()
-            behind = batch, launched
-        if behind is not None:
-            yield behind[0], behind[1].wait()
+    def _launched(self, texts: Iterable[Text], plan: Plan) -> Iterator[tuple[Window, list[int], OnTheWay | Coming]]:
+        """Every batch on its way, and which sequences of its window it holds."""
+        for window in self._reader.windows_ahead(texts, plan):
+            sequences = window.to_run()
+            for batch in schedule([len(ids) for ids in sequences], self.token_budget):
+                with window.naming(batch):
+                    launched = self._runner.launch([sequences[i] for i in batch], **plan.shape)
+                yield window, batch, launched
+
+
+def _held_back(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The same items, `depth - 1` behind; those that were held when an error came are given before it."""
+    held: deque[Item] = deque()
+    try:
+        for item in items:
+            held.append(item)
+            if len(held) == depth:
+                yield held.popleft()
+    except GeneratorExit:
+        held.clear()
+        raise
+    finally:
+        yield from held
 
 
 def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
@@ -229,10 +284,11 @@ def _collect(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
     )
 
 
-def _check_finite(rows: np.ndarray, batch: list[int], window: Window) -> None:
-    finite = np.isfinite(rows[batch]).all(axis=1)
-    if not finite.all():
-        index = window.first_index + min(window.owners[i] for i, ok in zip(batch, finite, strict=True) if not ok)
+def _check_finite(vectors: np.ndarray, window: Window, batch: Sequence[int]) -> None:
+    """vectors: those of the sequences of `batch`, as places in what the window runs."""
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        index = min(window.text(batch[i]) for i in wrong.tolist())
         raise OutputError(
             f"the vector of text {index} is not finite; the weights may hold NaN, or values beyond the dtype's range: "
             "try dtype='float32' or 'bfloat16'"
@@ -255,14 +311,19 @@ def _no_texts(plan: Plan) -> Embeddings:
 @contextlib.contextmanager
 def _progress_bar(texts: object, show: bool | None) -> Iterator[Advance]:
     """A bar over texts with tokens per second beside it; `show` None draws it on a terminal only."""
-    total = None if isinstance(texts, str) or not hasattr(texts, "__len__") else len(texts)
     tokens, start = 0, time.perf_counter()
-    with tqdm(total=total, unit="text", disable=None if show is None else not show, leave=False) as bar:
+    with tqdm(total=_expected(texts), unit="text", disable=None if show is None else not show, leave=False) as bar:
 
         def advance(done_texts: int, done_tokens: int) -> None:
             nonlocal tokens
             tokens += done_tokens
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+            bar.total = _expected(texts)
             bar.update(done_texts)
 
         yield advance
+
+
+def _expected(texts: object) -> int | None:
+    """How many texts there are, or will be by their own hint; an iterator's is of what it has left."""
+    return None if isinstance(texts, str | Iterator) else operator.length_hint(texts) or None

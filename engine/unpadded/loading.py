@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, cast
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, TypeAlias, cast
 
 import torch
 
 from unpadded.backends import Attention, attention_backend
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint import Checkpoint, open_checkpoint
 from unpadded.encoder import Encoder
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.runner import Runner
 from unpadded.spec import EncoderSpec
 from unpadded.tokenizer import Tokenizer
-from unpadded.weights import EncoderWeights, load_dense, load_weights
+from unpadded.weights import EncoderWeights, load_dense, load_weights, quantized
+from unpadded.workers import Workers
+
+Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Rows of a layer's out-projection and MLP that go together on a CPU, so that their activations stay in its caches (EPYC
@@ -23,45 +28,85 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CPU_ROW_BLOCK = 512
 # Tokens of a batch where the caller names none: enough to keep the processor busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
+# Cores of torch that one which tokenises keeps up with, with room to spare: it took 0.9 million tokens/s, where a core
+# of torch embedded 7 to 10 thousand with MiniLM (EPYC, 2026-11).
+CORES_A_TOKENIZER = 16
 
 
 def load(
     model: str | os.PathLike[str],
     *,
-    device: str | torch.device = "auto",
+    device: Device | Sequence[Device] = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     rotary_scaling_factor: float | Literal["config"] | None = "config",
     max_length: int | None = None,
-    token_budget: int | None = None,
+    token_budget: int | Literal["auto"] | None = None,
     batch_invariant: bool = False,
     revision: str | None = None,
 ) -> Engine:
     """Load a checkpoint: its configuration, safetensors and tokenizer; never a pickle, never its code.
 
     model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honoured), at `revision`.
-    device: "auto" takes CUDA where there is one, else the CPU. dtype: "auto" is float16 on CUDA, float32 on a CPU.
+    device: "auto" takes CUDA where there is one, else the CPU; "all" every CUDA device. Each of several
+    ("cuda:0,cuda:1", or a list) gets a process of its own, which ends with `Engine.close`.
+    dtype: "auto" is float16 on CUDA, float32 on a CPU. "float8" is the same with the products that follow a LayerNorm
+    (qkv and the MLP's first) in e4m3, one scale a row, which costs accuracy; it needs compute capability 8.9, and on a
+    CPU it is slow and for trials.
     attention: "auto", "unpadded", "torch" or "flash-attn".
     rotary_scaling_factor: "config" (what the checkpoint says), None, or the factor of dynamic-NTK scaling for texts
     longer than the model was trained on; every text is scaled by its own length.
-    max_length: tokens kept of a text; None takes the checkpoint's. token_budget: tokens of a batch; it bounds memory.
+    max_length: tokens kept of a text; None takes the checkpoint's.
+    token_budget: tokens of a batch; it bounds memory. "auto", the default on CUDA, takes fewer than usual where half of
+    the memory that is free after loading does not hold them.
     batch_invariant: the same bits for a text alone and in any batch on CUDA too, through our own matrix products; a CPU
     gives them anyway.
     Raises CheckpointError (or its ConfigError, WeightsError) and OptionError.
     """
-    device = _device(device)
-    dtype = _dtype(dtype, device)
-    backend = attention_backend(attention, device, dtype)
-    if token_budget is not None and token_budget < 1:
+    devices = _devices(device)
+    kind = devices[0].type
+    float8 = dtype == "float8"
+    if float8:
+        _check_float8(devices)
+    dtype = _dtype("auto" if float8 else dtype, kind)
+    attention_backend(attention, devices[0], dtype)  # checked before anything is read
+    if isinstance(token_budget, int) and token_budget < 1:
         raise OptionError(f"token_budget is not positive: {token_budget}; pass the tokens of a batch, such as 16384")
+    if isinstance(token_budget, str) and token_budget != "auto":
+        raise OptionError(f"token_budget is unknown: {token_budget!r}; use auto, or the tokens of a batch")
     checkpoint = open_checkpoint(
         model, revision=revision, max_length=max_length, rotary_scaling_factor=rotary_scaling_factor
     )
+    if float8 and checkpoint.spec.adapters is not None:
+        raise OptionError(
+            f"dtype='float8' is not for adapters, which change the weights, and {checkpoint.name} has some for "
+            f"{', '.join(checkpoint.spec.adapters.tasks)}; use dtype='float16'"
+        )
+    # On a CPU torch has the cores, and tokenising takes the few that keep up with it.
+    cores = max(1, torch.get_num_threads() // CORES_A_TOKENIZER) if kind == "cpu" else None
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
+    make = partial(
+        make_runner, checkpoint, dtype=dtype, float8=float8, attention=attention, batch_invariant=batch_invariant
+    )
+    runner = make(devices[0]) if len(devices) == 1 else Workers(make, devices)
+    return Engine(checkpoint, tokenizer, runner, _token_budget(token_budget, kind, runner))
+
+
+def make_runner(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    float8: bool,
+    attention: str,
+    batch_invariant: bool,
+) -> Runner:
+    """A checkpoint's weights on a device, ready to run."""
+    backend = attention_backend(attention, device, dtype)
     weights = load_weights(checkpoint, device=device, dtype=dtype)
+    weights = quantized(weights) if float8 else weights
     encoder = make_encoder(checkpoint.spec, weights, backend, batch_invariant=batch_invariant)
-    runner = Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
-    tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case)
-    return Engine(checkpoint, tokenizer, runner, token_budget or TOKEN_BUDGET.get(device.type, 8192))
+    return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
 
 
 def make_encoder(
@@ -72,13 +117,26 @@ def make_encoder(
     return Encoder(spec, weights, attention=attention, row_block=row_block, batch_invariant=batch_invariant)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _devices(device: Device | Sequence[Device]) -> list[torch.device]:
+    if device == "all":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    if isinstance(device, str):
+        device = device.replace(" ", "").split(",")
+    found = [_device(one) for one in ([device] if isinstance(device, torch.device) else device)]
+    if not found:
+        raise OptionError(f"no device is given: {device!r}; use auto, all, cpu, cuda or cuda:N")
+    if len({one.type for one in found}) > 1:
+        raise OptionError(f"devices are not of one kind: {device!r}; use several of CUDA, or several times cpu")
+    return found
+
+
+def _device(device: Device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise OptionError(f"device is unknown: {device!r}; use auto, cpu, cuda or cuda:N") from error
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device is unknown: {device!r}; use auto, all, cpu, cuda or cuda:N") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"device is not here: {device!r}, of {torch.cuda.device_count()} CUDA devices; use auto or cpu"
@@ -86,11 +144,28 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def _token_budget(given: int | str | None, kind: str, runner: Runner | Workers) -> int:
+    if isinstance(given, int):
+        return given
+    most = TOKEN_BUDGET.get(kind, 8192)
+    fitting = runner.fitting_tokens() if given == "auto" or kind == "cuda" else None
+    return most if fitting is None else min(most, fitting)
+
+
+def _dtype(dtype: str | torch.dtype, kind: str) -> torch.dtype:
     if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return torch.float16 if kind == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return cast(torch.dtype, dtype)
     if dtype not in DTYPES:
-        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join(DTYPES)}")
+        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join(DTYPES)}, float8")
     return DTYPES[dtype]
+
+
+def _check_float8(devices: list[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise OptionError(
+                f"dtype='float8' runs from compute capability 8.9 on: {device} has {major}.{minor}; use dtype='float16'"
+            )

@@ -21,8 +21,10 @@ LongText = Literal["truncate", "mean"]
 class Options(TypedDict, total=False):
     """How texts become vectors: the keywords that `encode`, `embed` and `stream` share.
 
-    task: a prompt of the checkpoint by its name (nomic: search_query, search_document, clustering, classification).
-    prompt: the words themselves, put before every text. With neither, the checkpoint's default, most often none.
+    task: a prompt of the checkpoint by its name (nomic: search_query, search_document, clustering, classification), and
+    with it the adapter of that name, where the checkpoint has adapters.
+    prompt: the words themselves, put before every text; beside a task that has an adapter, instead of its own. With
+    neither, the checkpoint's default, most often none.
     dimensions: matryoshka: layer norm without affine where the model was trained so, cut, L2. None keeps all.
     normalize: L2. None does what the checkpoint says, and normalises what was cut or averaged.
     precision: float32, float16, int8, uint8, binary or ubinary, with sentence-transformers' meanings.
@@ -46,6 +48,7 @@ class Plan:
     """The options of one call, checked and with their defaults."""
 
     prompt: str
+    adapter: str | None
     dimensions: int
     layer_norm: bool
     normalize: bool
@@ -53,6 +56,16 @@ class Plan:
     ranges: np.ndarray | None
     truncation: Truncation
     long_text: LongText
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """How a runner makes vectors of sequences: its keywords. Sequences of equal ones may share a batch."""
+        return {
+            "layer_norm": self.layer_norm,
+            "dimensions": self.dimensions,
+            "normalize": self.normalize,
+            "adapter": self.adapter,
+        }
 
 
 def make_plan(
@@ -81,8 +94,16 @@ def make_plan(
             dimensions,
         )
     reshaped = dimensions is not None or long_text == "mean"
+    adapters = checkpoint.spec.adapters
+    adapter = task if adapters is not None and task in adapters.tasks else None
+    if adapters is not None and adapter is not None and not adapters.rank:
+        raise OptionError(
+            f"task = {adapter!r} has an adapter that {checkpoint.name} does not hold; load the model as it was first "
+            "published, or pass prompt= to do without"
+        )
     return Plan(
-        prompt=_prompt(checkpoint, task, prompt),
+        prompt=_prompt(checkpoint, None if prompt is not None and adapter is not None else task, prompt),
+        adapter=adapter,
         dimensions=dimensions or full_dimensions,
         layer_norm=reshaped and checkpoint.matryoshka_layer_norm,
         normalize=(checkpoint.normalize or reshaped) if normalize is None else normalize,

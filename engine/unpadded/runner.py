@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,28 +17,40 @@ from torch import Tensor
 
 from unpadded.batch import PackedBatch, pack
 from unpadded.encoder import Encoder
+from unpadded.errors import TooLargeError
 from unpadded.graphs import TEXTS, Graph, bucket_of, fill
+from unpadded.memory import fitting_tokens
 from unpadded_kernels import pool
 from unpadded_kernels.attention import attention_block_m, tile_map_of
 from unpadded_kernels.pooling import matryoshka
 
+logger = logging.getLogger("unpadded")
+
 # A Dense module of sentence-transformers: weight [out_features, in_features], bias, activation.
 Dense = tuple[Tensor, Tensor | None, str]
+Copy: TypeAlias = tuple[Tensor, torch.cuda.Event | None]  # on the host, and what says when it has arrived
 
 
 class Runner:
-    """Runs an encoder on its device, batch by batch."""
+    """Runs an encoder on its device, batch by batch.
+
+    A batch that the device's memory does not hold runs in halves, and so do those of its size that follow.
+    """
+
+    at_once = 1  # batches it works on at a time
+    ready = 1  # devices that take batches
 
     def __init__(self, encoder: Encoder, device: torch.device, *, pooling: str, dense: tuple[Dense, ...]) -> None:
         self.encoder = encoder
         self.device = device
         self.pooling = pooling
         self.dense = dense
+        self.depth = 2 if device.type == "cuda" else 1  # batches worth launching before the first is waited for
+        self._most_tokens: float = math.inf  # of a batch; lowered by one that did not fit
         self._one_at_a_time = threading.Lock()  # a graph's buffers are overwritten by the next batch of any thread
-        # Captured passes by bucket and shape of the result. Library attention takes lengths from the host, experts wait
-        # for their counts: neither can be captured.
-        self._graphs: dict[tuple[int, bool, int, bool], Graph] = {}
-        self._captures = device.type == "cuda" and encoder.attention.name == "unpadded" and not encoder.spec.experts
+        # Captured passes by bucket and shape of the result; library attention takes lengths from the host and has none.
+        self._graphs: dict[tuple[int, bool, int, bool, bool], Graph] = {}
+        self._captures = device.type == "cuda" and encoder.attention.name == "unpadded"
 
     @property
     def dimensions(self) -> int:
@@ -46,8 +59,12 @@ class Runner:
 
     def describe(self) -> dict[str, str]:
         """Where and how it runs, in plain values."""
-        dtype = str(self.encoder.weights.word.dtype).removeprefix("torch.")
+        dtype = "float8" if self.encoder.float8 else str(self.encoder.weights.word.dtype).removeprefix("torch.")
         return {"device": str(self.device), "dtype": dtype, "attention": self.encoder.attention.name}
+
+    def fitting_tokens(self) -> int | None:
+        """Tokens of a batch that fit what is free of the device's memory; None where that is unknown."""
+        return fitting_tokens(self.encoder.spec, self.encoder.weights.word.dtype.itemsize, self.device)
 
     def forward(self, batch: PackedBatch, states: list[Tensor] | None = None) -> Tensor:
         """The last hidden state of every token of a batch on the host: [total_tokens, hidden], left on the device."""
@@ -55,55 +72,119 @@ class Runner:
             return self.encoder(self._to_device(batch), states)
 
     def embed(
-        self, sequences: Sequence[np.ndarray], *, layer_norm: bool, dimensions: int, normalize: bool
+        self,
+        sequences: Sequence[np.ndarray],
+        *,
+        layer_norm: bool,
+        dimensions: int,
+        normalize: bool,
+        adapter: str | None = None,
     ) -> np.ndarray:
         """Id sequences, each [tokens] int32 -> [batch, dimensions] fp32 on the host, shaped as `matryoshka` says."""
-        return self.launch(sequences, layer_norm=layer_norm, dimensions=dimensions, normalize=normalize).wait()
+        return self.launch(
+            sequences, layer_norm=layer_norm, dimensions=dimensions, normalize=normalize, adapter=adapter
+        ).wait()
 
     @torch.inference_mode()
     def launch(
-        self, sequences: Sequence[np.ndarray], *, layer_norm: bool, dimensions: int, normalize: bool
+        self,
+        sequences: Sequence[np.ndarray],
+        *,
+        layer_norm: bool,
+        dimensions: int,
+        normalize: bool,
+        adapter: str | None = None,
     ) -> OnTheWay:
-        """`embed` that on CUDA does not wait: the host packs the next batch while the device runs this one."""
-        batch = pack(sequences, self.encoder.spec)
-        bucket = bucket_of(batch) if self._captures else None
-        with self._one_at_a_time, self._on_device():
-            return self._embed(batch, bucket, len(sequences), layer_norm, dimensions, normalize)
+        """`embed` that on CUDA does not wait: the host packs the next batch while the device runs this one.
+
+        TooLargeError, with the place in `sequences`, for one that alone does not fit the device's memory.
+        """
+
+        def run(part: Sequence[np.ndarray]) -> Copy:
+            batch = pack(part, self.encoder.spec)
+            bucket = bucket_of(batch) if self._captures else None
+            with self._one_at_a_time, self._on_device():
+                self.encoder.prepare(adapter)
+                return _to_host(self._embed(batch, bucket, len(part), layer_norm, dimensions, normalize, adapter))
+
+        return OnTheWay(self._in_parts(sequences, run))
+
+    def _in_parts(self, sequences: Sequence[np.ndarray], run: Callable[[Sequence[np.ndarray]], Copy]) -> list[Copy]:
+        tokens = sum(map(len, sequences))
+        if tokens <= self._most_tokens or len(sequences) == 1:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return [run(sequences)]
+            # Out of the handler, whose exception holds the tensors of every frame that it passed.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(sequences) == 1:
+                raise TooLargeError(0, tokens, str(self.device))
+            if self._most_tokens == math.inf:
+                logger.warning(
+                    "a batch of %d tokens does not fit the memory of %s; batches are split; load with a lower "
+                    "token_budget",
+                    tokens,
+                    self.device,
+                )
+            self._most_tokens = tokens // 2
+        middle = len(sequences) // 2
+        first = self._in_parts(sequences[:middle], run)
+        try:
+            return first + self._in_parts(sequences[middle:], run)
+        except TooLargeError as error:
+            raise error.at(middle + error.index) from None
 
     def _embed(
-        self, batch: PackedBatch, bucket: int | None, texts: int, layer_norm: bool, dimensions: int, normalize: bool
-    ) -> OnTheWay:
+        self,
+        batch: PackedBatch,
+        bucket: int | None,
+        texts: int,
+        layer_norm: bool,
+        dimensions: int,
+        normalize: bool,
+        adapter: str | None,
+    ) -> Tensor:
         if bucket is None:
-            return OnTheWay(self._pooled(self._to_device(batch), layer_norm, dimensions, normalize))
+            return self._pooled(self._to_device(batch), layer_norm, dimensions, normalize, adapter)
         batch = self._with_tile_map(batch)
         tiles = bucket // self._block_m() + TEXTS
         batch = fill(batch, bucket, TEXTS, tiles)
         staged = _stage(batch).pin_memory()
-        key = (bucket, layer_norm, dimensions, normalize)
+        # one pass for every adapter: each is written into the same memory
+        key = (bucket, layer_norm, dimensions, normalize, adapter is not None)
         if key not in self._graphs:
             words = staged.to(self.device)
             captured = _views(words, batch)
-            self._graphs[key] = Graph(words, lambda: self._pooled(captured, layer_norm, dimensions, normalize))
-        return OnTheWay(self._graphs[key].replay(staged)[:texts])
+            self._graphs[key] = Graph(words, lambda: self._pooled(captured, layer_norm, dimensions, normalize, adapter))
+        return self._graphs[key].replay(staged)[:texts]
 
     @torch.inference_mode()
-    def token_rows(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def token_rows(self, sequences: Sequence[np.ndarray], *, adapter: str | None = None) -> list[np.ndarray]:
         """Id sequences, each [tokens] int32 -> the last hidden states of each, [tokens, hidden] fp32 on the host."""
-        with self._on_device():
-            batch = self._to_device(pack(sequences, self.encoder.spec))
-            hidden = OnTheWay(self.encoder(batch).float()).wait()
-        return np.split(hidden, np.cumsum(batch.lengths)[:-1])
 
-    def _pooled(self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool) -> Tensor:
-        hidden = self.encoder(batch)
+        def run(part: Sequence[np.ndarray]) -> Copy:
+            batch = pack(part, self.encoder.spec)
+            with self._one_at_a_time, self._on_device():
+                return _to_host(self.encoder(self._to_device(batch), adapter=adapter).float())
+
+        hidden = OnTheWay(self._in_parts(sequences, run)).wait()
+        return np.split(hidden, np.cumsum([len(ids) for ids in sequences])[:-1])
+
+    def close(self) -> None:
+        """Nothing to end: it runs in this process."""
+
+    def _pooled(
+        self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool, adapter: str | None = None
+    ) -> Tensor:
+        hidden = self.encoder(batch, adapter=adapter)
         if not self.dense:
             rows: Tensor = pool(hidden, batch.cu_seqlens, self.pooling, layer_norm, dimensions, normalize)
             return rows
         rows = pool(hidden, batch.cu_seqlens, self.pooling, False, hidden.shape[1], False)
         for weight, bias, activation in self.dense:
-            rows = self.encoder.linear(rows, weight, bias)
+            rows = self.encoder.linear(rows.to(weight.dtype), weight, bias)
             rows = rows.tanh() if activation == "tanh" else rows
-        return matryoshka(rows, layer_norm, dimensions, normalize)
+        return matryoshka(rows.float(), layer_norm, dimensions, normalize)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Kernels are launched on CUDA's current device, which need not be this one."""
@@ -144,18 +225,25 @@ def _views(words: Tensor, like: PackedBatch) -> PackedBatch:
     return replace(like, **found)
 
 
+def _to_host(rows: Tensor) -> Copy:
+    if not rows.is_cuda:
+        return rows, None
+    pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    pinned.copy_(rows, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return pinned, copied
+
+
 class OnTheWay:
     """Rows that the device was told to compute and copy to the host."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self._rows, self._copied = rows, None
-        if rows.is_cuda:
-            self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-            self._rows.copy_(rows, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+    def __init__(self, copies: list[Copy]) -> None:
+        self._copies = copies
 
     def wait(self) -> np.ndarray:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._rows.numpy()
+        for _, copied in self._copies:
+            if copied is not None:
+                copied.synchronize()
+        parts = [rows.numpy() for rows, _ in self._copies]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

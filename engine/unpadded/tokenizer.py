@@ -47,8 +47,9 @@ class Tokens:
 class Tokenizer:
     """A checkpoint's tokenizer, safe to call from several threads: nothing is set after construction."""
 
-    def __init__(self, backend: tokenizers.Tokenizer | None, folder: Path) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer | None, folder: Path, cores: int | None = None) -> None:
         self.folder = folder
+        self._cores = cores
         self._backend = backend
         self._leading: list[int] = []
         self._trailing: list[int] = []
@@ -62,13 +63,13 @@ class Tokenizer:
         self._margin = 1 + max((len(token.content) for token in added), default=1)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, lower_case: bool = False) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, lower_case: bool = False, cores: int | None = None) -> Tokenizer:
         """Read tokenizer.json, or else vocab.txt; a folder with neither raises CheckpointError once a text arrives.
 
         The truncation and padding that tokenizer.json sets are ignored. `lower_case` lowers before the tokenizer's own
-        normalisation, as sentence-transformers does for `do_lower_case`.
+        normalisation, as sentence-transformers does for `do_lower_case`. A call keeps at most `cores` busy; None: all.
         """
-        return cls(read_tokenizer(folder, lower_case=lower_case), folder)
+        return cls(read_tokenizer(folder, lower_case=lower_case), folder, cores)
 
     @property
     def vocabulary_size(self) -> int:
@@ -92,16 +93,17 @@ class Tokenizer:
         prompt: str = "",
         max_length: int,
         truncation: Truncation = "right",
-        first_index: int = 0,
+        indices: Sequence[int] | None = None,
     ) -> list[Tokens]:
         """Tokenise prompt + text, at most `max_length` tokens with the special tokens.
 
         "right" keeps the first tokens; "left" keeps the prompt's and the last of the text's; "error" raises InputError
-        for a text that is too long. Errors name a text by `first_index` plus its place in `texts`.
+        for a text that is too long. Errors name a text by its entry in `indices`, or else its place in `texts`.
         """
         if truncation not in get_args(Truncation):
             raise OptionError(f"truncation is unknown: {truncation!r}; use one of {', '.join(get_args(Truncation))}")
-        _check_texts(texts, first_index)
+        indices = range(len(texts)) if indices is None else indices
+        _check_texts(texts, indices)
         if len(texts) == 0:
             return []
         room = self._room(prompt, max_length)
@@ -119,7 +121,7 @@ class Tokenizer:
             rows[index] = self._tokens(ids, truncated=truncated)
         ordered = [rows[index] for index in range(len(texts))]
         if truncation == "error":
-            self._refuse_truncated(texts, ordered, prompt, max_length, first_index)
+            self._refuse_truncated(texts, ordered, prompt, max_length, indices)
         return ordered
 
     def chunks(
@@ -129,13 +131,14 @@ class Tokenizer:
         prompt: str = "",
         chunk_length: int = 2048,
         overlap: int = 8,
-        first_index: int = 0,
+        indices: Sequence[int] | None = None,
     ) -> list[list[np.ndarray]]:
         """Cut every text into chunks of at most `chunk_length` tokens, each with the special tokens and the prompt.
 
         Prompt and text are tokenised apart; neighbours share `overlap` tokens; an empty text is one chunk without text.
         """
-        _check_texts(texts, first_index)
+        indices = range(len(texts)) if indices is None else indices
+        _check_texts(texts, indices)
         if len(texts) == 0:
             return []
         self._room(prompt, chunk_length)
@@ -158,7 +161,7 @@ class Tokenizer:
         return Tokens(np.array(self._leading + ids + self._trailing, np.int32), truncated)
 
     def _refuse_truncated(
-        self, texts: Sequence[str], rows: Sequence[Tokens], prompt: str, max_length: int, first_index: int
+        self, texts: Sequence[str], rows: Sequence[Tokens], prompt: str, max_length: int, indices: Sequence[int]
     ) -> None:
         for index, row in enumerate(rows):
             if row.truncated:
@@ -167,7 +170,7 @@ class Tokenizer:
                     encoding = next(self._encodings([prompt + texts[index]]))
                     length = str(len(self._leading) + len(encoding) + len(self._trailing))
                 raise InputError(
-                    f"text {first_index + index} is too long: {length} tokens, at most {max_length} fit; "
+                    f"text {indices[index]} is too long: {length} tokens, at most {max_length} fit; "
                     "shorten it or pass truncation='right' or 'left'"
                 )
 
@@ -261,9 +264,9 @@ class Tokenizer:
         return start
 
     def _encodings(self, texts: Iterable[str], *, words: bool = False) -> Iterator[Encoding]:
-        """Tokenise without special tokens, a block at a time on all cores; `words` asks for words and offsets."""
+        """Tokenise without special tokens, a block at a time; `words` asks for words and offsets."""
         encode = self.backend.encode_batch if words else self.backend.encode_batch_fast
-        for block in _blocks(texts):
+        for block in _blocks(texts, self._cores):
             yield from encode(block, add_special_tokens=False)
 
 
@@ -272,21 +275,22 @@ def _words(encoding: Encoding) -> list[int]:
     return cast(list[int], encoding.word_ids)
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _blocks(texts: Iterable[str], most: int | None) -> Iterator[list[str]]:
+    """At most `most` texts each: the library takes a core for each text of a call."""
     block: list[str] = []
     characters = 0
     for text in texts:
         block.append(text)
         characters += len(text) + 1
-        if characters > BLOCK_CHARACTERS:
+        if characters > BLOCK_CHARACTERS or len(block) == most:
             yield block
             block, characters = [], 0
     if block:
         yield block
 
 
-def _check_texts(texts: Sequence[str], first_index: int) -> None:
-    for index, text in enumerate(texts, first_index):
+def _check_texts(texts: Sequence[str], indices: Sequence[int]) -> None:
+    for index, text in zip(indices, texts, strict=True):
         if not isinstance(text, str):
             raise InputError(f"text {index} is not a string: {type(text).__name__}; pass strings or token ids")
         if (place := _surrogate(text)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from unpadded.checkpoint import Checkpoint
-from unpadded.errors import InputError
+from unpadded.errors import InputError, TooLargeError, WorkerError
 from unpadded.options import Plan
 from unpadded.tokenizer import Tokenizer, Tokens
 
@@ -26,6 +26,7 @@ WINDOW_LENGTH = 1 << 22  # characters, or token ids
 # The chunked mean of nomic's client (gpt4all): tokens of a chunk, prompt and specials included, and of an overlap.
 CHUNK_TOKENS = 2048
 CHUNK_OVERLAP = 8
+NAMED_TEXTS = 8  # of a batch, in an error's message
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,32 @@ class Window:
     sequences: list[np.ndarray]  # each [tokens] int32
     owners: np.ndarray  # [sequences], the text of each, counted from 0
     truncated: np.ndarray  # [texts] bool: the text had more tokens
+    distinct: list[int]  # the sequences to run: those of a text that stood before are left out
+    copies: np.ndarray  # [sequences], the place in `distinct` of the one that each is equal to
+
+    def to_run(self) -> list[np.ndarray]:
+        """The sequences of `distinct`."""
+        return [self.sequences[i] for i in self.distinct]
+
+    def text(self, place: int) -> int:
+        """Which text, among all, a sequence of `to_run` is of."""
+        return self.first_index + int(self.owners[self.distinct[place]])
+
+    @contextlib.contextmanager
+    def naming(self, batch: Sequence[int]) -> Iterator[None]:
+        """Have what goes wrong inside name its texts, those of some sequences of `to_run`."""
+        try:
+            yield
+        except TooLargeError as error:
+            raise error.at(self.text(batch[error.index])) from None
+        except Exception as error:  # whatever it is, it goes on its way
+            texts = sorted({self.text(place) for place in batch})
+            more = f" and {len(texts) - NAMED_TEXTS} more" if len(texts) > NAMED_TEXTS else ""
+            named = f"it came with text{'s' * (len(texts) > 1)} {', '.join(map(str, texts[:NAMED_TEXTS]))}{more}"
+            if isinstance(error, WorkerError):
+                raise WorkerError(f"{error} ({named})") from error
+            error.add_note(named)
+            raise
 
 
 class WindowReader:
@@ -64,44 +91,60 @@ class WindowReader:
                 yield behind.result()
 
     def _tokenise(self, texts: list[Text], first_index: int, plan: Plan) -> Window:
+        given = [text if isinstance(text, str) else self._checked(text, i) for i, text in enumerate(texts, first_index)]
+        first: dict[str | bytes, int] = {}  # where each distinct text stands
+        originals = [
+            first.setdefault(text if isinstance(text, str) else text.tobytes(), place)
+            for place, text in enumerate(given)
+        ]
+        parts = self._parts({place: given[place] for place in first.values()}, first_index, plan)
         sequences: list[np.ndarray] = []
         owners: list[int] = []
-        truncated = np.zeros(len(texts), bool)
-        for are_strings, run in itertools.groupby(enumerate(texts), lambda pair: isinstance(pair[1], str)):
-            places, members = zip(*run, strict=True)
-            start = places[0]
-            if not are_strings:
-                parts = [[self._checked(ids, first_index + i)] for i, ids in zip(places, members, strict=True)]
-            elif plan.long_text == "mean":
-                parts = self._chunks(members, first_index + start, plan)
-            else:
-                found = self._encode(members, first_index + start, plan)
-                truncated[start : start + len(found)] = [tokens.truncated for tokens in found]
-                parts = [[tokens.ids] for tokens in found]
-            for place, part in zip(places, parts, strict=True):
-                sequences += part
-                owners += [place] * len(part)
+        distinct: list[int] = []
+        copies: list[int] = []
+        starts: dict[int, int] = {}  # in `distinct`, of each distinct text
+        for place, original in enumerate(originals):
+            part, _ = parts[original]
+            if place == original:
+                starts[place] = len(distinct)
+                distinct += range(len(sequences), len(sequences) + len(part))
+            copies += range(starts[original], starts[original] + len(part))
+            sequences += part
+            owners += [place] * len(part)
+        truncated = np.array([parts[original][1] for original in originals])
         self._warn_beyond_trained(max(map(len, sequences)))
-        return Window(first_index, sequences, np.array(owners), truncated)
+        return Window(first_index, sequences, np.array(owners), truncated, distinct, np.array(copies))
 
-    def _encode(self, texts: Sequence[str], first_index: int, plan: Plan) -> list[Tokens]:
-        self._warn_without_task(texts, plan.prompt)
+    def _parts(
+        self, texts: dict[int, str | np.ndarray], first_index: int, plan: Plan
+    ) -> dict[int, tuple[list[np.ndarray], bool]]:
+        """The sequences of each text, by its place, and whether it had more tokens."""
+        parts = {place: ([ids], False) for place, ids in texts.items() if not isinstance(ids, str)}
+        strings = {place: text for place, text in texts.items() if isinstance(text, str)}
+        indices = [first_index + place for place in strings]
+        self._warn_without_task(strings.values(), plan.prompt)
+        if plan.long_text == "mean":
+            chunks = self._chunks(list(strings.values()), indices, plan.prompt)
+            return parts | {place: (one, False) for place, one in zip(strings, chunks, strict=True)}
+        found = self._encode(list(strings.values()), indices, plan)
+        return parts | {place: ([one.ids], one.truncated) for place, one in zip(strings, found, strict=True)}
+
+    def _encode(self, texts: Sequence[str], indices: Sequence[int], plan: Plan) -> list[Tokens]:
         return self._tokenizer.encode(
             texts,
             prompt=plan.prompt,
             max_length=self._checkpoint.max_length,
             truncation=plan.truncation,
-            first_index=first_index,
+            indices=indices,
         )
 
-    def _chunks(self, texts: Sequence[str], first_index: int, plan: Plan) -> list[list[np.ndarray]]:
-        self._warn_without_task(texts, plan.prompt)
+    def _chunks(self, texts: Sequence[str], indices: Sequence[int], prompt: str) -> list[list[np.ndarray]]:
         return self._tokenizer.chunks(
             texts,
-            prompt=plan.prompt,
+            prompt=prompt,
             chunk_length=min(CHUNK_TOKENS, self._checkpoint.max_length),
             overlap=CHUNK_OVERLAP,
-            first_index=first_index,
+            indices=indices,
         )
 
     def _checked(self, ids: Text, index: int) -> np.ndarray:
@@ -120,7 +163,7 @@ class WindowReader:
             raise InputError(f"text {index} has a token id out of range: {wrong}; ids go from 0 to {vocabulary - 1}")
         return array.astype(np.int32)
 
-    def _warn_without_task(self, texts: Sequence[str], prompt: str) -> None:
+    def _warn_without_task(self, texts: Iterable[str], prompt: str) -> None:
         """Nomic's models are trained with a task before every text; without one their vectors are worse, silently."""
         prompts = self._checkpoint.prompts
         if self._said_task or prompt or "search_query" not in prompts:
