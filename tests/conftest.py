@@ -1,6 +1,8 @@
 """Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,25 @@ DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # Absolute and relative, against the fp32 reference of the same inputs: a few units in the last place.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--checkpoints", type=Path, metavar="DIR", help="real checkpoints, as owner/name or owner--name")
+    parser.addoption(
+        "--fuzz", type=int, default=120, metavar="N", help="fuzzed requests to each endpoint (default: 120)"
+    )
+    parser.addoption(
+        "--families", type=Path, metavar="FILE", help="write what the parity tests find, if all tests pass"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    file = session.config.getoption("families")
+    if file and exitstatus == 0:
+        from family_checks import write_parity  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
+
+        passed = session.config.pluginmanager.get_plugin("terminalreporter").stats["passed"]
+        write_parity(file, [report.nodeid.split("::")[0] for report in passed])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +73,19 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+@pytest.fixture(params=["pointers", "descriptors"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of sm_80, and those of sm_90 and later wherever they can run."""
+    if request.param == "descriptors" and HAS_CUDA and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs compute capability 9.0")
+    if request.param == "pointers" or not HAS_CUDA:
+        generation = 80 if request.param == "pointers" else 90
+        for name, module in list(sys.modules.items()):
+            if name.startswith("unpadded_kernels.") and hasattr(module, "generation"):
+                monkeypatch.setattr(module, "generation", lambda device: generation)
+    return str(request.param)
+
+
 @pytest.fixture
 def far_tokens(tmp_path: Path) -> torch.Tensor:
     """[5, 192] fp16 of random rows, 2**29 elements from one to the next: the last lies past what int32 counts."""
@@ -71,3 +105,24 @@ def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2."""
     assert MINILM.is_dir(), MINILM
     return MINILM
+
+
+def checkpoint_folder(root: Path, name: str) -> Path | None:
+    """The folder of a hub id under `root`: owner/name, owner--name, or a snapshot in the hub's cache."""
+    flat = name.replace("/", "--")
+    found = [root / name, root / flat, *(root / f"models--{flat}" / "snapshots").glob("*")]
+    return next((folder for folder in found if folder.is_dir()), None)
+
+
+@pytest.fixture
+def checkpoint(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """The folder of a real checkpoint by its hub id; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        root = pytestconfig.getoption("checkpoints")
+        folder = checkpoint_folder(root, name) if root else None
+        if folder is None and name.endswith("/all-MiniLM-L6-v2") and MINILM.is_dir():
+            folder = MINILM
+        return folder or pytest.skip(f"{name} is not in {root or 'DIR'}; pass --checkpoints DIR")
+
+    return find

@@ -1,11 +1,16 @@
 """What every family is held to: parity on values with a reference, and a text's bits whatever stands beside it."""
 
+import importlib.util
+import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from checkpoints import _Draw, _write
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
 from unpadded.engine import Engine
@@ -14,9 +19,58 @@ VOCABULARY = 512
 LENGTHS = (1, 2, 7, 64, 65, 513, 2048)
 
 
-def random_ids(lengths, seed=0):
+@dataclass
+class Parity:
+    """What the parity tests of a family found so far; `pytest --families FILE` writes it down."""
+
+    references: set[str] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)  # of the tests
+    kernels: set[str] = field(default_factory=set)  # ops in its forward pass that have a CUDA kernel of ours
+    texts: int = 0
+    longest: int = 0
+    error: float = 0.0
+
+
+PARITY: dict[str, Parity] = {}  # by family
+
+
+class OpsSeen(TorchDispatchMode):
+    """The names of our ops that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "unpadded":
+            self.names.add(op.name().removeprefix("unpadded::").removesuffix(".default"))
+        return op(*args, **(kwargs or {}))
+
+
+def write_parity(file: Path, passed: list[str]) -> None:
+    """PARITY as a result of bench/, with the number of tests that passed; `passed`: the file of each."""
+    place = importlib.util.spec_from_file_location("machine", Path(__file__).parents[1] / "bench/machine.py")
+    machine = importlib.util.module_from_spec(place)
+    place.loader.exec_module(machine)
+    rows = [
+        {
+            "family": family,
+            "references": sorted(found.references),
+            "kernels": sorted(found.kernels),
+            "texts": found.texts,
+            "longest": found.longest,
+            "error": found.error,
+            "files": sorted(found.files),
+            "tests": sum(name in found.files for name in passed),
+        }
+        for family, found in sorted(PARITY.items())
+    ]
+    file.write_text(json.dumps({"machine": machine.card(), "rows": rows}) + "\n")
+
+
+def random_ids(lengths, seed=0, vocabulary=VOCABULARY):
     draw = np.random.default_rng(seed)
-    return [draw.integers(5, VOCABULARY, length, dtype=np.int32) for length in lengths]
+    return [draw.integers(5, vocabulary, length, dtype=np.int32) for length in lengths]
 
 
 def seeded(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -42,6 +96,7 @@ def last_hidden_state(model: torch.nn.Module) -> Callable[[np.ndarray], np.ndarr
     def run(ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids).long()[None]).last_hidden_state[0].numpy()
 
+    run.reference = type(model).__name__
     return run
 
 
@@ -51,13 +106,30 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray], lengths=LENGTHS) -> None:
-    """In fp32, all lengths in one batch and each alone."""
-    texts = random_ids(lengths)
-    for ids, hidden in zip(texts, engine.token_embeddings(texts), strict=True):
+def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray], lengths=LENGTHS, **options) -> None:
+    """In fp32, all lengths in one batch and each alone; what runs and is not a plain product has a CUDA kernel."""
+    spec = engine.checkpoint.spec
+    found = PARITY.setdefault(spec.family + (" with experts" if spec.experts else ""), Parity())
+    found.references.add(getattr(reference, "reference", "its description"))
+    found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
+    texts = random_ids(lengths, vocabulary=spec.vocabulary)
+    with OpsSeen() as seen:
+        engine.encode(texts[:1], **options)
+    kernels = seen.names - {"linear"}  # the library's product
+    assert kernels
+    for name in kernels:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unpadded::{name}", "CUDA"), name
+    found.kernels |= kernels
+    for ids, hidden in zip(texts, engine.token_embeddings(texts, **options), strict=True):
         expected = reference(ids)
-        assert relative_error(hidden, expected) <= 1e-5, len(ids)
-        assert relative_error(engine.token_embeddings([ids])[0], expected) <= 1e-5, len(ids)
+        # beyond the budget a text is alone in either case
+        alone = engine.token_embeddings([ids], **options) if len(ids) <= engine.token_budget else []
+        for ours in (hidden, *alone):
+            error = relative_error(ours, expected)
+            assert error <= 1e-5, len(ids)
+            found.error = max(found.error, error)
+        found.texts += 1
+        found.longest = max(found.longest, len(ids))
 
 
 def assert_independent(folder: Path, dtype: str, lengths=(1, 1, 2, 3, 7, 8, 40, 40, 64, 65, 130, 255, 385, 513, 900)):

@@ -12,7 +12,7 @@ from unpadded.config import integer, not_implemented, positive, read_object
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 from unpadded.families import FAMILIES, Family
 from unpadded.hub import fetch
-from unpadded.pipeline import Dense, Pooling, check_widths, read_pipeline
+from unpadded.pipeline import TASK_TRANSFORMER, Dense, Pooling, check_widths, read_pipeline
 from unpadded.spec import EncoderSpec
 from unpadded.tensors import StoredTensor, read_headers
 
@@ -20,7 +20,7 @@ __all__ = ["Checkpoint", "Dense", "open_checkpoint"]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MODEL_FILE = "config_sentence_transformers.json"
-WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
+WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_tokens.weight")
 LONGEST = 1_000_000  # tokenizers without a limit state 1e30
 # of sentence-transformers' loading arguments, those that do not change a vector
 HARMLESS_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
@@ -82,11 +82,15 @@ def open_checkpoint(
     family = _family(config, stored, folder)
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
+    if pipeline.takes_task and spec.adapters is None:
+        raise not_implemented(f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "one without own code")
     width = check_widths(pipeline, spec.hidden)
 
     encoder_file = _read_encoder_file(folder)
     model_file = _read_if_present(root / MODEL_FILE)
     prompts, default_prompt, prompt_defaults = _prompts(model_file, family)
+    if spec.adapters:
+        prompts = dict(zip(spec.adapters.tasks, spec.adapters.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, encoder_file, folder, family, spec)
     stated = {**config, **model_file}
     matryoshka = _matryoshka(stated, family, name, root, width)

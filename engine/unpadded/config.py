@@ -92,6 +92,14 @@ def refuse(config: Mapping[str, Any], offered: Mapping[str, Any]) -> None:
             raise not_implemented(key, value, only)
 
 
+def rope_theta(config: Mapping[str, Any], *keys: str) -> float:
+    """The base of a rotary embedding, by one of these keys or in rope_parameters; refuses one that is scaled."""
+    rope = {f"rope_parameters.{key}": value for key, value in (config.get("rope_parameters") or {}).items()}
+    theta, kind = "rope_parameters.rope_theta", "rope_parameters.rope_type"
+    refuse(rope, {key: "default" if key == kind else None for key in rope if key != theta})
+    return required({**config, **rope}, (*keys, theta), positive)
+
+
 def one_of(config: Mapping[str, Any], key: str, offered: Collection[str]) -> str:
     value = text(config, key)
     if value not in offered:

@@ -27,10 +27,13 @@ def fetch(model: str, revision: str | None, **where: Any) -> Path:
     where: its cache_dir, token and local_files_only.
     """
     import huggingface_hub  # takes a second to import, and a folder does not need it
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     # httpx's, for connections and proxies; the package it comes from depends on the version of the hub's library
     transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
+    # said outright, or it asks the hub which files a commit has even offline
+    where["local_files_only"] = where.get("local_files_only") or HF_HUB_OFFLINE
     try:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED), **where))
     except (transport_error, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:

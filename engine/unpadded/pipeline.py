@@ -21,6 +21,7 @@ POOLING_FLAGS = {  # before sentence-transformers 5: one boolean per mode
     "pooling_mode_lasttoken": "lasttoken",
 }
 DENSE_ACTIVATIONS: dict[str, Literal["identity", "tanh"]] = {"Identity": "identity", "Tanh": "tanh"}
+TASK_TRANSFORMER = "custom_st.Transformer"  # jina-embeddings-v3's: a Transformer that is told the adapter
 ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
@@ -44,6 +45,7 @@ class Pipeline:
     dense: tuple[Dense, ...]
     normalize: bool
     defaults: tuple[str, ...]  # a sentence for each choice that no file made
+    takes_task: bool = False  # its first module is the checkpoint's own, which takes a task beside the texts
 
 
 def read_pipeline(folder: Path) -> Pipeline:
@@ -56,7 +58,7 @@ def read_pipeline(folder: Path) -> Pipeline:
             transformer=folder, pooling=pooling, dense=(), normalize=False, defaults=(*defaults, not_normalized)
         )
 
-    modules = _read_modules(path)
+    modules, takes_task = _read_modules(path)
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=ORDER.index) or kinds.count("Pooling") > 1:
         raise not_implemented(str(path), ", ".join(kinds), "Transformer, Pooling, Dense (any number), Normalize")
@@ -70,6 +72,7 @@ def read_pipeline(folder: Path) -> Pipeline:
         dense=tuple(_read_dense(module) for kind, module in modules if kind == "Dense"),
         normalize="Normalize" in kinds,
         defaults=defaults,
+        takes_task=takes_task,
     )
 
 
@@ -86,22 +89,23 @@ def check_widths(pipeline: Pipeline, hidden: int) -> int:
     return width
 
 
-def _read_modules(path: Path) -> list[tuple[str, Path]]:
-    """Kind and folder of each module."""
+def _read_modules(path: Path) -> tuple[list[tuple[str, Path]], bool]:
+    """Kind and folder of each module, and whether the first is one that takes a task."""
     modules = []
     entries = read_json(path)
     try:
         stated = [(str(entry["type"]), str(entry["path"])) for entry in entries]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
+    takes_task = bool(stated) and stated[0][0] == TASK_TRANSFORMER
     for dotted, inside in stated:
         kind = dotted.rpartition(".")[2]
-        if not dotted.startswith("sentence_transformers.") or kind not in ORDER:
+        if not dotted.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or kind not in ORDER:
             raise not_implemented(f"the module type in {path}", dotted, ", ".join(ORDER))
         if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
             raise ConfigError(f"{path} names {inside!r}, outside the checkpoint; correct it")
         modules.append((kind, path.parent / inside))
-    return modules
+    return modules, takes_task
 
 
 def _read_pooling(folder: Path) -> tuple[Pooling, tuple[str, ...]]:

@@ -42,6 +42,16 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Low-rank changes of the weights, one set a task: W + scale * B A."""
+
+    tasks: tuple[str, ...]  # in the order in which the checkpoint stacks them
+    prompts: tuple[str, ...]  # of each task, where no other file states one
+    rank: int  # 0: the checkpoint's files do not hold them
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
     """Embeddings + LayerNorm, then `layers` x (attention, LayerNorm, MLP, LayerNorm), a residual around each half.
 
@@ -66,6 +76,8 @@ class EncoderSpec:
     down_bias: bool
     prenorm: bool = False
     norm_bias: bool = True
+    rms_norm: bool = False  # in a pre-norm encoder: RMSNorm, and the embeddings go on as they are
+    kv_heads: int | None = None  # fewer than heads where several share a key and a value; None: as many
     # learned positions count from the row after this one; a token of this id has this row
     padding_id: int | None = None
     alibi: bool = False
@@ -73,6 +85,7 @@ class EncoderSpec:
     inner_norm: bool = False  # attention's output is added to the residual and normalised before that is done again
     local: Local | None = None
     experts: Experts | None = None
+    adapters: Adapters | None = None
 
     @property
     def head_dim(self) -> int:

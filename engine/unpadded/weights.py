@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from unpadded.errors import WeightsError
 from unpadded.families import FAMILIES
 from unpadded.spec import EncoderSpec, Slot
 from unpadded.tensors import StoredTensor, read_header, read_headers
+from unpadded_kernels.fp8 import quantize_rows_reference
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # torch's grain size: an operation on no more elements than this runs on the calling thread. Longer pieces make threads
@@ -36,12 +37,14 @@ class LayerWeights:
     """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them."""
 
     qkv: Tensor  # [3 * hidden, hidden], rows ordered three, head, dim
+    qkv_scale: Tensor | None = None  # [3 * hidden] fp32, of each row where qkv is in e4m3 (see `quantized`)
     qkv_bias: Tensor | None = None
     out: Tensor  # [hidden, hidden]
     out_bias: Tensor | None = None
     attention_norm: Tensor
     attention_norm_bias: Tensor  # of every norm: zeros where the family has none
     up: Tensor  # [up_rows, hidden]; gated: the gate's rows, then the up rows; experts: [experts, up_rows, hidden]
+    up_scale: Tensor | None = None  # [up_rows] fp32 where up is in e4m3
     up_bias: Tensor | None = None
     down: Tensor  # [hidden, intermediate]; experts: [experts, hidden, intermediate]
     down_bias: Tensor | None = None
@@ -64,6 +67,8 @@ class EncoderWeights:
     norm: Tensor
     norm_bias: Tensor
     layers: tuple[LayerWeights, ...]
+    # slot -> the factors of its change, of every task: rows [tasks, rows, rank], columns [tasks, rank, columns]
+    adapters: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def load_weights(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> EncoderWeights:
@@ -91,6 +96,9 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:
         tensors[up] = tensors[up].view(-1, spec.up_rows, spec.hidden)
         # stored as [experts * intermediate, hidden]: turned once here, one layer at a time
         tensors[down] = tensors[down].view(-1, spec.intermediate, spec.hidden).mT.contiguous()
+    for index in range(spec.layers) if spec.kv_heads else ():
+        q, kv = tensors.pop(f"layers.{index}.q"), tensors.pop(f"layers.{index}.kv")
+        tensors[f"layers.{index}.qkv"] = _with_a_copy_each(q, kv, spec)
 
     def layer(index: int) -> LayerWeights:
         start = f"layers.{index}."
@@ -105,7 +113,30 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:
         norm=tensors["norm"],
         norm_bias=tensors["norm_bias"],
         layers=tuple(layer(index) for index in range(spec.layers)),
+        adapters={
+            slot.removeprefix("adapters.").removesuffix(".rows"): (rows, tensors[slot.removesuffix("rows") + "columns"])
+            for slot, rows in tensors.items()
+            if slot.startswith("adapters.") and slot.endswith(".rows")
+        },
     )
+
+
+def _with_a_copy_each(q: Tensor, kv: Tensor, spec: EncoderSpec) -> Tensor:
+    """[3 * hidden, hidden] from q and the keys and values that several heads share."""
+    sharing = 2 * len(q) // len(kv)  # heads, a key
+    copies = kv.view(2, -1, 1, spec.head_dim, spec.hidden).expand(-1, -1, sharing, -1, -1)
+    return torch.cat([q, copies.reshape(-1, spec.hidden)])
+
+
+def quantized(weights: EncoderWeights) -> EncoderWeights:
+    """The weights with those of the products that follow a LayerNorm in e4m3; experts stay as they are."""
+
+    def layer(whole: LayerWeights) -> LayerWeights:
+        qkv, qkv_scale = quantize_rows_reference(whole.qkv)
+        up, up_scale = (whole.up, None) if whole.router is not None else quantize_rows_reference(whole.up)
+        return replace(whole, qkv=qkv, qkv_scale=qkv_scale, up=up, up_scale=up_scale)
+
+    return replace(weights, layers=tuple(layer(whole) for whole in weights.layers))
 
 
 def load_dense(

@@ -22,8 +22,8 @@ PADDING_ID = 1
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type alone: the tensors have BERT's names."""
-    return config.get("model_type") in MODEL_TYPES
+    """By model_type alone: the tensors have BERT's names. jina-embeddings-v3 bears it too."""
+    return config.get("model_type") in MODEL_TYPES and config.get("position_embedding_type") != "rotary"
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:

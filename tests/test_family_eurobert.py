@@ -1,0 +1,162 @@
+"""EuroBERT against transformers: RMSNorm, and heads that share keys and values."""
+
+import json
+
+import pytest
+from checkpoints import change_json
+from family_checks import (
+    VOCABULARY,
+    assert_independent,
+    assert_parity,
+    last_hidden_state,
+    random_ids,
+    relative_error,
+    seeded,
+    write,
+)
+from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
+
+import unpadded
+from unpadded.checkpoint import open_checkpoint
+from unpadded.errors import ConfigError
+from unpadded.families import eurobert
+from unpadded.spec import Rotary
+
+EUROBERT_2B = {  # the published keys of EuroBERT-2.1B
+    "architectures": ["EuroBertForMaskedLM"],
+    "auto_map": {"AutoModel": "modeling_eurobert.EuroBertModel"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_dropout": 0.0,
+    "hidden_size": 2304,
+    "intermediate_size": 6144,
+    "is_decoder": False,
+    "mask_token_id": 128002,
+    "max_position_embeddings": 8192,
+    "model_type": "eurobert",
+    "num_attention_heads": 18,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 6,
+    "pad_token_id": 128001,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 250000,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+EUROBERT_210M = EUROBERT_2B | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "num_key_value_heads": 12,
+}
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+SMALL = EUROBERT_2B | SIZES
+
+
+def model_of(config, kind=EuroBertModel):
+    return seeded(kind(EuroBertConfig(**{key: value for key, value in config.items() if key != "auto_map"})))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(SMALL)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return write(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+
+
+def test_the_published_configurations():
+    spec = eurobert.read_config(EUROBERT_2B)
+    assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim) == (32, 2304, 18, 6, 128)
+    assert (spec.intermediate, spec.vocabulary, spec.token_types, spec.position_rows) == (6144, 128256, 0, 0)
+    assert spec.activation == "swiglu" and spec.prenorm and spec.rms_norm and not spec.norm_bias
+    assert not (spec.qkv_bias or spec.out_bias or spec.up_bias or spec.down_bias)
+    assert (spec.norm_eps, spec.rotary) == (1e-5, Rotary(base=250000.0, trained_length=8192))
+    assert eurobert.read_config(EUROBERT_210M).kv_heads is None
+
+
+def test_matches_transformers(model, folder):
+    assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
+
+
+def test_one_key_a_head_and_the_configuration_of_transformers_5(tmp_path):
+    model = model_of(SMALL | {"num_key_value_heads": 6}, EuroBertForMaskedLM)
+    config = json.loads(model.config.to_json_string())
+    assert "rope_theta" not in config and config["head_dim"] == 32
+    folder = write(tmp_path, config, model.state_dict())
+    assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model.model), (1, 7, 65, 513))
+
+
+@pytest.mark.slow
+def test_real_width_and_length_match_transformers(tmp_path):
+    """Of the 2.1B the head_dim of 128 and three heads a key; of the 610M the width."""
+    sizes = {"hidden_size": 1152, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 4096}
+    config = EUROBERT_2B | sizes | {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    model = model_of(config)
+    engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
+    assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_depends_on_itself_alone(folder, dtype):
+    assert_independent(folder, dtype)
+
+
+def test_the_vocabulary_is_padded(folder):
+    change_json(folder / "config.json", vocab_size=VOCABULARY - 5)
+    assert open_checkpoint(folder).spec.vocabulary == VOCABULARY
+
+
+def test_accelerate_takes_it_where_no_heads_share(model):
+    with pytest.raises(unpadded.OptionError, match="its 6 heads share 2 keys and values"):
+        unpadded.accelerate(model)
+    other = model_of(SMALL | {"num_key_value_heads": 6})
+    (ids,) = random_ids([65])
+    expected = last_hidden_state(other)(ids)
+    assert relative_error(last_hidden_state(unpadded.accelerate(other))(ids), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "relu"),
+        ("is_decoder", True),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("head_dim", 64),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters.rope_type", "yarn"),
+        ("rope_parameters.factor", 4.0),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(key, value):
+    outer, _, inner = key.partition(".")
+    changed = {outer: {inner: value}} if inner else {key: value}
+    with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
+        eurobert.read_config(EUROBERT_2B | changed)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="num_key_value_heads = 5"):
+        eurobert.read_config(EUROBERT_2B | {"num_key_value_heads": 5})
+
+
+def test_two_bases_that_disagree_are_refused():
+    with pytest.raises(ConfigError, match=r"rope_theta = 250000.0 but rope_parameters.rope_theta = 10000.0"):
+        eurobert.read_config(EUROBERT_2B | {"rope_parameters": {"rope_theta": 10000.0}})

@@ -1,0 +1,425 @@
+"""jina-embeddings-v3 against transformers, and its adapters against the published parametrisation, W + scale * B A."""
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import add_sentence_transformers_files, write_json
+from family_checks import (
+    VOCABULARY,
+    assert_independent,
+    assert_parity,
+    last_hidden_state,
+    random_ids,
+    relative_error,
+    seeded,
+    write,
+)
+from test_family_xlm_roberta import write_tokenizer
+from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
+
+import unpadded
+from unpadded.adapters.sentence_transformers import SentenceTransformer
+from unpadded.checkpoint import open_checkpoint
+from unpadded.errors import ConfigError, OptionError, WeightsError
+from unpadded.families import jina_v3
+from unpadded.spec import Rotary
+
+TASKS = ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
+PROMPTS = {
+    "retrieval.query": "Represent the query for retrieving evidence documents: ",
+    "retrieval.passage": "Represent the document for retrieval: ",
+}
+JINA_V3 = {  # the published keys
+    "model_type": "xlm-roberta",
+    "architectures": ["XLMRobertaLoRA"],
+    "auto_map": {"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA"},
+    "attention_probs_dropout_prob": 0.1,
+    "bos_token_id": 0,
+    "classifier_dropout": None,
+    "emb_pooler": None,
+    "eos_token_id": 2,
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-05,
+    "load_trained_adapters": True,
+    "lora_adaptations": TASKS,
+    "lora_alpha": 1,
+    "lora_dropout_p": 0.0,
+    "lora_main_params_trainable": False,
+    "lora_rank": 4,
+    "matryoshka_dimensions": [32, 64, 128, 256, 512, 768, 1024],
+    "max_position_embeddings": 8194,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "output_past": True,
+    "pad_token_id": 1,
+    "position_embedding_type": "rotary",
+    "rotary_emb_base": 20000.0,
+    "task_instructions": dict.fromkeys(TASKS, "") | PROMPTS,
+    "truncate_dim": None,
+    "type_vocab_size": 1,
+    "use_cache": True,
+    "use_flash_attn": True,
+    "vocab_size": 250002,
+}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY,
+}
+SMALL = JINA_V3 | SIZES | {"matryoshka_dimensions": [32, 64, 128]}
+PLAIN = {key: value for key, value in SMALL.items() if not key.startswith("lora_")}
+MODERN = SIZES | {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 8194, "pad_token_id": 1}
+RANK, ALPHA = 4, 1
+MATRICES = ("Wqkv", "out_proj", "fc1", "fc2", "word_embeddings", "token_type_embeddings", "dense")
+
+
+def model_of(sizes=MODERN, tensors=None):
+    model = seeded(JinaEmbeddingsV3Model(JinaEmbeddingsV3Config(**sizes)))
+    if tensors is not None:
+        model.load_state_dict(tensors)
+    return model
+
+
+RENAMED = (  # transformers' names, the published ones
+    ("embeddings.LayerNorm", "emb_ln"),
+    ("layers.", "encoder.layers."),
+    ("self_attn.o_proj", "mixer.out_proj"),
+    ("post_attention_layernorm", "norm1"),
+    ("post_mlp_layernorm", "norm2"),
+)
+
+
+def published_names(tensors):
+    """transformers' tensors under the names of the published code."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        if ".k_proj." not in name and ".v_proj." not in name:
+            name = name.replace("self_attn.q_proj", "mixer.Wqkv")
+            for modern, published in RENAMED:
+                name = name.replace(modern, published)
+            found[f"roberta.{name}"] = tensor
+    return found
+
+
+def modern_names(tensors):
+    """The way back."""
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("roberta.")
+        for modern, published in RENAMED:
+            name = name.replace(published, modern)
+        parts = zip("qkv", tensor.chunk(3), strict=True) if ".Wqkv." in name else [("", tensor)]
+        found |= {name.replace("mixer.Wqkv", f"self_attn.{part}_proj"): rows for part, rows in parts}
+    return found
+
+
+def with_adapters(tensors, seed=7):
+    """Each matrix of the published names parametrised, with factors large enough to matter."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part != "weight" or not module.endswith(MATRICES):
+            found[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        a, b = (RANK, columns), (rows, RANK)
+        if module.endswith("embeddings"):
+            a, b = (rows, RANK), (RANK, columns)
+        start = f"{module}.parametrizations.weight"
+        found[f"{start}.original"] = tensor
+        found[f"{start}.0.lora_A"] = 0.2 * torch.randn(len(TASKS), *a, generator=generator)
+        found[f"{start}.0.lora_B"] = 0.2 * torch.randn(len(TASKS), *b, generator=generator)
+    return found
+
+
+def merged(tensors, task):
+    """The tensors as the published `lora_forward` makes them: X + lora_B @ lora_A * alpha / rank, tables swapped."""
+    index, found = TASKS.index(task), {}
+    for name, tensor in tensors.items():
+        if name.endswith(".original"):
+            a, b = (tensors[name.replace("original", f"0.lora_{which}")][index].double() for which in "AB")
+            change = a @ b if "embeddings" in name else b @ a
+            tensor = (tensor.double() + change * ALPHA / RANK).float()
+        if ".0.lora_" not in name:
+            found[name.replace(".parametrizations.weight.original", ".weight")] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    return with_adapters(published_names(model.state_dict()))
+
+
+@pytest.fixture
+def folder(adapted, tmp_path):
+    return write(tmp_path, SMALL, adapted)
+
+
+def test_the_published_configuration():
+    spec = jina_v3.read_config(JINA_V3)
+    assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (24, 1024, 16, 64, 4096)
+    assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.padding_id) == (250002, 1, 0, None)
+    assert spec.activation == "gelu" and not spec.prenorm and spec.norm_eps == 1e-5
+    assert spec.qkv_bias and spec.out_bias and spec.up_bias and spec.down_bias
+    assert spec.rotary == Rotary(base=20000.0, trained_length=8194)
+    assert (spec.adapters.tasks, spec.adapters.rank, spec.adapters.scale) == (tuple(TASKS), 4, 0.25)
+    assert dict(zip(TASKS, spec.adapters.prompts, strict=True)) == dict.fromkeys(TASKS, "") | PROMPTS
+
+
+@pytest.mark.parametrize("names", ["published", "transformers"])
+def test_matches_transformers(model, tmp_path, names):
+    if names == "published":
+        folder = write(tmp_path, PLAIN, published_names(model.state_dict()))
+    else:
+        config = json.loads(model.config.to_json_string())
+        assert config["rope_parameters"]["rope_theta"] == 20000.0
+        folder = write(tmp_path, config, model.state_dict())
+    assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
+
+
+def test_accelerate_takes_the_encoder():
+    model = model_of()
+    (ids,) = random_ids([65])
+    expected = last_hidden_state(model)(ids)
+    assert relative_error(last_hidden_state(unpadded.accelerate(model))(ids), expected) <= 1e-5
+
+
+@pytest.mark.slow
+def test_real_width_and_length_match_transformers(tmp_path):
+    sizes = {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    model = model_of(MODERN | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16} | sizes)
+    adapted = with_adapters(published_names(model.state_dict()))
+    engine = unpadded.load(write(tmp_path, JINA_V3 | sizes, adapted), device="cpu")
+    assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_is_the_published_parametrisation(folder, adapted, task):
+    reference = last_hidden_state(model_of(tensors=modern_names(merged(adapted, task))))
+    engine = unpadded.load(folder, device="cpu")
+    assert_parity(engine, reference, (1, 7, 65, 130), task=task)
+    texts = random_ids((1, 65))
+    for hidden, without in zip(engine.token_embeddings(texts, task=task), engine.token_embeddings(texts), strict=True):
+        assert relative_error(hidden, without) > 0.1
+
+
+def test_tasks_follow_each_other_in_any_order(folder):
+    """What one task gives depends on none before it, and without a task there is no adapter."""
+    texts = random_ids((3, 40, 65))
+    alone = {task: unpadded.load(folder, device="cpu").encode(texts, task=task) for task in (None, *TASKS)}
+    assert len({vectors.tobytes() for vectors in alone.values()}) == len(alone)
+    engine = unpadded.load(folder, device="cpu")
+    for index in np.random.default_rng(0).permutation(18):
+        task = (None, *TASKS)[index % 6]
+        assert np.array_equal(engine.encode(texts, task=task), alone[task])
+
+
+def test_concurrent_calls_of_several_tasks_do_not_mix(folder):
+    texts = random_ids((3, 40, 65, 9))
+    engine = unpadded.load(folder, device="cpu", token_budget=64)
+    alone = {task: engine.encode(texts, task=task) for task in (None, *TASKS)}
+    hidden = np.concatenate(engine.token_embeddings(texts, task=TASKS[0]))
+
+    async def together():
+        return await asyncio.gather(*(engine.aencode(texts, task=task) for task in alone for _ in range(2)))
+
+    found = asyncio.run(together())
+    assert all(np.array_equal(one, alone[task]) for one, task in zip(found[::2], alone, strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(found[::2], found[1::2], strict=True))
+
+    wrong = []
+
+    def tokens():
+        for _ in range(8):
+            wrong.append(not np.array_equal(np.concatenate(engine.token_embeddings(texts, task=TASKS[0])), hidden))
+
+    def vectors():
+        for _ in range(8):
+            wrong.append(not np.array_equal(engine.encode(texts, task=TASKS[1]), alone[TASKS[1]]))
+
+    threads = [threading.Thread(target=run) for run in (tokens, vectors)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 16 and not any(wrong)
+
+
+def test_an_error_half_way_to_another_task_leaves_no_mixture(folder, monkeypatch):
+    texts = random_ids((3, 40))
+    engine = unpadded.load(folder, device="cpu")
+    alone = engine.encode(texts, task=TASKS[0])
+    real, adapted = torch.addmm, []
+
+    def failing(*args, alpha=1, **options):
+        adapted.append(alpha)
+        if len(adapted) == 3:
+            raise RuntimeError("no more")
+        return real(*args, alpha=alpha, **options)
+
+    monkeypatch.setattr(torch, "addmm", failing)
+    with pytest.raises(RuntimeError, match="no more"):
+        engine.encode(texts, task=TASKS[1])
+    monkeypatch.undo()
+    assert adapted == [0.25] * 3
+    assert np.array_equal(engine.encode(texts, task=TASKS[0]), alone)
+
+
+def test_a_task_brings_its_prompt_and_its_adapter(folder, minilm):
+    lines = [line for line in (minilm / "README.md").read_text().splitlines() if line.strip()]
+    write_tokenizer(folder, lines)
+    add_sentence_transformers_files(folder, prompts=PROMPTS)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0] |= {"type": "custom_st.Transformer", "kwargs": ["task"]}
+    write_json(folder / "modules.json", modules)
+    engine = unpadded.load(folder, device="cpu")
+    assert engine.checkpoint.prompts == dict.fromkeys(TASKS, "") | PROMPTS
+    assert engine.checkpoint.matryoshka == (128, 64, 32)
+    for task in TASKS:
+        prompt = engine.checkpoint.prompts[task]
+        ids = [tokens.ids for tokens in engine.tokenizer.encode([prompt + line for line in lines], max_length=8192)]
+        assert np.array_equal(engine.encode(lines, task=task), engine.encode(ids, task=task))
+        assert not np.array_equal(engine.encode(ids), engine.encode(ids, task=task))
+    own = engine.encode(lines, task="separation", prompt=PROMPTS["retrieval.query"])
+    ids = engine.tokenizer.encode([PROMPTS["retrieval.query"] + line for line in lines], max_length=8192)
+    assert np.array_equal(own, engine.encode([tokens.ids for tokens in ids], task="separation"))
+    cut = engine.encode(lines, task="separation", dimensions=32)
+    whole = engine.encode(lines, task="separation")[:, :32]
+    np.testing.assert_allclose(cut, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(OptionError, match=r"task is unknown: 'search_query'; .* has retrieval.query, "):
+        engine.encode(lines, task="search_query")
+
+
+def test_own_code_is_refused_where_no_adapters_say_what_it_does(tmp_path, model):
+    folder = write(tmp_path, PLAIN, published_names(model.state_dict()))
+    add_sentence_transformers_files(folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["type"] = "custom_st.Transformer"
+    write_json(folder / "modules.json", modules)
+    with pytest.raises(ConfigError, match=r"modules.json = 'custom_st.Transformer' is not implemented"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_depends_on_itself_alone(folder, dtype):
+    assert_independent(folder, dtype)
+    engine = unpadded.load(folder, device="cpu", dtype=dtype)
+    texts = random_ids((1, 3, 40, 65, 130))
+    together = engine.encode(texts, task="separation")
+    assert np.array_equal(np.concatenate([engine.encode([text], task="separation") for text in texts]), together)
+
+
+def test_adapters_that_the_file_lacks_are_listed(model, tmp_path):
+    with pytest.raises(WeightsError, match=r"missing: encoder.layers.0.mixer.Wqkv.parametrizations.weight.0.lora_A"):
+        unpadded.load(write(tmp_path, SMALL, published_names(model.state_dict())), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "relu"),
+        ("position_embedding_type", "absolute"),
+        ("load_trained_adapters", False),
+        ("truncate_dim", 256),
+        ("emb_pooler", "mean"),
+        ("rope_parameters.rope_type", "yarn"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(key, value):
+    outer, _, inner = key.partition(".")
+    with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
+        jina_v3.read_config(JINA_V3 | {outer: {inner: value} if inner else value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_adaptations": []}, r"lora_adaptations = \[\] are not names"),
+        ({"task_instructions": {"other": ""}}, "task_instructions = .* are not of the tasks"),
+        ({"lora_rank": None}, "lacks lora_rank"),
+        ({"rotary_emb_base": None}, "lacks rotary_emb_base"),
+        ({"rope_theta": 10000.0}, r"rotary_emb_base = 20000.0 but rope_theta = 10000.0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        jina_v3.read_config(JINA_V3 | changes)
+
+
+def test_sentence_transformers_words_choose_the_adapters(folder, minilm):
+    lines = ["What is a tide?", "How is bread made?"]
+    write_tokenizer(folder, (minilm / "README.md").read_text().splitlines())
+    add_sentence_transformers_files(folder, prompts=PROMPTS)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0] |= {"type": "custom_st.Transformer", "kwargs": ["task"]}
+    write_json(folder / "modules.json", modules)
+    engine = unpadded.load(folder, device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    for options in ({}, {"task": "separation"}, {"task": "retrieval.query", "prompt_name": "retrieval.query"}):
+        expected = engine.encode(lines, task=options.get("task"))
+        np.testing.assert_allclose(model.encode(lines, **options), expected, atol=1e-6)
+        rows = model.encode(lines, output_value="token_embeddings", **options)
+        for row, hidden in zip(rows, engine.token_embeddings(lines, task=options.get("task")), strict=True):
+            np.testing.assert_allclose(row, hidden, atol=1e-5)
+    with pytest.raises(OptionError, match=r"task is unknown: 'clustering'; the adapters are retrieval.query, "):
+        model.encode(lines, task="clustering")
+    with pytest.raises(OptionError, match="task = 'separation' was given with what its adapter is not run for"):
+        model.encode(lines, task="separation", output_value=None)
+
+
+def test_langchain_and_mteb_choose_the_adapters(folder, minilm):
+    pytest.importorskip("langchain_core")
+    pytest.importorskip("mteb")
+    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+    from mteb.mocks.mock_tasks.sts import MockSTSTask
+    from mteb.types import PromptType
+
+    from unpadded.adapters.langchain import UnpaddedEmbeddings
+    from unpadded.adapters.mteb import UnpaddedEncoder
+
+    lines = ["What is a tide?", "How is bread made?"]
+    write_tokenizer(folder, (minilm / "README.md").read_text().splitlines())
+    engine = unpadded.load(folder, device="cpu")
+    embeddings = UnpaddedEmbeddings(engine)
+    assert embeddings.embed_query(lines[0]) == engine.encode(lines[0], task="retrieval.query").tolist()
+    assert embeddings.embed_documents(lines) == engine.encode(lines, task="retrieval.passage").tolist()
+    for task, side, expected in (
+        (MockRetrievalTask, PromptType.query, "retrieval.query"),
+        (MockRetrievalTask, PromptType.document, "retrieval.passage"),
+        (MockSTSTask, None, "text-matching"),
+    ):
+        vectors = UnpaddedEncoder(engine).encode(
+            [{"text": lines}], task_metadata=task.metadata, hf_split="test", hf_subset="", prompt_type=side
+        )
+        assert np.array_equal(vectors, engine.encode(lines, task=expected))
+
+
+@pytest.mark.gpu
+def test_captured_passes_follow_the_task(folder):
+    """One captured pass serves every adapter, whose weights are written where it reads them."""
+    texts = random_ids((3, 40, 65))
+    alone = {
+        task: unpadded.load(folder, device="cuda", dtype="float32").encode(texts, task=task) for task in (None, *TASKS)
+    }
+    engine = unpadded.load(folder, device="cuda", dtype="float32")
+    expected = unpadded.load(folder, device="cpu")
+    for index in np.random.default_rng(0).permutation(18):
+        task = (None, *TASKS)[index % 6]
+        found = engine.encode(texts, task=task)
+        assert np.array_equal(found, alone[task])
+        assert relative_error(found, expected.encode(texts, task=task)) <= 1e-5
