@@ -173,10 +173,12 @@ def test_a_broken_row_is_named_or_skipped(
 def test_a_cut_gzip_is_an_error_even_when_rows_are_skipped(
     engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("in.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode())[:-20])
+    Path("in.txt.gz").write_bytes(gzip.compress("\n".join(["\udcff", *TEXTS]).encode("utf-8", "surrogateescape"))[:-20])
     assert embed("in.txt.gz", "-o", "out.npy", "--on-error", "skip") == 2
     assert "the input cannot be read: 'in.txt.gz'" in capsys.readouterr().err
     assert os.listdir() == ["in.txt.gz"]
+    assert embed("in.txt.gz", "-o", "parts/", "--on-error", "skip") == 2
+    assert os.listdir("parts") == []  # a reject was written before the error
 
 
 def test_a_dataset_holds_what_the_engine_gives(engine: unpadded.Engine, tmp_path: Path) -> None:
@@ -198,20 +200,24 @@ def test_a_dataset_holds_what_the_engine_gives(engine: unpadded.Engine, tmp_path
     assert table["id"].to_pylist() == [f"d{i}" for i in range(len(TEXTS))]
     assert table["n"].to_pylist() == [str(i) for i in range(len(TEXTS))]
 
-    frame = pd.read_parquet("parts")
-    np.testing.assert_array_equal(np.stack(frame["embedding"]), expected.vectors)
     manifest = json.loads(Path("parts/_manifest.json").read_text())
     assert manifest["finished"] and [part["rows"] for part in manifest["parts"]] == [150, 150, 75]
     assert sum(part["tokens"] for part in manifest["parts"]) == expected.token_counts.sum()
 
 
-def test_a_dataset_opens_in_polars_and_duckdb(engine: unpadded.Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["-o", "parts/", "--part-rows", "8"], ["-o", "one.parquet"]])
+def test_vectors_open_in_pandas_polars_and_duckdb(engine: unpadded.Engine, tmp_path: Path, flags: list[str]) -> None:
     polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
-    assert embed(write_jsonl(tmp_path / "in.jsonl", TEXTS[:20]), "-o", "parts/", "--part-rows", "8") == 0
-    expected = engine.encode(TEXTS[:20])
-    np.testing.assert_array_equal(polars.read_parquet("parts/*.parquet")["embedding"].to_numpy(), expected)
-    rows = duckdb.sql("select embedding from 'parts/*.parquet' order by id").fetchall()
-    np.testing.assert_array_equal(np.array([row[0] for row in rows], np.float32), expected)
+    assert embed(write_jsonl(tmp_path / "in.jsonl", TEXTS[:20]), *flags, "--carry", "doc,text") == 0
+    path = "parts/*.parquet" if flags[1] == "parts/" else flags[1]
+    duck = duckdb.sql(f"select * from '{path}' order by id")
+    frames = {"pandas": pd.read_parquet(flags[1]), "polars": polars.read_parquet(path).to_pandas(), "duckdb": duck.df()}
+    expected = engine.embed(TEXTS[:20])
+    for tool, frame in frames.items():
+        assert list(frame.columns) == ["id", "embedding", "tokens", "truncated", "doc", "text"], tool
+        np.testing.assert_array_equal(np.stack(list(frame["embedding"])), expected.vectors, tool)
+        assert frame["id"].tolist() == list(range(20)) and frame["text"].tolist() == TEXTS[:20], tool
+        assert frame["tokens"].tolist() == expected.token_counts.tolist(), tool
 
 
 def test_columns_of_parquet_keep_their_types(engine: unpadded.Engine) -> None:

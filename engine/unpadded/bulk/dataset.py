@@ -1,25 +1,26 @@
 """A folder of Parquet parts that can be gone on with after a kill at any moment.
 
-Parts are cut by rows alone. One is written under a temporary name, synced and renamed; then the rejects before its last
-row are appended and synced; then the manifest, which names it, is replaced. So what the manifest names is on the disk,
-and what it does not name is written again, to the same bytes.
+Parts are cut by rows alone. One is written under a temporary name, synced and renamed; then the rejects, which are
+appended as they are read, are synced; then the manifest is replaced, which names the part and how many of the rejects
+lie before its last row. So what the manifest names is on the disk, and what it does not name is written again, to the
+same bytes.
 
 Readers of Parquet folders pass over names that begin with _ or a dot.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unpadded.bulk.files import AtomicFile, OutputFile, lock_folder, sync_file, sync_folder, unwritable
 from unpadded.bulk.manifest import check_same, read_manifest, write_manifest
-from unpadded.bulk.sources import Broken, Place
+from unpadded.bulk.sources import Broken, Place, Row
 from unpadded.bulk.writers import Block, Columns, ParquetWriter
 from unpadded.errors import OutputError
 
@@ -38,11 +39,12 @@ class Dataset:
         self._columns = columns
         self._part_rows = part_rows
         self._manifest: dict[str, Any] = {"run": {}, "parts": [], "rejects": 0, "finished": False}
-        self._rejects: list[Broken] = []  # read, and not yet on the disk
+        self._rejects: io.BufferedWriter | None = None  # opened by the first reject
+        self.reject_bytes = 0  # of the rejects that were read
         self._part: AtomicFile | None = None  # the open one
         self._writer: ParquetWriter | None = None
         self._rows = self._tokens = self._truncated = 0  # of the open part
-        self._next = Place()  # behind the last row of the open part
+        self._last: Row | None = None  # of the open part
         self._lock: int | None = None  # a descriptor of the folder
         self._existed = self._folder.exists()
         try:
@@ -63,6 +65,7 @@ class Dataset:
                     f"a finished part is missing or changed: {str(path)!r}; write the dataset to another folder"
                 )
         self._cut_rejects()
+        self.reject_bytes = self._manifest["rejects"]
         self._manifest["run"] = run
         return Place(*parts[-1]["next"]) if parts else Place()
 
@@ -90,19 +93,30 @@ class Dataset:
             self._append(block)
 
     def reject(self, broken: Broken) -> None:
-        self._rejects.append(broken)
+        """Append a row that was left out, as it is read: before the rows that are still on their way."""
+        if self._rejects is None:
+            self._make_folder()
+            self._rejects = io.BufferedWriter(OutputFile(self._folder / REJECTS, self._name, "ab"))
+            sync_folder(self._folder)
+        line = reject_line(broken)
+        self._rejects.write(line)
+        self.reject_bytes += len(line)
 
     def finish(self) -> None:
         if self._writer is not None:
             self._close_part()
-        self._append_rejects(len(self._rejects))
+        self._sync_rejects(self.reject_bytes)
         self._manifest["finished"] = True
         self._write_manifest()
 
     def abandon(self) -> None:
-        """Remove the part that is not whole, and let others write."""
+        """Remove the part that is not whole and the rejects behind it, and let others write."""
         if self._part is not None:
             self._part.abandon()
+        if self._rejects is not None:
+            with contextlib.suppress(OutputError):  # what it could not take before
+                self._rejects.close()
+            self._cut_rejects()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -121,7 +135,7 @@ class Dataset:
             self._manifest = read_manifest(self._folder / MANIFEST, self._name)
             return
         # Without a manifest no part counts: the first one may have got its name just before a kill.
-        ours = {TEMPORARY, f".{MANIFEST}.tmp"} | ({REJECTS, _part_name(0)} if resume else set())
+        ours = {TEMPORARY, f".{MANIFEST}.tmp", REJECTS} | ({_part_name(0)} if resume else set())
         others = sorted({path.name for path in self._folder.iterdir()} - ours)
         if others:
             raise OutputError(f"the output folder is not empty: {self._name!r} has {others[0]!r}; give a new one")
@@ -137,8 +151,7 @@ class Dataset:
         self._tokens += int(block.token_counts.sum())
         self._truncated += int(block.truncated.sum())
         if block.rows:
-            last = block.rows[-1]
-            self._next = Place(last.number + 1, last.source, last.row)
+            self._last = block.rows[-1]
 
     def _close_part(self) -> None:
         assert self._writer is not None and self._part is not None
@@ -146,30 +159,23 @@ class Dataset:
         self._writer.finish()
         self._part.commit()
         self._part = self._writer = None
-        self._append_rejects(sum(broken.number < self._next.number for broken in self._rejects))
         counts = {"rows": self._rows, "tokens": self._tokens, "truncated": self._truncated}
         size = (self._folder / name).stat().st_size
-        self._manifest["parts"].append({"file": name, "bytes": size, **counts, "next": self._next})
+        last = self._last
+        behind = Place() if last is None else Place(last.number + 1, last.source, last.row)
+        self._manifest["parts"].append({"file": name, "bytes": size, **counts, "next": behind})
+        self._sync_rejects(0 if last is None else last.reject_bytes)
         self._rows = self._tokens = self._truncated = 0
         self._write_manifest()
 
-    def _append_rejects(self, count: int) -> None:
-        """Append the first ones, which lie before the rows whose part has its name."""
-        if not count:
-            return
-        self._make_folder()
-        path = self._folder / REJECTS
-        with io.BufferedWriter(OutputFile(path, self._name, "r+b" if path.exists() else "wb")) as file:
-            file.truncate(self._manifest["rejects"])
-            file.seek(self._manifest["rejects"])
-            file.writelines(reject_line(broken) for broken in self._rejects[:count])
-            sync_file(file, self._name)
-            self._manifest["rejects"] = file.tell()
-        sync_folder(self._folder)
-        del self._rejects[:count]
+    def _sync_rejects(self, reach: int) -> None:
+        """Have the manifest name the rejects up to there."""
+        if self._rejects is not None:
+            sync_file(self._rejects, self._name)
+        self._manifest["rejects"] = reach
 
     def _cut_rejects(self) -> None:
-        """Drop the rejects of a part that did not get into the manifest."""
+        """Drop the rejects that the manifest does not name."""
         path = self._folder / REJECTS
         if path.exists() and self._manifest["rejects"] == 0:
             path.unlink()
@@ -194,7 +200,7 @@ class Dataset:
         write_manifest(self._folder / MANIFEST, self._manifest, self._name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_dataset(name: str, columns: Columns, *, part_rows: int, resume: bool) -> Iterator[Dataset]:
     """A dataset that is finished by its writer, or left so that it can be gone on with."""
     dataset = Dataset(name, columns, part_rows=part_rows, resume=resume)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from unpadded.bulk.dataset import PART_ROWS, Dataset, open_dataset
 from unpadded.bulk.manifest import describe_run
+from unpadded.bulk.progress import Meter, Metered
 from unpadded.bulk.single import OUTPUT_ENDINGS, Single, import_pyarrow, open_single, output_ending
 from unpadded.bulk.sources import (
     DEFAULT_COLUMN,
     STDIN,
     TABLES,
-    Broken,
     Place,
     Row,
     column_types,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from unpadded.engine import Engine
 
 NO_COLUMNS = Columns()
+PROCESS = Path("/proc/self/status")
 PADDED_BATCH = 32  # texts that a padding engine takes together, in the order of the input
 
 
@@ -128,7 +131,8 @@ def is_dataset(output: str | None) -> bool:
 
 def run_job(job: Job, load: Callable[[], Engine], **options: Any) -> Totals:
     """Load the engine and run the job; `options` are those of `Engine.stream`."""
-    with _open(job) as sink:
+    columns = job.columns._replace(precision=options.get("precision", "float32"))
+    with _open(job, columns) as sink:
         engine = load()
         start, resumed = Place(), 0
         if isinstance(sink, Dataset):
@@ -145,6 +149,9 @@ def run_job(job: Job, load: Callable[[], Engine], **options: Any) -> Totals:
 
 def peak_memory() -> int | None:
     """Bytes of host memory that this process held at most, where the system says."""
+    if PROCESS.exists():  # where ru_maxrss begins with what the parent held
+        found = re.search(r"VmHWM:\s+(\d+) kB", PROCESS.read_text())
+        return int(found[1]) * 1024 if found else None
     try:
         import resource
     except ImportError:  # not on Windows
@@ -175,48 +182,43 @@ def _check_columns(files: Sequence[str], columns: Columns, output: str | None, d
             raise OptionError(f"a carried column would be there twice: {name!r}; carry others")
 
 
-def _open(job: Job) -> AbstractContextManager[Dataset | Single]:
+def _open(job: Job, columns: Columns) -> AbstractContextManager[Dataset | Single]:
     if job.output is not None and is_dataset(job.output):
-        return open_dataset(job.output, job.columns, part_rows=job.part_rows, resume=job.resume)
-    return open_single(job.output, job.columns, rejects=job.on_error == "skip")
+        return open_dataset(job.output, columns, part_rows=job.part_rows, resume=job.resume)
+    return open_single(job.output, columns, rejects=job.on_error == "skip")
 
 
 def _embed(
     engine: Engine, job: Job, sink: Dataset | Single, start: Place, resumed: int, options: dict[str, Any]
 ) -> Totals:
-    waiting: deque[Row | Broken] = deque()  # read, and not yet embedded
+    waiting: deque[Row] = deque()  # read, and not yet embedded
     count = tokens = truncated = skipped = 0
     padded = _PaddedBatches()
     started = time.perf_counter()
 
+    meter = Meter(job.inputs)
+
     def texts() -> Iterator[str]:
-        for row in read_rows(job.inputs, job.column, job.columns.beside, start):
+        nonlocal skipped
+        for row in read_rows(job.inputs, job.column, job.columns.beside, start, meter):
             if isinstance(row, Row):
-                waiting.append(row._replace(text=""))  # or a row group would hold the texts of all its rows
+                # Without its text, or a row group would hold the texts of all its rows.
+                waiting.append(row._replace(text="", reject_bytes=sink.reject_bytes))
                 yield row.text
             elif job.on_error == "raise":
                 raise InputError(row.error)
             else:
-                waiting.append(row)
-
-    for block in engine.stream(texts(), show_progress=None, **options):
-        rows: list[Row] = []
-        while len(rows) < len(block.vectors):
-            row = waiting.popleft()
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
                 sink.reject(row)
                 skipped += 1
+
+    for block in engine.stream(Metered(texts(), meter), show_progress=None, **options):
+        rows = [waiting.popleft() for _ in block.vectors]
         sink.write(Block(rows, block.vectors, block.token_counts, block.truncated))
         padded.add(block.token_counts)
         count += len(rows)
         tokens += int(block.token_counts.sum())
         truncated += int(block.truncated.sum())
-    for row in waiting:
-        assert isinstance(row, Broken), row
-        sink.reject(row)
-        skipped += 1
+    assert not waiting, len(waiting)
     if count == 0:
         none = engine.embed([], show_progress=False, **options)
         sink.write_none(Block([], none.vectors, none.token_counts, none.truncated))

@@ -26,6 +26,8 @@ OUTPUT_ENDINGS = tuple(_WRITERS)
 class Single:
     """A file that takes its name when it is finished."""
 
+    reject_bytes = 0  # as of a dataset, where a run that goes on needs them
+
     def __init__(self, writer: Writer, file: AtomicFile | None, rejects: AtomicFile | None) -> None:
         self._writer = writer
         self._files = [opened for opened in (rejects, file) if opened is not None]

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
+from unpadded.bulk.progress import Meter
 from unpadded.errors import InputError, OptionError
 
 DEFAULT_COLUMN = "text"
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     row: int  # rows of that input, this one included
     text: str
     beside: list[Any]  # the values of the columns asked for
+    reject_bytes: int = 0  # of the rejects before it; set by the job
 
 
 class Broken(NamedTuple):
@@ -95,20 +97,27 @@ def is_gzip(name: str) -> bool:
 
 
 def read_rows(
-    inputs: Sequence[str], column: str = DEFAULT_COLUMN, beside: Sequence[str] = (), start: Place | None = None
+    inputs: Sequence[str],
+    column: str = DEFAULT_COLUMN,
+    beside: Sequence[str] = (),
+    start: Place | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Row | Broken]:
     """Yield the rows of each input, in order, from a place on. Raises InputError for a file that cannot be read."""
     start = start or Place()
+    meter = meter or Meter(inputs)
     number = start.number
     columns = [column, *beside]
     for source in range(start.source, len(inputs)):
+        meter.enter(source)
         skip = start.row if source == start.source else 0
-        for row, values in enumerate(_read(inputs[source], columns, skip), skip + 1):
+        for row, values in enumerate(_read(inputs[source], columns, skip, meter), skip + 1):
             if isinstance(values, _Fault):
                 yield Broken(number, inputs[source], values.row, values.error)
             else:
                 yield Row(number, source, row, values[0], values[1:])
             number += 1
+    meter.enter(len(inputs))
 
 
 def column_types(inputs: Sequence[str], columns: Sequence[str]) -> list[Any]:
@@ -161,14 +170,15 @@ def _check_names(name: str, columns: Sequence[str], names: Sequence[str]) -> Non
             raise InputError(f"no column {column!r}: {name!r} has {fields}; name one of them")
 
 
-def _read(name: str, columns: list[str], skip: int) -> Iterator[_Values]:
+def _read(name: str, columns: list[str], skip: int, meter: Meter) -> Iterator[_Values]:
     try:
         if name == STDIN:
             yield from _from_lines(sys.stdin.buffer, "standard input", skip)
         elif ending(name) == ".parquet":
-            yield from _from_parquet(name, columns, skip)
+            yield from _from_parquet(name, columns, skip, meter)
         else:
-            with gzip.open(name, "rb") if is_gzip(name) else open(name, "rb") as file:
+            with open(name, "rb") as stored, gzip.open(stored) if is_gzip(name) else stored as file:
+                meter.follow(lambda: 0 if stored.closed else stored.tell())
                 if ending(name) == ".jsonl":
                     yield from _from_jsonl(file, name, columns, skip)
                 elif ending(name) == ".csv":
@@ -237,7 +247,7 @@ def _from_csv(file: BinaryIO | gzip.GzipFile, name: str, columns: list[str], ski
             raise InputError(f"not CSV ({error}): {name!r} line {records.line_num}; mend the file") from error
 
 
-def _from_parquet(name: str, columns: list[str], skip: int) -> Iterator[_Values]:
+def _from_parquet(name: str, columns: list[str], skip: int, meter: Meter) -> Iterator[_Values]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -250,16 +260,19 @@ def _from_parquet(name: str, columns: list[str], skip: int) -> Iterator[_Values]
                 raise InputError(
                     f"not a column of texts: {columns[0]!r} of {name!r} is {kind}; name another with --column"
                 )
-            row = 0
+            row, size = 0, os.path.getsize(name)
+            meter.follow(lambda: size * row / (file.metadata.num_rows or 1))
             for group in range(file.num_row_groups):
                 group_rows = file.metadata.row_group(group).num_rows
                 if row + group_rows <= skip:
                     row += group_rows
                     continue
                 for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
-                    if row + batch.num_rows > skip:
-                        yield from _from_batch(batch, name, columns, row, max(0, skip - row))
-                    row += batch.num_rows
+                    first, behind = row, min(max(0, skip - row), batch.num_rows)
+                    row += behind
+                    for values in _from_batch(batch, name, columns, first, behind):
+                        row += 1
+                        yield values
     except pa.ArrowInvalid as error:
         raise InputError(f"not a parquet file: {name!r} ({error}); write it again") from error
 

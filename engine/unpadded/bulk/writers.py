@@ -42,11 +42,12 @@ class Writer(Protocol):
 
 
 class Columns(NamedTuple):
-    """The columns that come from the inputs."""
+    """The columns that come from the inputs, and how the vectors are written beside them."""
 
     id_column: str | None = None  # None: the row's number among all inputs
     carry: tuple[str, ...] = ()
     types: tuple[Any, ...] = ()  # the Arrow type of each of `beside`
+    precision: str = "float32"
 
     @property
     def beside(self) -> list[str]:
@@ -146,6 +147,9 @@ class ParquetWriter:
                 **dict(zip(self._columns.carry, beside, strict=True)),
             }
         )
+        # The type alone does not tell packed bits from int8 and uint8.
+        field = table.schema.field("embedding").with_metadata({"precision": self._columns.precision})
+        table = table.cast(table.schema.set(table.schema.names.index("embedding"), field))
         if self._parquet is None:
             # A dictionary of vectors holds each of them once more.
             dictionary = ["id", *self._columns.carry]

@@ -1,0 +1,138 @@
+"""Bulk jobs of many rows: how many texts are still to come, and that memory does not grow with them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tqdm import tqdm
+
+import unpadded
+from unpadded.bulk import Row, read_rows
+from unpadded.bulk.progress import Meter, Metered
+from unpadded.bulk.sources import Place
+from unpadded.cli import main
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+ROWS = 1500  # of a file
+
+
+def write_files(folder: Path, ending: str) -> list[str]:
+    """Three files of ROWS texts each, the last of them with longer texts."""
+    draw = np.random.default_rng(0)
+    names = []
+    for number in range(3):
+        texts = [bytes(draw.integers(97, 123, 200 if number == 2 else 60)).decode() for _ in range(ROWS)]
+        path = folder / f"{number}{ending}"
+        if ending == ".parquet":
+            pq.write_table(pa.table({"text": texts}), path, row_group_size=512)
+        else:
+            lines = ["text", *texts] if ending == ".csv" else [json.dumps({"text": text}) for text in texts]
+            content = "".join(f"{line}\n" for line in lines).encode()
+            path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+        names.append(str(path))
+    return names
+
+
+def hints(names: list[str], start: Place) -> list[int]:
+    """The length hint as each text is given, and once more at the end."""
+    meter = Meter(names)
+    rows = read_rows(names, start=start, meter=meter)
+    texts = Metered((row.text for row in rows if isinstance(row, Row)), meter)
+    assert operator.length_hint(texts) == 0
+    found = [operator.length_hint(texts) for _ in texts]
+    return [*found, operator.length_hint(texts)]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".jsonl.gz", ".csv", ".parquet"])
+def test_the_texts_to_come_are_estimated_from_the_bytes_read(tmp_path: Path, ending: str) -> None:
+    names = write_files(tmp_path, ending)
+    for start, count in ((Place(), 3 * ROWS), (Place(2 * ROWS, 1, ROWS), ROWS), (Place(2 * ROWS, 2), ROWS)):
+        found = hints(names, start)
+        assert len(found) == count + 1 and found[-1] == count
+        # Short texts come first: their bytes alone would let expect nearly twice as many as there are.
+        assert all(count / 2 < hint < 2 * count for hint in found[count // 3 :])
+    assert max(hints(names[:1], Place())[ROWS // 2 :]) < 1.02 * ROWS
+
+
+def test_nothing_is_expected_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(["-"])
+    texts = Metered(iter(["a", "b"]), meter)
+    assert [operator.length_hint(texts) for _ in texts] == [0, 0]
+
+
+def test_the_bar_has_a_total_and_both_rates(tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any) -> None:
+            bars.append(self)
+            super().__init__(**options | {"disable": False, "file": drawn, "mininterval": 0, "ncols": 120})
+
+    monkeypatch.setattr("unpadded.engine.tqdm", Bar)
+    engine = unpadded.load(minilm, device="cpu", token_budget=64)
+    monkeypatch.setattr(unpadded, "load", lambda model, **options: engine)
+    source = tmp_path / "in.txt"
+    source.write_text("".join(f"the text of number {i}\n" for i in range(40)))
+    assert main(["embed", "-m", "loaded", str(source), "-o", str(tmp_path / "out.npy")]) == 0
+    first = next(line for line in drawn.getvalue().split("\r") if "/40 [" in line)
+    assert "text/s" in first and "tokens/s" in first and "<" in first  # time gone < time left
+    assert bars[0].n == bars[0].total == 40
+
+
+JOBS = """
+import sys
+from itertools import islice
+from types import SimpleNamespace
+import numpy as np
+import unpadded.bulk.job
+from unpadded.bulk import make_job, peak_memory, run_job
+
+def embedded(texts):
+    return SimpleNamespace(
+        vectors=np.ones((len(texts), 256), np.float32), token_counts=np.ones(len(texts), np.int64),
+        truncated=np.zeros(len(texts), bool))
+
+class Engine:
+    def stream(self, texts, **options):
+        texts = iter(texts)
+        while block := list(islice(texts, 4096)):
+            yield embedded(block)
+
+unpadded.bulk.job.describe_run = lambda *arguments: {}
+for rows, out in ((20_000, sys.argv[1]), (200_000, sys.argv[2])):
+    with open("in.jsonl", "w") as file:
+        file.write('{"text": 1}\\n' * (rows // 2) + '"fine"\\n' * (rows // 2 - 1) + "{\\n")
+    totals = run_job(make_job(["in.jsonl"], output=out, on_error="skip", part_rows=None), Engine)
+    assert totals.texts == rows // 2 - 1 and totals.skipped == rows // 2 + 1, totals
+    print(peak_memory())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.parametrize("ending", [".npy", "/"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
+    """100 MB of vectors and as many rejects as rows, the most of them before the first vector."""
+    outs = [f"small{ending}", f"large{ending}"]
+    ran = subprocess.run(
+        [sys.executable, "-c", JOBS, *outs], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    few, many = map(int, ran.stdout.split())
+    assert few < 400e6 and many - few < 25e6, (few, many)
+    rejects = tmp_path / (f"large{ending}.rejects.jsonl" if ending != "/" else "large/_rejects.jsonl")
+    assert rejects.read_bytes().count(b"\n") == 100_001
+    if ending == ".npy":
+        assert np.load(tmp_path / "large.npy", mmap_mode="r").shape == (99_999, 256)
