@@ -1,12 +1,24 @@
-"""LangChain and mteb, with the real packages where they are installed; their tasks on local data."""
+"""LangChain and mteb, with the real packages; their tasks on local data."""
 
 import asyncio
 
+import langchain_huggingface
+import mteb
 import numpy as np
 import pytest
+import sentence_transformers
 from checkpoints import MINILM, add_sentence_transformers_files, write_nomic
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import InMemoryVectorStore
+from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+from mteb.mocks.mock_tasks.sts import MockSTSTask
+from mteb.models import EncoderProtocol
+from mteb.types import PromptType
 
 import unpadded
+from unpadded.adapters.langchain import UnpaddedEmbeddings
+from unpadded.adapters.mteb import UnpaddedEncoder
+from unpadded.adapters.sentence_transformers import SentenceTransformer
 
 TEXTS = ["The weather is lovely today.", "He drove to the stadium.\nTwice.", "It's so sunny outside!"]
 
@@ -22,12 +34,6 @@ def nomic(tmp_path_factory):
 
 
 def test_langchain_embeddings(engine, nomic):
-    pytest.importorskip("langchain_core")
-    from langchain_core.embeddings import Embeddings
-    from langchain_core.vectorstores import InMemoryVectorStore
-
-    from unpadded.adapters.langchain import UnpaddedEmbeddings
-
     embeddings = UnpaddedEmbeddings(nomic)
     assert isinstance(embeddings, Embeddings)
     documents, query = embeddings.embed_documents(TEXTS), embeddings.embed_query(TEXTS[0])
@@ -42,11 +48,6 @@ def test_langchain_embeddings(engine, nomic):
 
 def test_langchain_hugging_face_embeddings(monkeypatch):
     """Their class, unchanged, around our SentenceTransformer."""
-    langchain_huggingface = pytest.importorskip("langchain_huggingface")
-    import sentence_transformers
-
-    from unpadded.adapters.sentence_transformers import SentenceTransformer
-
     arguments = {"model_name": str(MINILM), "encode_kwargs": {"normalize_embeddings": True}}
     theirs = langchain_huggingface.HuggingFaceEmbeddings(**arguments)
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", SentenceTransformer)
@@ -59,14 +60,6 @@ def test_langchain_hugging_face_embeddings(monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_mteb_evaluates(engine):
     """A similarity and a retrieval task of local data: the scores of sentence-transformers."""
-    mteb = pytest.importorskip("mteb")
-    import sentence_transformers
-    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
-    from mteb.mocks.mock_tasks.sts import MockSTSTask
-
-    from unpadded.adapters.mteb import UnpaddedEncoder
-    from unpadded.adapters.sentence_transformers import SentenceTransformer
-
     models = {
         "theirs": sentence_transformers.SentenceTransformer(str(MINILM), device="cpu"),
         "ours": SentenceTransformer(str(MINILM), device="cpu"),
@@ -84,14 +77,6 @@ def test_mteb_evaluates(engine):
 
 
 def test_mteb_encoder_takes_the_prompt_of_the_task(nomic, tmp_path):
-    pytest.importorskip("mteb")
-    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
-    from mteb.mocks.mock_tasks.sts import MockSTSTask
-    from mteb.models import EncoderProtocol
-    from mteb.types import PromptType
-
-    from unpadded.adapters.mteb import UnpaddedEncoder
-
     def encode(encoder, task, side=None):
         batches = [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}]
         return encoder.encode(batches, task_metadata=task.metadata, hf_split="test", hf_subset="", prompt_type=side)

@@ -5,6 +5,8 @@ import json
 import logging
 import pydoc_data.topics
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import sentence_transformers
@@ -14,7 +16,10 @@ from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
-from sentence_transformers.util import semantic_search
+from sentence_transformers.sentence_transformer.modules import LayerNorm
+from sentence_transformers.util import mine_hard_negatives, semantic_search
+from tokenizers.normalizers import NFKC
+from tokenizers.processors import ByteLevel
 
 import unpadded
 from unpadded.adapters.sentence_transformers import SentenceTransformer
@@ -108,10 +113,34 @@ def test_paragraphs_have_the_same_vectors(ours, theirs, paragraphs):
 
 
 def test_the_engine_does_the_work(ours, monkeypatch):
-    """Sentence embeddings of texts do not pass through the modules."""
+    """Sentence embeddings of texts do not pass through the modules, nor do those of tokens."""
     monkeypatch.setattr(type(ours[0]), "forward", None)
     assert ours.encode(TEXTS).shape == (len(TEXTS), 384)
     assert ours.encode_query(TEXTS[0]).shape == (384,)
+    assert ours.encode(TEXTS[0], output_value="token_embeddings").shape == (8, 384)
+
+
+def test_dense_modules_run_in_the_engine(tmp_path, monkeypatch):
+    """With the weights that they have at this moment, in their dtype, for a text the same in any batch."""
+    folder = str(add_sentence_transformers_files(write_bert(tmp_path), dense=(128, 64)))
+    ours, theirs = (
+        kind(folder, device="cpu") for kind in (SentenceTransformer, sentence_transformers.SentenceTransformer)
+    )
+    for change in (
+        lambda model: None,
+        lambda model: model[2].linear.weight.data.mul_(-0.5),
+        lambda model: setattr(model[2], "activation_function", torch.nn.Identity()),
+        lambda model: setattr(model[2], "linear", torch.nn.Linear(128, 32, bias=False, dtype=model.dtype)),
+        lambda model: model.to(torch.bfloat16),
+    ):
+        for model in (ours, theirs):
+            torch.manual_seed(1)
+            change(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(ours[0]), "forward", None)
+            found = ours.encode(TEXTS)
+            assert np.array_equal(found[:1], ours.encode(TEXTS[:1]))
+        assert_same(found, theirs.encode(TEXTS), atol=1e-5 if ours.dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("model", ["ours", "theirs"])
@@ -185,11 +214,24 @@ def test_forward_of_the_modules(ours, theirs):
         lambda model: model.pop(2),
         lambda model: setattr(model.tokenizer, "truncation_side", "left"),
         lambda model: setattr(model.tokenizer, "padding_side", "left"),
+        lambda model: setattr(model.tokenizer.backend_tokenizer, "normalizer", NFKC()),
+        lambda model: setattr(model.tokenizer.backend_tokenizer, "post_processor", ByteLevel(trim_offsets=False)),
         lambda model: model[0].processing_kwargs.update(text={"max_length": 8, "truncation": True}),
         lambda model: model.half(),
         lambda model: model.to(torch.bfloat16),
     ],
-    ids=["pooling", "one module more", "one module less", "cut on the left", "pad on the left", "cut", "fp16", "bf16"],
+    ids=[
+        "pooling",
+        "one module more",
+        "one module less",
+        "cut on the left",
+        "pad on the left",
+        "case kept",
+        "no special tokens",
+        "cut",
+        "fp16",
+        "bf16",
+    ],
 )
 def test_a_changed_model_gives_what_theirs_gives(ours, theirs, change):
     ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
@@ -269,6 +311,7 @@ def test_several_processes(ours):
             assert np.abs(ours.encode_multi_process(TEXTS, pool) - expected).max() <= 1e-6
     finally:
         ours.stop_multi_process_pool(pool)
+    assert np.abs(ours.encode(TEXTS, device=["cpu"], chunk_size=4) - expected).max() <= 1e-6
 
 
 def test_their_evaluators(ours, theirs, paragraphs):
@@ -298,6 +341,36 @@ def test_their_search(ours, theirs, paragraphs):
     ]
 
 
+def test_their_mining_of_hard_negatives(ours, theirs, paragraphs):
+    pairs = datasets.Dataset.from_dict({"query": [text[:60] for text in paragraphs[:20]], "answer": paragraphs[:20]})
+    found, expected = (
+        mine_hard_negatives(pairs, model, corpus=paragraphs[:40], num_negatives=2, verbose=False).to_dict()
+        for model in (ours, theirs)
+    )
+    assert found == expected and len(found["negative"]) == 40
+
+
+def test_hooks_see_the_modules_run(ours):
+    seen = []
+    handle = ours[1].register_forward_hook(lambda module, given, output: seen.append(output["sentence_embedding"]))
+    try:
+        found = ours.encode(TEXTS[:1])
+    finally:
+        handle.remove()
+    assert len(seen) == 1 and np.abs(ours.encode(TEXTS[:1]) - found).max() <= 1e-6
+
+
+def test_what_the_engine_has_no_modules_for_runs_as_theirs(tmp_path, caplog):
+    """Another kind of module, another architecture: the same vectors, and a warning that says why."""
+    model = sentence_transformers.SentenceTransformer(str(write_bert(tmp_path / "bert")), device="cpu")
+    model.append(LayerNorm(128))
+    model.save(str(tmp_path / "normed"))
+    with caplog.at_level(logging.WARNING, "unpadded"):
+        ours = SentenceTransformer(str(tmp_path / "normed"), device="cpu")
+    assert "normed runs as sentence-transformers loads it" in caplog.text and "LayerNorm" in caplog.text
+    assert_same(ours.encode(TEXTS), model.encode(TEXTS))
+
+
 def test_training_is_refused(ours):
     model = copy.deepcopy(ours)
     model.train()
@@ -305,7 +378,7 @@ def test_training_is_refused(ours):
         model(model.preprocess(TEXTS))
 
 
-def test_a_hub_id_is_found_in_the_cache(tmp_path):
+def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):
     """With the words of both libraries for where it is; offline."""
     repository, commit = tmp_path / "models--owner--tiny", "0123456789abcdef0123456789abcdef01234567"
     (repository / "snapshots").mkdir(parents=True)
@@ -316,6 +389,10 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path):
     assert model.encode(TEXTS[0]).shape == (384,)
     with pytest.raises(unpadded.CheckpointError, match="owner/none"):
         SentenceTransformer("owner/none", cache_folder=str(tmp_path), local_files_only=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        model = SentenceTransformer("owner/tiny", cache_folder=str(tmp_path), revision=revision, device="cpu")
+        assert isinstance(model[0].model, UnpaddedModel)
     alone = UnpaddedModel.from_pretrained("owner/tiny", cache_dir=str(tmp_path), local_files_only=True)
     assert alone.config.hidden_size == 384
 

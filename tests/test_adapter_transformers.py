@@ -76,6 +76,18 @@ def test_hidden_states_match_transformers(folder, theirs, ids, padding):
         assert_same(state, expected_state, mask)
 
 
+def test_position_ids(folder, theirs, ids):
+    """A row for all, and each text's own."""
+    mask = MASKS["right"]
+    model, accelerated = UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))
+    for positions in (COLUMNS[None], 19 - COLUMNS[None], (COLUMNS + 3 * LENGTHS).flip(1)):
+        with torch.no_grad():
+            # NomicBert's rotary embedding takes no single row for several texts
+            expected = theirs(ids, mask.long(), position_ids=positions.expand(4, -1))[0]
+            for ours in (model, accelerated):
+                assert_same(ours(ids, mask.long(), position_ids=positions)[0], expected, mask)
+
+
 def mean_pooling(model_output, attention_mask):
     """As published on the model card."""
     token_embeddings = model_output[0]
@@ -156,7 +168,8 @@ def test_saved_and_loaded_by_transformers(folder, theirs, ids, tmp_path):
     ("arguments", "reason"),
     [
         ({"inputs_embeds": torch.zeros(4, 20, 128)}, "inputs_embeds"),
-        ({"position_ids": torch.zeros(4, 20, dtype=torch.long)}, "position_ids"),
+        ({"position_ids": torch.zeros(4, 19, dtype=torch.long)}, r"position_ids have shape \(4, 19\)"),
+        ({"position_ids": torch.full((4, 20), -1)}, "position_ids hold -1"),
         ({"token_type_ids": torch.ones(4, 20, dtype=torch.long)}, "token_type_ids hold 1"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.ones(4, 19)}, r"attention_mask has shape \(4, 19\)"),

@@ -97,7 +97,7 @@ def _forward(
     attentions = options.pop("output_attentions", self.config.output_attentions)
     return_dict = options.pop("return_dict", self.config.return_dict)
     reason = "it is in training mode" if self.training else None
-    reason = reason or refusal(input_ids, token_type_ids, position_ids, inputs_embeds, attentions)
+    reason = reason or refusal(input_ids, token_type_ids, inputs_embeds, attentions)
     if reason is None and attention_mask is not None and attention_mask.ndim != 2:
         reason = f"attention_mask has {attention_mask.ndim} dimensions"
     if reason is None and options:
@@ -111,7 +111,7 @@ def _forward(
         given = {key: value for key, value in given.items() if value is not None}
         return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **given, **keywords)
     assert input_ids is not None
-    output = run_padded(_runner(self, state), input_ids, attention_mask, bool(states))
+    output = run_padded(_runner(self, state), input_ids, attention_mask, position_ids, bool(states))
     if getattr(self, "pooler", None) is not None:
         with torch.no_grad():
             output.pooler_output = self.pooler(output.last_hidden_state)
@@ -154,6 +154,8 @@ def _reason_against(
         return f"it lacks the parameters {', '.join(wanted[:4])}"
     if spec.experts is not None:
         return f"{spec.family} has experts, which the kernels want turned"
+    if spec.kv_heads is not None:
+        return f"its {spec.heads} heads share {spec.kv_heads} keys and values, which the kernels want copied"
     used = {name for names in found.values() for name in names}
     if swapped := [name for slot, names in found.items() for name in names if name.endswith(slots[slot].swapped)]:
         return f"its {swapped[0]} holds its halves the other way round than the kernels want"

@@ -7,18 +7,21 @@ from langchain_core.embeddings import Embeddings
 from unpadded.engine import Engine
 from unpadded.options import Options
 
+# What nomic, jina-embeddings-v3 and sentence-transformers call the tasks.
+QUERY = ("search_query", "retrieval.query", "query")
+DOCUMENT = ("search_document", "retrieval.passage", "document")
+
 
 class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # Any where the package is absent
     """`unpadded.load(...)` for LangChain's stores and retrievers.
 
-    query, document: options of `Engine.encode` for each kind of text. Without them the checkpoint's own prompts, under
-    the names that nomic (search_query, search_document) and sentence-transformers (query, document) give them.
+    query, document: options of `Engine.encode` for each kind of text. Without them the checkpoint's own tasks.
     """
 
     def __init__(self, engine: Engine, *, query: Options | None = None, document: Options | None = None) -> None:
         self.engine = engine
-        self.query = _options(engine, ("search_query", "query")) if query is None else query
-        self.document = _options(engine, ("search_document", "document")) if document is None else document
+        self.query = _options(engine, QUERY) if query is None else query
+        self.document = _options(engine, DOCUMENT) if document is None else document
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return list(self.engine.encode(texts, output="list", show_progress=False, **self.document))

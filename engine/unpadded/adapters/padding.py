@@ -13,11 +13,14 @@ from unpadded.errors import InputError
 from unpadded.spec import EncoderSpec
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None, spec: EncoderSpec) -> tuple[PackedBatch | None, Tensor]:
+def unpad(
+    input_ids: Tensor, attention_mask: Tensor | None, spec: EncoderSpec, position_ids: Tensor | None = None
+) -> tuple[PackedBatch | None, Tensor]:
     """The tokens that the mask keeps, packed on the CPU, and their flat places in the rectangle, [total_tokens].
 
     input_ids: [batch, length] integers; attention_mask: the same, 0 where a token is padding, at an end or between.
-    Rotary positions count from a text's first token; learned ones are transformers': the column, or RoBERTa's count.
+    position_ids: [batch, length] or [1, length]. Without them rotary positions count from a text's first token; learned
+    ones are transformers': the column, or RoBERTa's count.
     The batch is None where nothing is kept. InputError for what the encoder would read out of bounds.
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -38,6 +41,8 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None, spec: EncoderSpec) -
     _check_ids(ids[kept], spec)
     batch = pack(sequences, spec)
     positions = _positions(ids, kept, spec)
+    if position_ids is not None:
+        positions = _given_positions(position_ids, kept, spec)
     if positions is not None:
         batch = replace(batch, positions=torch.from_numpy(positions))
     return batch, places
@@ -58,6 +63,21 @@ def _check_ids(ids: np.ndarray, spec: EncoderSpec) -> None:
             f"input_ids hold {low if low < 0 else high}; ids go from 0 to {spec.vocabulary - 1}: "
             "use the tokenizer of this checkpoint"
         )
+
+
+def _given_positions(position_ids: Tensor, kept: np.ndarray, spec: EncoderSpec) -> np.ndarray:
+    """[total_tokens] int32, as the caller wants them."""
+    if spec.alibi or position_ids.ndim != 2 or position_ids.shape not in (kept.shape, (1, kept.shape[1])):
+        raise InputError(
+            f"position_ids have shape {tuple(position_ids.shape)} and input_ids {kept.shape}, of {spec.family}; pass "
+            "[batch, length] or one row, and none to a model with ALiBi"
+        )
+    positions: np.ndarray = np.broadcast_to(position_ids.cpu().numpy(), kept.shape)[kept].astype(np.int32)
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or (spec.position_rows and high >= spec.position_rows):
+        offered = f"0 to {spec.position_rows - 1}" if spec.position_rows else "0 and more"
+        raise InputError(f"position_ids hold {low if low < 0 else high}; {spec.family} takes {offered}")
+    return positions
 
 
 def _positions(ids: np.ndarray, kept: np.ndarray, spec: EncoderSpec) -> np.ndarray | None:

@@ -3,9 +3,10 @@
 >>> from unpadded.adapters.sentence_transformers import SentenceTransformer
 >>> SentenceTransformer("nomic-ai/nomic-embed-text-v1.5").encode(["search_query: What is TSNE?"])
 
-A list of strings to sentence embeddings is the engine's work. Everything else (token embeddings, modules that were
-changed, a tokenizer that cuts on the left ...) runs sentence-transformers' own code around the packed forward pass. The
-values are sentence-transformers': `truncate_dim` cuts without layer norm, as there.
+Loading, saving and everything around are sentence-transformers' own; a list of strings to embeddings of sentences or
+tokens is the engine's work. What the engine does not do (modules of other kinds, a tokenizer that cuts on the left ...)
+runs their code around the packed forward pass, and a checkpoint of no known family runs as they load it. The values are
+theirs: `truncate_dim` cuts without layer norm, as there.
 """
 
 from __future__ import annotations
@@ -25,21 +26,70 @@ from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 
 from unpadded.adapters.transformers import UnpaddedModel, make_config
-from unpadded.checkpoint import MODEL_FILE, Checkpoint, open_checkpoint
-from unpadded.config import read_object
+from unpadded.checkpoint import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
-from unpadded.errors import OptionError
+from unpadded.errors import ConfigError, OptionError
 from unpadded.hub import fetch
+from unpadded.pipeline import TASK_TRANSFORMER
+from unpadded.runner import Dense as RunnerDense
+from unpadded.runner import Runner
 
 logger = logging.getLogger("unpadded")
 
-POOLING = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
+POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+ACTIVATIONS: dict[type, str] = {nn.Identity: "identity", nn.Tanh: "tanh"}
 # Loading keywords that sentence-transformers adds, already applied to the folder.
 APPLIED = {"token", "trust_remote_code", "revision", "local_files_only", "cache_dir"}
+KEPT = ("processing_kwargs", "query_length", "document_length", "query_expansion")  # of what it saved
+SENTENCE = "sentence_embedding"
 
 
 class Transformer(TheirTransformer):
-    """Their first module, around an `UnpaddedModel`; the checkpoint is a folder."""
+    """Their first module, around an `UnpaddedModel`."""
+
+    tokenizer_as_loaded: tuple[object, ...] = ()  # set by `around`
+
+    @classmethod
+    def load(cls, model_name_or_path: str, **options: Any) -> TheirTransformer:  # type: ignore[override]
+        """Theirs for a checkpoint that is refused; the log has the reason."""
+        checkpoint = _open(model_name_or_path, **options)
+        found: TheirTransformer = (
+            TheirTransformer.load(model_name_or_path, **options)
+            if checkpoint is None
+            else Transformer.around(checkpoint, **options)
+        )
+        return found
+
+    @staticmethod
+    def around(
+        checkpoint: Checkpoint,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Transformer:
+        folder = str(checkpoint.folder)
+        saved = Transformer.load_config(folder)
+        transformer: Transformer = Transformer(
+            folder,
+            model_kwargs=_own(model_kwargs) | _own(config_kwargs),
+            processor_kwargs=_own(processor_kwargs),
+            do_lower_case=checkpoint.lower_case,
+            **{key: saved[key] for key in KEPT if key in saved},
+        )
+        if "model_max_length" not in (processor_kwargs or {}):
+            transformer.max_seq_length = checkpoint.max_length
+        transformer.tokenizer_as_loaded = transformer.tokenizer_state()
+        return transformer
+
+    def tokenizer_state(self) -> tuple[object, ...]:
+        """What a caller may change of a tokenizer, and the engine's own would not know."""
+        tokenizer: Any = self.tokenizer
+        backend = tokenizer.backend_tokenizer
+        parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+        states = (part and part.__getstate__() for part in parts)
+        return len(tokenizer), tokenizer.truncation_side, self.do_lower_case, *states
 
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
         return make_config(open_checkpoint(model_name_or_path)), False
@@ -53,45 +103,40 @@ class Transformer(TheirTransformer):
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
     """Takes the same arguments and gives the same results; `trust_remote_code` is not needed and runs nothing."""
 
-    def _load_modules(
-        self,
-        model_name_or_path: str,
-        token: bool | str | None,
-        cache_folder: str | None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        local_files_only: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        config_kwargs: dict[str, Any] | None = None,
+    def _load_modules(  # type: ignore[override]  # passed on as they come
+        self, model_name_or_path: str, *, trust_remote_code: bool, **options: Any
     ) -> tuple[list[nn.Module] | OrderedDict[str, nn.Module], dict[str, Any]]:
         if self.backend != "torch":
             raise OptionError(f"backend = {self.backend!r} is not offered; leave it out, or use sentence_transformers")
         if trust_remote_code:
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run")
-        folder = Path(model_name_or_path)
-        if not folder.is_dir():
-            folder = fetch(
-                model_name_or_path,
-                revision,
-                cache_dir=cache_folder,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        if (folder / MODEL_FILE).exists():
-            self._parse_model_config(read_object(folder / MODEL_FILE))
-        checkpoint = open_checkpoint(folder)
-        options = {key: value for key, value in (model_kwargs or {}).items() if key not in APPLIED}
-        options |= {key: value for key, value in (config_kwargs or {}).items() if key not in APPLIED}
-        transformer = Transformer(
-            str(checkpoint.folder),
-            model_kwargs=options,
-            processor_kwargs={key: value for key, value in (processor_kwargs or {}).items() if key not in APPLIED},
-            do_lower_case=checkpoint.lower_case,
+        return super()._load_modules(model_name_or_path, trust_remote_code=False, **options)
+
+    def _load_module_class_from_ref(
+        self,
+        class_ref: str,
+        model_name_or_path: str,
+        trust_remote_code: bool,
+        revision: str | None,
+        *args: Any,
+        **where: Any,
+    ) -> Any:
+        if class_ref == TASK_TRANSFORMER and _open(model_name_or_path, revision=revision, **where) is not None:
+            return Transformer
+        found = super()._load_module_class_from_ref(
+            class_ref, model_name_or_path, trust_remote_code, revision, *args, **where
         )
-        if "model_max_length" not in (processor_kwargs or {}):
-            transformer.max_seq_length = checkpoint.max_length
-        return [transformer, *_following(checkpoint)], {}
+        return Transformer if found is TheirTransformer else found
+
+    def _load_default_modules(  # type: ignore[override]  # passed on as they come
+        self, model_name_or_path: str, **options: Any
+    ) -> tuple[list[nn.Module] | OrderedDict[str, nn.Module], dict[str, Any]]:
+        checkpoint = _open(model_name_or_path, **options)
+        if checkpoint is None:
+            return super()._load_default_modules(model_name_or_path, **options)
+        if not options["local_files_only"]:
+            self.model_card_data.set_base_model(model_name_or_path, revision=options["revision"])
+        return [Transformer.around(checkpoint, **options), Pooling(checkpoint.spec.hidden, "mean")], {}
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]  # the keywords are SentenceTransformer's own
@@ -107,9 +152,17 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         device: str | torch.device | None = None,
         **options: Any,
     ) -> Any:
-        engine = self._engine() if output_value == "sentence_embedding" else None
+        where = self._resolve_inference_device(device)
+        self.eval()
         plain = set(options) <= {"batch_size", "task"} and all(isinstance(text, str) for text in inputs)
-        if engine is None or not plain or not inputs:
+        engine = self._engine() if plain and inputs else None
+        adapter = self._adapter(options.get("task"))
+        if adapter is not None and (engine is None or output_value is None):
+            raise OptionError(f"task = {adapter!r} was given with what its adapter is not run for; encode plain texts")
+        if engine is not None and output_value == "token_embeddings" and self.tokenizer.padding_side == "right":
+            rows = engine.token_embeddings(inputs, prompt=prompt or "", task=adapter)
+            return [torch.from_numpy(row).to(where, self.dtype) for row in rows]
+        if engine is None or output_value != SENTENCE:
             return super()._inference(
                 inputs,
                 prompt=prompt,
@@ -121,10 +174,13 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
                 device=device,
                 **options,
             )
-        where = self._resolve_inference_device(device)
-        self.eval()
-        engine = self._engine() or engine  # of the device that it was moved to
-        vectors = engine.embed(inputs, prompt=prompt or "", show_progress=bool(show_progress_bar)).vectors
+        vectors = engine.embed(
+            inputs,
+            prompt=prompt or "",
+            task=adapter,
+            normalize=self._normalizes(),
+            show_progress=bool(show_progress_bar),
+        ).vectors
         embeddings: Tensor = torch.from_numpy(vectors).to(self.dtype)
         if truncate_dim is not None:
             embeddings = truncate_embeddings(embeddings, truncate_dim)
@@ -132,29 +188,43 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             embeddings = nn.functional.normalize(embeddings, p=2, dim=1)
         return embeddings if save_to_cpu else embeddings.to(where)
 
+    def _adapter(self, task: str | None) -> str | None:
+        """The task where the checkpoint has adapters, which its own first module takes it for."""
+        model = getattr(self[0], "model", None)
+        adapters = model.engine.checkpoint.spec.adapters if isinstance(model, UnpaddedModel) else None
+        if task is None or adapters is None:
+            return None
+        if task not in adapters.tasks:
+            raise OptionError(f"task is unknown: {task!r}; the adapters are {', '.join(adapters.tasks)}")
+        return task
+
     def _engine(self) -> Engine | None:
         """The engine, where it does exactly what the modules do as they are set up at this moment."""
         transformer, *following = self.children()
-        if not isinstance(transformer, Transformer) or not isinstance(transformer.model, UnpaddedModel):
+        pipeline = _pipeline(following[:-1] if self._normalizes() else following)
+        if pipeline is None or not isinstance(transformer, Transformer) or _hooked(self):
             return None
-        engine, tokenizer, length = transformer.model.engine, transformer.tokenizer, transformer.max_seq_length
-        checkpoint = engine.checkpoint
-        as_loaded = (
-            [type(module) for module in following] == _kinds(checkpoint)
-            and following[0].pooling_mode == POOLING[checkpoint.pooling]
-            and following[0].include_prompt
-            and not checkpoint.dense  # their weights are parameters, which may have been changed
-            and not transformer.processing_kwargs
-            and not (transformer.query_length or transformer.document_length or transformer.query_expansion)
-            and tokenizer.truncation_side == "right"
-            and Path(tokenizer.name_or_path) == checkpoint.folder
-        )
-        longest = checkpoint.spec.position_limit or length
-        if not as_loaded or not isinstance(length, int) or length > longest:
+        engine: Engine = transformer.model.engine
+        length = transformer.max_seq_length
+        limit = engine.checkpoint.spec.position_limit
+        if (
+            not isinstance(length, int)
+            or (limit and length > limit)
+            or any(getattr(transformer, key) for key in KEPT)
+            or transformer.tokenizer_state() != transformer.tokenizer_as_loaded
+            or Path(transformer.tokenizer.name_or_path) != engine.checkpoint.folder
+        ):
             return None
-        if length != checkpoint.max_length:
-            transformer.model.engine = engine = engine.with_runner(engine.runner, max_length=length)
+        runner = engine.runner
+        if (runner.pooling, _addresses(runner.dense)) != (pipeline[0], _addresses(pipeline[1])):
+            runner = Runner(runner.encoder, runner.device, pooling=pipeline[0], dense=pipeline[1])
+        if runner is not engine.runner or length != engine.checkpoint.max_length:
+            transformer.model.engine = engine = engine.with_runner(runner, max_length=length)
         return engine
+
+    def _normalizes(self) -> bool:
+        last = self._last_module()
+        return type(last) is Normalize and last.module_input_name == last.module_output_name == SENTENCE
 
     def save(self, path: str, *args: Any, **options: Any) -> None:
         """As sentence-transformers saves, loadable by it as well."""
@@ -169,13 +239,58 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         file.write_text(json.dumps(modules, indent=2))
 
 
-def _following(checkpoint: Checkpoint) -> list[nn.Module]:
-    """The modules after the first, with their weights."""
-    pooling = Pooling(checkpoint.spec.hidden, POOLING[checkpoint.pooling])
-    dense = [Dense.load(str(one.weight_file.parent)) for one in checkpoint.dense]
-    return [pooling, *dense, *([Normalize()] if checkpoint.normalize else [])]
+def _open(
+    model: str,
+    *,
+    token: str | bool | None,
+    cache_folder: str | None,
+    revision: str | None,
+    local_files_only: bool,
+    **_: Any,
+) -> Checkpoint | None:
+    """Where it is refused None, and the log says why."""
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = fetch(model, revision, cache_dir=cache_folder, token=token, local_files_only=local_files_only)
+    try:
+        return open_checkpoint(folder)
+    except ConfigError as error:
+        logger.warning("%s runs as sentence-transformers loads it, no faster: %s", model, error)
+        return None
 
 
-def _kinds(checkpoint: Checkpoint) -> list[type[nn.Module]]:
-    """The types of those modules."""
-    return [Pooling, *[Dense] * len(checkpoint.dense), *([Normalize] if checkpoint.normalize else [])]
+def _own(keywords: dict[str, Any] | None) -> dict[str, Any]:
+    """Loading keywords without those that were applied to the folder."""
+    return {key: value for key, value in (keywords or {}).items() if key not in APPLIED}
+
+
+def _pipeline(modules: list[nn.Module]) -> tuple[str, tuple[RunnerDense, ...]] | None:
+    """A Pooling and Dense modules as a runner takes them, sharing their memory; None for what it does not do."""
+    if not modules:
+        return None
+    pooling, *dense = modules
+    mode: Any = getattr(pooling, "pooling_mode", None)
+    if type(pooling) is not Pooling or not pooling.include_prompt or mode not in POOLING:
+        return None
+    found: list[RunnerDense] = []
+    for module in dense:
+        if (
+            type(module) is not Dense
+            or not module.module_input_name == module.module_output_name == SENTENCE
+            or module.use_residual
+            or type(module.activation_function) not in ACTIVATIONS
+        ):
+            return None
+        linear: Any = module.linear
+        bias = None if linear.bias is None else linear.bias.detach()
+        found.append((linear.weight.detach(), bias, ACTIVATIONS[type(module.activation_function)]))
+    return POOLING[mode], tuple(found)
+
+
+def _addresses(dense: tuple[RunnerDense, ...]) -> list[tuple[object, ...]]:
+    return [(weight.data_ptr(), bias is not None and bias.data_ptr(), name) for weight, bias, name in dense]
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Somebody wants to see the modules' forward passes."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -98,6 +98,8 @@ class UnpaddedModel(nn.Module):
             )
         folder_revision = revision if folder is model and not Path(model).is_dir() else None
         asked = dtype or torch_dtype or "auto"
+        if asked == "float8":
+            raise OptionError("dtype='float8' is not for a module, whose parameters may be cast; use unpadded.load")
         if asked == "auto":
             asked = _stored_dtype(open_checkpoint(folder, revision=folder_revision))
         engine = load(
@@ -123,19 +125,19 @@ class UnpaddedModel(nn.Module):
     ) -> BaseModelOutputWithPooling | tuple[Tensor | tuple[Tensor, ...], ...]:
         """last_hidden_state: [batch, length, hidden], zeros at padding, on the model's device in its dtype.
 
-        attention_mask: [batch, length], zeros at padding. token_type_ids: zeros. position_ids and inputs_embeds are
-        refused, and so are output_attentions.
+        attention_mask: [batch, length], zeros at padding. token_type_ids: zeros. position_ids: [batch, length], instead
+        of the texts' own. inputs_embeds are refused, and so are output_attentions.
         """
         if self.training:
             raise OptionError(
                 "the model is in training mode, and it only infers; call eval(), or train transformers' own"
             )
-        if reason := refusal(input_ids, token_type_ids, position_ids, inputs_embeds, output_attentions):
+        if reason := refusal(input_ids, token_type_ids, inputs_embeds, output_attentions):
             raise OptionError(f"{reason}; leave it out, or use transformers' own model")
         assert input_ids is not None
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        output = run_padded(self.engine.runner, input_ids, attention_mask, output_hidden_states)
+        output = run_padded(self.engine.runner, input_ids, attention_mask, position_ids, output_hidden_states)
         return output.to_tuple() if return_dict is False else output
 
     @property
@@ -198,15 +200,12 @@ class UnpaddedModel(nn.Module):
 def refusal(
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     output_attentions: bool | None,
 ) -> str | None:
     """Which argument of a forward pass is not offered, and its value; None if all are."""
     if inputs_embeds is not None or input_ids is None:
         return "inputs_embeds were given instead of input_ids" if input_ids is None else "inputs_embeds were given"
-    if position_ids is not None:
-        return f"position_ids were given: {tuple(position_ids.shape)}, and positions are the texts' own"
     if token_type_ids is not None and bool(token_type_ids.any()):
         return f"token_type_ids hold {int(token_type_ids.max())}, and only type 0 is offered"
     return "output_attentions were asked for, which are never held whole" if output_attentions else None
@@ -214,12 +213,16 @@ def refusal(
 
 @torch.no_grad()
 def run_padded(
-    runner: Runner, input_ids: Tensor, attention_mask: Tensor | None, output_hidden_states: bool
+    runner: Runner,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    output_hidden_states: bool,
 ) -> BaseModelOutputWithPooling:
     """Unpad, run the packed encoder, pad at the very end."""
     rows, length = input_ids.shape
     weights = runner.encoder.weights
-    batch, places = unpad(input_ids, attention_mask, runner.encoder.spec)
+    batch, places = unpad(input_ids, attention_mask, runner.encoder.spec, position_ids)
     states: list[Tensor] | None = [] if output_hidden_states else None
     if batch is None:
         last = weights.word.new_zeros(rows, length, weights.word.shape[1])
