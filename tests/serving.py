@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"}
 
+START_SECONDS = 120
+
 
 class Server:
     """`unpadded serve`, until stopped; `lines` are its log."""
@@ -37,7 +39,9 @@ class Server:
 
         self._reader = threading.Thread(target=read)
         self._reader.start()
-        assert ready.wait(60) and self.lines, "".join(self.said)
+        if not ready.wait(START_SECONDS) or not self.lines:
+            self.stop(signal.SIGKILL)
+            raise AssertionError("".join(self.said))
         self.url = self.lines[0]["url"]
         self.port = int(self.url.rpartition(":")[2])
 

@@ -1,5 +1,6 @@
 """The interfaces, through the clients people have: openai, huggingface_hub, langchain-openai, nomic; and by hand."""
 
+import asyncio
 import base64
 import gzip
 import json
@@ -13,7 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from checkpoints import add_sentence_transformers_files, change_json, write_nomic
-from huggingface_hub import InferenceClient
+from huggingface_hub import AsyncInferenceClient, InferenceClient
+from langchain_huggingface import HuggingFaceEndpointEmbeddings
 from serving import ENVIRONMENT, serving
 from test_aio import PARAGRAPHS
 
@@ -49,7 +51,7 @@ def nomic_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nomic_server(nomic_folder):
-    flags = "--api-key nk-one --default-task search_document --cors-origin https://a.example"
+    flags = "--api-key nk-one --default-task search_document --cors-origin https://a.example --log-requests"
     with serving(nomic_folder, *flags.split()) as server:
         yield server
 
@@ -135,6 +137,24 @@ def test_huggingface_client(server, engine):
     scores = client.sentence_similarity("What is TSNE?", other_sentences=["a map of points", "bread"])
     expected = engine.encode(["a map of points", "bread"]) @ engine.encode("What is TSNE?")
     np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+def test_langchain_client_of_tei(server, engine):
+    """Its constructor takes repository names alone; a server of one's own is reached through its clients."""
+    embeddings = HuggingFaceEndpointEmbeddings(
+        model="owner/name", huggingfacehub_api_token="none", model_kwargs={"truncate": True, "normalize": True}
+    )
+    embeddings.client = InferenceClient(model=server.url, timeout=30)
+    expected = engine.encode(TEXTS)
+    assert np.array_equal(np.array(embeddings.embed_documents(TEXTS), np.float32), expected)
+    assert np.array_equal(np.array(embeddings.embed_query(TEXTS[0]), np.float32), engine.encode(TEXTS[0]))
+
+    async def embed():
+        async with AsyncInferenceClient(model=server.url, timeout=30) as embeddings.async_client:
+            return await embeddings.aembed_documents(TEXTS)
+
+    found = asyncio.run(embed())
+    assert np.array_equal(np.array(found, np.float32), expected)
 
 
 def test_nomic_client(nomic_server, nomic_folder, tmp_path):
@@ -243,6 +263,10 @@ def test_raw_rows(server, engine, path):
     assert status == 200 and headers["content-type"] == "application/vnd.apache.parquet"
     column = pyarrow.parquet.read_table(pyarrow.BufferReader(body))["vector"]
     assert np.array_equal(np.stack(column.to_numpy()), engine.encode(TEXTS))
+    status, headers, body = server.ask("POST", path, {field: TEXTS}, accept="application/vnd.apache.arrow.stream")
+    assert status == 200 and headers["content-type"] == "application/vnd.apache.arrow.stream"
+    column = pyarrow.ipc.open_stream(body).read_all()["vector"]
+    assert np.array_equal(np.stack(column.to_numpy()), engine.encode(TEXTS))
 
 
 @pytest.mark.parametrize(
@@ -289,3 +313,12 @@ def test_metrics_and_logs_say_what_happened_and_quote_nothing(server):
         1,
     )
     assert "zebra" not in "".join(server.said)
+
+
+def test_the_log_quotes_requests_where_asked(nomic_server):
+    for body, encoding in ((b'{"inputs": "zebra crossing"}', ""), (gzip.compress(b'{"inputs": "\xff'), "gzip")):
+        nomic_server.ask("POST", "/embed", body, authorization="Bearer nk-one", content_encoding=encoding)
+    nomic_server.metric("unpadded_texts_total")  # the lines are written after the answers
+    quoted = [line["request"] for line in nomic_server.lines if line.get("path") == "/embed"]
+    assert quoted[-2:] == ['{"inputs": "zebra crossing"}', '{"inputs": "\ufffd']
+    assert "nk-one" not in "".join(nomic_server.said)

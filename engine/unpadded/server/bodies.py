@@ -16,6 +16,7 @@ from unpadded.errors import OptionError
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 PARQUET = "application/vnd.apache.parquet"
+ARROW = "application/vnd.apache.arrow.stream"
 # Floats per call of orjson, which holds the interpreter's lock: some 2 ms of it, after which other threads get a turn.
 FLOATS = 1 << 17
 
@@ -34,25 +35,31 @@ def json_response(value: Any) -> Response:
 
 
 def binary_response(vectors: np.ndarray, accept: str) -> Response | None:
-    """Where they are accepted: rows end to end, little-endian fp32, their shape in headers; or a Parquet file."""
+    """Where they are accepted: rows end to end, little-endian fp32, their shape in headers; Arrow; or Parquet."""
     shape = {"x-shape": ",".join(map(str, vectors.shape)), "x-dtype": "float32"}
     if OCTETS in accept:
         return Response(lambda: vectors.astype("<f4").tobytes(), OCTETS, shape)
-    if PARQUET not in accept:
+    media_type = next((name for name in (ARROW, PARQUET) if name in accept), None)
+    if media_type is None:
         return None
     if importlib.util.find_spec("pyarrow") is None:
-        raise OptionError(f"Parquet is not installed on the server: {accept!r}; accept {OCTETS} or {JSON}")
-    return Response(lambda: _parquet(vectors), PARQUET, shape)
+        raise OptionError(f"pyarrow is not installed on the server: {accept!r}; accept {OCTETS} or {JSON}")
+    return Response(lambda: _table(vectors, media_type), media_type, shape)
 
 
-def _parquet(vectors: np.ndarray) -> bytes:
+def _table(vectors: np.ndarray, media_type: str) -> bytes:
     """One column, `vector`: fixed-size lists of float32."""
     import pyarrow
     import pyarrow.parquet
 
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.ravel()), vectors.shape[1])
+    table = pyarrow.table({"vector": column})
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"vector": column}), sink)
+    if media_type == PARQUET:
+        pyarrow.parquet.write_table(table, sink)
+    else:
+        with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
     return bytes(sink.getvalue())
 
 

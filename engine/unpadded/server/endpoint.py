@@ -15,6 +15,7 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from unpadded.errors import WorkerError
 from unpadded.server.bodies import JSON, Response
 from unpadded.server.limits import Keys, decompress, read_body
 from unpadded.server.problems import Interface, Problem, as_problem, body, status
@@ -26,6 +27,7 @@ logger = logging.getLogger("unpadded.server")
 # What is decoded and encoded on the event loop, because handing it to a thread takes longer.
 SMALL = 16_384  # bytes of a request
 SMALL_TOKENS = 256  # of a response
+QUOTED = 4096  # bytes of a request in the log, where it quotes them
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Exchange:
     headers: Headers
     path_params: dict[str, Any]
     usage: Usage
+    quoted: str | None = None  # the start of its body, set as it is decoded, where the log quotes requests
 
     @property
     def accept(self) -> str:
@@ -121,7 +124,8 @@ class Application:
                 "tokens": usage.tokens,
                 "truncated": usage.truncated,
             }
-            logger.info("request", extra={"fields": fields})
+            quoted = {} if exchange.quoted is None else {"request": exchange.quoted}
+            logger.info("request", extra={"fields": fields | quoted})
             timing = usage.timing
             stages = {"tokenise": timing.tokenise, "queue": timing.queue, "inference": timing.inference}
             self.state.traces.record(
@@ -149,7 +153,7 @@ class Application:
             raw = await read_body(receive, exchange.headers, max_bytes=options.max_body, seconds=options.read_timeout)
             if raw is None:
                 return None
-            request = await self._off_loop(lambda: self._decode(raw, exchange.headers), len(raw) > SMALL)
+            request = await self._off_loop(lambda: self._decode(raw, exchange), len(raw) > SMALL)
         work = asyncio.ensure_future(endpoint.handler(self.state.service, request, exchange))
         left = asyncio.ensure_future(_until_gone(receive))
         try:
@@ -165,10 +169,12 @@ class Application:
             work.cancel()
             left.cancel()
 
-    def _decode(self, raw: bytes, headers: Headers) -> msgspec.Struct:
+    def _decode(self, raw: bytes, exchange: Exchange) -> msgspec.Struct:
         assert self.endpoint.request is not None, self.endpoint.path
-        encoding = headers.get("content-encoding", "").lower()
-        plain = decompress(raw, encoding, self.state.service.options.max_body)
+        options, encoding = self.state.service.options, exchange.headers.get("content-encoding", "").lower()
+        plain = decompress(raw, encoding, options.max_body)
+        if options.log_requests:
+            exchange.quoted = plain[:QUOTED].decode(errors="replace")
         try:
             return msgspec.json.decode(plain, type=self.endpoint.request)
         except msgspec.ValidationError as error:
@@ -183,13 +189,15 @@ class Application:
 
     def _explain(self, error: BaseException) -> tuple[int, bytes, dict[str, str]]:
         problem = as_problem(error)
+        if isinstance(error, WorkerError) and not self.state.service.engine.ready:
+            problem.kind = "no_device"  # the fault is not these texts'
         if problem.kind == "internal":
             logger.error("a request raised", exc_info=error)
         elif problem.kind == "model_failed" and error.__cause__ is not None:
             logger.error("the model failed", exc_info=error.__cause__)
         self.state.service.metrics.errors.labels(problem.kind).inc()
         headers = {"content-type": JSON}
-        if problem.kind in ("overloaded", "draining"):
+        if problem.kind in ("overloaded", "draining", "no_device"):
             headers["retry-after"] = str(problem.retry_after or self.state.service.retry_after())
         if problem.kind == "unauthorized":
             headers["www-authenticate"] = "Bearer"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from unpadded import Engine
 from unpadded.aio import Joiner, Timing
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -35,12 +37,14 @@ class Metrics:
         self.batch_tokens = Histogram("unpadded_batch_tokens", "tokens of a batch", buckets=TOKENS, registry=registry)
         self.batch_texts = Histogram("unpadded_batch_texts", "texts of a batch", buckets=TOKENS, registry=registry)
         self.tokens_per_second = 0.0  # of the model, lately
-        if torch.cuda.is_available():
-            memory = Gauge("unpadded_gpu_memory_bytes", "GPU memory held by tensors", registry=registry)
-            memory.set_function(torch.cuda.memory_allocated)
 
-    def watch(self, joiner: Joiner) -> None:
-        """Read a joiner's queue whenever somebody asks."""
+    def watch(self, engine: Engine, joiner: Joiner) -> None:
+        """Read an engine's devices and a joiner's queue whenever somebody asks."""
+        devices = Gauge("unpadded_devices", "devices that take batches", registry=self._registry)
+        devices.set_function(lambda: engine.ready)
+        if engine.at_once == 1 and engine.runner.device.type == "cuda":  # of several, other processes hold it
+            memory = Gauge("unpadded_gpu_memory_bytes", "GPU memory held by tensors", registry=self._registry)
+            memory.set_function(partial(torch.cuda.memory_allocated, engine.runner.device))
         calls = Gauge("unpadded_queued_requests", "requests that wait for a batch", registry=self._registry)
         calls.set_function(lambda: joiner.queued_calls)
         tokens = Gauge("unpadded_queued_tokens", "tokens that wait for a batch", registry=self._registry)

@@ -22,14 +22,20 @@ interfaces:
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
   TEI       POST /embed /embed_all /similarity /tokenize /decode, GET /info /health /metrics
   all       GET /openapi.json; requests may come as gzip or zstd; with "Accept: application/octet-stream" vectors
-            come as raw little-endian rows, their shape in x-shape; with "application/vnd.apache.parquet" as Parquet
+            come as raw little-endian rows, their shape in x-shape; as Parquet with "application/vnd.apache.parquet",
+            as an Arrow stream with "application/vnd.apache.arrow.stream"
 
 answers to trouble:
   400, 413, 422  the request is malformed, too large, or asks for what the model does not offer
   401, 404       no valid key; no such model or path
   424            the model failed on these texts (others in the same batch are not harmed)
   429            too many requests or queued tokens; Retry-After says when to come back
-  503, 504       the server is draining after SIGTERM; the deadline passed and the work was dropped
+  503, 504       the server is draining after SIGTERM, or no device is left; the deadline passed, the work was dropped
+
+several devices:
+  --device all, or cuda:0,cuda:1, gives each a process; they share the queue. One that dies is started again and its
+  batches run on another: no request is lost. unpadded_devices in /metrics counts those that take batches, and
+  /health is 503 while none does.
 
 examples:
   unpadded serve nomic-ai/nomic-embed-text-v1.5 --alias text-embedding-3-small --default-task search_document
@@ -56,6 +62,7 @@ class ServerOptions:
     keys: frozenset[str] = frozenset()  # none: everybody is let in
     cors_origin: tuple[str, ...] = ()
     otlp_endpoint: str | None = None
+    log_requests: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -84,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     watch = parser.add_argument_group(
         "watching",
-        "Prometheus metrics are at /metrics; the log is JSON lines on stderr and quotes no request.",
+        "Prometheus metrics are at /metrics; the log is JSON lines on stderr and quotes no request unless asked.",
     )
+    watch.add_argument("--log-requests", action="store_true", help="quote the start of each request's body in the log")
     watch.add_argument(
         "--otlp-endpoint", metavar="URL", help="send a span a request to this OpenTelemetry collector (extra: traces)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from unpadded.errors import DeadlineError, OutputError, OverloadedError, UnpaddedError
+from unpadded.errors import DeadlineError, OutputError, OverloadedError, UnpaddedError, WorkerError
 
 Interface = Literal["openai", "tei", "nomic"]
 
@@ -23,6 +23,7 @@ STATUS = {
     "model_failed": 424,
     "overloaded": 429,
     "internal": 500,
+    "no_device": 503,
     "draining": 503,
     "deadline": 504,
 }
@@ -61,7 +62,7 @@ def as_problem(error: BaseException) -> Problem:
         return Problem("overloaded", str(error))
     if isinstance(error, DeadlineError | TimeoutError):
         return Problem("deadline", str(error))
-    if isinstance(error, OutputError):
+    if isinstance(error, OutputError | WorkerError):
         return Problem("model_failed", str(error))
     if isinstance(error, UnpaddedError):
         return Problem("invalid", str(error))

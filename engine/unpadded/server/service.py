@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from unpadded import Embeddings, Engine
-from unpadded.aio import Joiner, Timing, run_windows
+from unpadded.aio import Timing, run_windows
 from unpadded.errors import OptionError
 from unpadded.options import Options
 from unpadded.server.metrics import Metrics
@@ -44,23 +45,26 @@ class Service:
         self.engine = engine
         self.options = options
         self.metrics = Metrics()
-        self.joiner = Joiner(engine.token_budget, self.metrics.observe_batch)
-        self.metrics.watch(self.joiner)
+        self.joiner = engine.joiner(self.metrics.observe_batch)
+        self.metrics.watch(engine, self.joiner)
         self.name = engine.checkpoint.name
         self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
         self.described = engine.describe()
-        self.device = str(self.described["device"]).partition(":")[0]
+        self.device = re.split("[:,]", str(self.described["device"]))[0]
 
     def warm_up(self) -> None:
-        """Run the model once on a small and on a full batch; on a GPU on sizes between, each of which it prepares."""
+        """Run a small and a full batch on every device; on GPUs also sizes between, each of which they prepare."""
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
         work = self.engine.work(self.engine.plan())
         budget = self.engine.token_budget
         for tokens in [2**power for power in range(budget.bit_length())] if self.device == "cuda" else [1, budget]:
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             texts = [ids[start : start + length] for start in range(0, tokens, length)]
-            self.joiner.submit(texts, work).future.result()
+            # side by side, so that each device has one
+            calls = [self.joiner.submit(texts, work) for _ in range(self.engine.at_once)]
+            for call in calls:
+                call.future.result()
 
     def resolve(self, name: str | None) -> str | None:
         """The task that a model's name asks for, as in nomic-embed-text-v1.5:search_query. 404 for another model."""
@@ -106,7 +110,7 @@ class Service:
         done = await run_windows(
             self.joiner,
             windows,
-            self.engine.token_work(),
+            self.engine.token_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )

@@ -196,6 +196,7 @@ async def _info(service: Service, request: None, exchange: Exchange) -> Response
             "model_id": service.name,
             "model_sha": None,
             "model_dtype": described["dtype"],
+            "device": described["device"],
             "model_type": {"embedding": {"pooling": described["pooling"]}},
             "max_concurrent_requests": options.max_concurrent_requests,
             "max_input_length": described["max_length"],
@@ -212,6 +213,8 @@ async def _info(service: Service, request: None, exchange: Exchange) -> Response
 
 
 async def _health(service: Service, request: None, exchange: Exchange) -> Response:
+    if not service.engine.ready:
+        raise Problem("no_device", "no device takes batches: its process died; wait until it has started again")
     return Response(lambda: b"", "text/plain")
 
 
@@ -235,6 +238,6 @@ ENDPOINTS = [
     _post("/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
     _post("/decode", "The texts of token ids", _decode, DecodeRequest),
     _get("/info", "What is served, and its limits", _info),
-    _get("/health", "200 when ready, 503 when draining", _health, open=True),
+    _get("/health", "200 when ready, 503 when draining or without a device", _health, open=True),
     _get("/metrics", "Prometheus metrics", _metrics, open=True),
 ]

@@ -1,0 +1,39 @@
+# `unpadded serve` in an image, for CPUs or for NVIDIA GPUs:
+#
+#   docker build -t unpadded:cpu .
+#   docker build -t unpadded:cuda --build-arg DEVICE=cuda .
+#
+#   docker run -p 8080:8080 -v models:/models unpadded:cpu nomic-ai/nomic-embed-text-v1.5
+#   docker run -p 8080:8080 --gpus all -v ./model:/model:ro unpadded:cuda /model --alias text-embedding-3-small
+#
+# A model named by its Hugging Face id is downloaded into /models at the first start.
+
+ARG DEVICE=cpu
+
+FROM python:3.12-slim AS base
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+
+FROM base AS cpu
+RUN pip install torch --index-url https://download.pytorch.org/whl/cpu
+
+# PyPI's torch brings CUDA, and the host its driver. Triton compiles its launchers with gcc.
+FROM base AS cuda
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN pip install torch
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM ${DEVICE} AS serve
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY engine engine
+COPY kernels kernels
+RUN pip install ".[server,traces,parquet]"
+RUN useradd --uid 1000 --create-home unpadded && install --directory --owner=unpadded /models
+ENV HF_HOME=/models/huggingface TRITON_CACHE_DIR=/models/triton
+USER 1000
+VOLUME /models
+EXPOSE 8080
+HEALTHCHECK --start-period=10m --interval=10s --timeout=5s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
+ENTRYPOINT ["unpadded", "serve", "--host", "0.0.0.0"]
+CMD ["--help"]

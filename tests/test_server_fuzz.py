@@ -1,0 +1,160 @@
+"""Every endpoint under requests that its own OpenAPI document describes, that break it, and that lie near valid ones.
+
+`pytest tests/test_server_fuzz.py --fuzz 10000` sends that many to each.
+"""
+
+import contextlib
+import gzip
+import json
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import schemathesis
+from checkpoints import add_sentence_transformers_files, write_nomic
+from schemathesis import GenerationMode
+from serving import serving
+from test_aio import PARAGRAPHS
+
+import unpadded
+
+VALID = {
+    "/v1/embeddings": {"input": ["a", "b"], "model": "model", "encoding_format": "float", "dimensions": 5},
+    "/embeddings": {"input": [[101, 102], [101, 2054, 102]], "encoding_format": "base64", "user": "u"},
+    "/v1/embedding/text": {"texts": ["a"], "task_type": "clustering", "dimensionality": 3, "long_text_mode": "mean"},
+    "/": {"inputs": ["a"], "normalize": True},
+    "/embed": {"inputs": ["a", [101, 102]], "truncate": True, "truncation_direction": "left", "normalize": False},
+    "/embed_all": {"inputs": "a b", "truncate": None},
+    "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}},
+    "/tokenize": {"inputs": ["a"], "add_special_tokens": False},
+    "/decode": {"ids": [[1, 2], [3]], "skip_special_tokens": True},
+}
+ODD = [None, True, 0, -1, 2**31, 2**70, 1e300, "", "\x00", "é" * 50, "a " * 400, [], {}, [[]], [None], ["", 1], [30521]]
+HEADERS = [
+    {"accept": "application/octet-stream"},
+    {"accept": "application/vnd.apache.parquet"},
+    {"accept": "application/vnd.apache.arrow.stream;q=0, \x80"},
+    {"content-encoding": "gzip"},
+    {"content-encoding": "zstd"},
+    {"content-encoding": "br"},
+    {"content-type": "text/html"},
+    {"authorization": "Bearer \xff"},
+    {"x-request-id": "é" * 200},
+    {"traceparent": "00-zz"},
+]
+ANSWERS = {200, 400, 404, 413, 415, 422}
+DRAWN = 400  # cases that schemathesis draws of an operation and a mode, at most; the rest are mutations of them
+CANARY_EVERY = 25
+CANARY = PARAGRAPHS[:3]
+MEGABYTE = 1 << 20
+PARTS = (0.2, 0.2, 0.3, 0.3)  # memory is looked at after each
+LONG = 2000  # requests; in a shorter run it grows because arenas and caches fill
+
+
+def mutated(value, draw):
+    """A JSON value near a valid one, or not at all."""
+    if draw.random() < 0.12:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        value = {key: mutated(item, draw) for key, item in value.items() if draw.random() > 0.08}
+        return value | {"extra": 1} if draw.random() < 0.03 else value
+    return [mutated(item, draw) for item in value] if isinstance(value, list) else value
+
+
+def drawn(operation, count):
+    """(path, body) of requests that fit the operation's description, and of ones that break it."""
+    cases = []
+
+    def keep(case):
+        cases.append((case.formatted_path, case.body))
+
+    modes = GenerationMode if operation.method == "post" else [GenerationMode.POSITIVE]
+    for mode in modes:
+        settings = hypothesis.settings(
+            max_examples=min(count, DRAWN),
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(keep))()
+    return cases
+
+
+def fuzz(server, operation, cases, count, seed, expected):
+    """Send `count` requests to an operation: its cases first, then mutations; the statuses of the answers."""
+    draw, statuses = random.Random(f"{operation.label} {seed}"), set()
+    valid = VALID.get(operation.path)
+    method = operation.method.upper()
+    with contextlib.closing(server.connection()) as connection:
+
+        def ask(method, path, body, headers):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+        for index in range(count):
+            as_drawn = seed == 0 and index < len(cases)
+            path, value = cases[index] if as_drawn else draw.choice(cases)
+            if method == "GET":
+                body = None
+                path += draw.choice(["", "?", "?a=%00", f"?{draw.random()}=é".encode().decode("latin-1")])
+            else:
+                if not as_drawn:
+                    value = mutated(valid if draw.random() < 0.7 else value, draw)
+                body = value if isinstance(value, bytes) else json.dumps(value, default=str).encode()
+                if body and draw.random() < 0.1:
+                    place = draw.randrange(len(body))
+                    body = body[:place] + bytes([draw.randrange(256)]) + body[place + 1 :]
+            headers = draw.choice(HEADERS) if draw.random() < 0.1 else {}
+            if headers.get("content-encoding") == "gzip" and draw.random() < 0.5:
+                body = gzip.compress(body or b"")
+            path = "".join(char if "!" < char < "\x7f" else "_" for char in path)
+            status, said, answer = ask(method, path, body, {k: v.encode("latin-1") for k, v in headers.items()})
+            assert status in ANSWERS, (path, body, headers, status, answer)
+            if said["content-type"] == "application/json":
+                json.loads(answer)
+            statuses.add(status)
+            if index % CANARY_EVERY == 0:
+                status, _, answer = ask("POST", "/embed", json.dumps({"inputs": CANARY}), {})
+                assert status == 200 and np.array_equal(np.array(json.loads(answer), np.float32), expected)
+    return statuses
+
+
+def resident(server):
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+
+def test_fuzzed_requests_never_break_it(tmp_path, request):
+    """No 500, no hang, no growth, and the answers to known texts keep their bits in between."""
+    count = request.config.getoption("fuzz")
+    folder = add_sentence_transformers_files(write_nomic(tmp_path / "model"))
+    expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="")
+    with serving(folder, "--max-body", "400000", "--max-inputs", "64") as server:
+        document = json.loads(server.ask("GET", "/openapi.json")[2])
+        operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
+        assert {operation.path for operation in operations if operation.method == "post"} == VALID.keys()
+
+        cases = [drawn(operation, 1 + count // 10) for operation in operations]
+
+        sizes = []
+        for seed, part in enumerate(PARTS):
+            send = partial(fuzz, server, count=int(part * count), seed=seed, expected=expected)
+            with ThreadPoolExecutor(4) as pool:
+                found = pool.map(send, operations, cases)
+                statuses = dict(zip([operation.label for operation in operations], found, strict=True))
+            sizes.append(resident(server))
+        said = ", ".join(f"{size / MEGABYTE:.0f}" for size in sizes)
+        print(f"{count} requests to each of {len(operations)} operations; {said} MiB resident; {statuses}")
+        assert count < LONG or sizes[-1] - sizes[-2] < 32 * MEGABYTE
+        for label, found in statuses.items():
+            assert 200 in found or label == "GET /v1/models/{name}", label
+            assert not label.startswith("POST") or {400, 422} & found, label
+        assert server.metric("unpadded_queued_tokens") == 0
+        assert server.ask("GET", "/health")[0] == 200 and server.stop() == 0
