@@ -3,10 +3,9 @@ VENV ?= .venv
 TORCH ?= -r .ci/requirements.txt
 
 BIN := $(VENV)/bin
-BENCHES := ceilings loading memory throughput drop_in server
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test lint bench bench-check format clean
 
 demo: $(READY)
 	@echo "demo: embedding real questions and passages with all-MiniLM-L6-v2"
@@ -24,10 +23,22 @@ lint: $(READY)
 
 bench: $(READY)
 	@echo "bench: every measurement, one after the other, and the README's tables from them (half an hour; leave the machine alone)"
-	@set -e; for name in $(BENCHES); do \
-		echo "bench: $$name"; PYTHONPATH=tests $(BIN)/python bench/$$name.py --out bench/results/$$name.json; done
-	@PYTHONPATH=tests $(BIN)/python -m pytest -q bench/kernels.py
+	@set -e; run() { name=$$1; shift; echo "bench: $$name"; \
+		PYTHONPATH=tests $(BIN)/python bench/$$name.py --out bench/results/$$name.json "$$@"; }; \
+	run ceilings; \
+	run loading; \
+	run memory; \
+	run model --layers 4 --rounds 2; \
+	run throughput --layers 2 --rounds 2; \
+	run drop_in --layers 6 --rounds 2; \
+	run server $(if $(INFINITY),--infinity $(INFINITY))
+	@PYTHONPATH=tests $(BIN)/python -m pytest -q bench/ops.py
+	@$(BIN)/python -m pytest -q tests/test_encoder.py tests/test_family_*.py --families bench/results/families.json
 	@$(BIN)/python bench/report.py bench/results --readme README.md
+
+bench-check: $(READY)
+	@echo "bench-check: speed against baselines in the same run, held to the ratios stored for this machine (3 minutes)"
+	@PYTHONPATH=tests $(BIN)/python bench/check.py
 
 format: $(READY)
 	@echo "format: ruff fixes and formats every file"

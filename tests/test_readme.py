@@ -17,9 +17,11 @@ def load_report():
     return module
 
 
-def test_tables_are_made_from_the_committed_results():
+def test_tables_and_plots_are_made_from_the_committed_results():
     report = load_report()
-    assert report.with_tables(README, report.report(ROOT / "bench/results")) == README, "run make bench, or report.py"
+    results = ROOT / "bench/results"
+    assert report.with_tables(README, report.report(results, ROOT)) == README, "run make bench, or report.py"
+    assert {path: path.read_text() for path in results.rglob("*.svg")} == report.plots(results)
 
 
 def test_no_figure_of_speed_stands_outside_the_tables():

@@ -19,8 +19,10 @@ from unpadded.errors import (
     OptionError,
     OutputError,
     OverloadedError,
+    TooLargeError,
     UnpaddedError,
     WeightsError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +44,10 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OverloadedError",
+    "TooLargeError",
     "UnpaddedError",
     "WeightsError",
+    "WorkerError",
     "__version__",
     "accelerate",
     "embed",

@@ -1,0 +1,112 @@
+"""The regression gate: ours against a baseline in the same run, held to the ratios that are stored for this machine.
+
+    PYTHONPATH=tests python bench/check.py [--update]
+
+Ours and the baseline run one after the other, and a round gives one ratio, so that what slows the machine slows both;
+the median of the rounds counts. A ratio that is down by more than 15 % is measured once more, and fails if it still is.
+A machine (processor and threads) that has no ratios yet gets them stored, and so it does with --update.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import machine
+import model
+import numpy as np
+import torch
+
+import unpadded
+from unpadded.bench import half_dtype
+from unpadded.bench.comparison import forward_alone, in_turns
+from unpadded.bench.providers import PROVIDERS, Model
+from unpadded.bench.workloads import Cutter
+
+DROP = 0.15
+PARAGRAPHS = 128
+SHAPES = {"mixed": [50, 900, 120, 400, 70, 600, 200, 1000], "4 x 1024": [1024] * 4}  # tokens
+DEVICE = torch.device("cpu")
+Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, the baseline
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__)
+    parser.add_argument("--ratios", type=Path, default=machine.ROOT / "bench" / "results" / "ratios.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--update", action="store_true", help="store what is measured")
+    parser.add_argument("--small", action="store_true", help="tiny models and texts, to try every line of it")
+    args = parser.parse_args()
+    card = machine.card()
+    name = f"{card['cpu']}, {card['threads']} threads"
+    stored = json.loads(args.ratios.read_text()) if args.ratios.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(pairs(Path(folder), args.small), args.rounds, stored.get(name, {}).get("ratios", {}))
+    if args.update or name not in stored:
+        stored[name] = {"machine": card, "ratios": measured}
+        args.ratios.write_text(json.dumps(stored, indent=1) + "\n")
+        print(f"stored for {name} in {args.ratios}")
+        return
+    dropped = down(measured, stored[name]["ratios"])
+    if dropped:
+        sys.exit(f"check: {', '.join(dropped)} dropped by more than {DROP:.0%}; find out why, or store with --update")
+
+
+def measure(pairs: dict[str, Pair], rounds: int, before: dict[str, float]) -> dict[str, float]:
+    """Every ratio; one that is down twice."""
+    measured = {}
+    for name, pair in pairs.items():
+        measured[name] = ratio(pair, rounds)
+        if down({name: measured[name]}, before):
+            measured[name] = max(measured[name], ratio(pair, rounds))
+        print(f"{name}: {measured[name]:.2f}" + (f" (stored: {before[name]:.2f})" if name in before else ""))
+    return measured
+
+
+def down(measured: dict[str, float], before: dict[str, float]) -> list[str]:
+    return [name for name, value in measured.items() if name in before and value < (1 - DROP) * before[name]]
+
+
+def ratio(pair: Pair, rounds: int) -> float:
+    for run in pair:
+        run()
+    seconds, _, _ = in_turns(dict(zip(("ours", "theirs"), pair, strict=True)), rounds, DEVICE)
+    return statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
+
+
+def pairs(folder: Path, small: bool) -> dict[str, Pair]:
+    """By name: encode against sentence-transformers and against its own forward pass, packed against padded."""
+    found: dict[str, Pair] = {}
+    half = str(half_dtype(DEVICE)).removeprefix("torch.")
+    checkpoints.write_nomic(
+        folder, names="transformers", tokenizer=False, **model.SMALL if small else checkpoints.REAL | {"layers": 2}
+    )
+    draw = np.random.default_rng(0)
+    for dtype, other in (("float32", "sentence-transformers"), (half, "sentence-transformers-best")):
+        engine = unpadded.load(checkpoints.MINILM, device="cpu", dtype=dtype)
+        texts = Cutter(engine).workload("paragraphs", 8 if small else PARAGRAPHS)
+        theirs = PROVIDERS[other](Model(str(checkpoints.MINILM), {dtype: engine}, getattr(torch, half)))
+        windows = list(engine.read(texts, engine.plan()))
+        ours = partial(engine.encode, texts)
+        found[f"MiniLM, paragraphs, {dtype}"] = ours, partial(theirs, texts)
+        found[f"MiniLM, paragraphs, {dtype}, forward pass alone"] = ours, partial(forward_alone, engine, windows)
+        packed = unpadded.load(folder, device="cpu", dtype=dtype, max_length=8192)
+        padded = model.transformers(folder, DEVICE, dtype)
+        for shape, lengths in SHAPES.items():
+            ids = [draw.integers(5, 30000, length // (20 if small else 1), dtype=np.int32) for length in lengths]
+            found[f"NomicBERT, {shape}, {dtype}"] = (
+                partial(packed.encode, ids, prompt=""),
+                partial(model.padded, padded, DEVICE, ids),
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The benches on tiny settings: what they measure is what they say, and one part that fails does not end the rest."""
+
+import base64
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from checkpoints import add_sentence_transformers_files, write_bert
+
+import unpadded
+from unpadded import charts
+from unpadded.bench import PROVIDERS, TEXTS, comparison
+from unpadded.bench.comparison import flops
+from unpadded.bench.providers import Model, make_providers
+from unpadded.bench.workloads import DOCUMENTS, Cutter
+from unpadded.cli import main
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))  # the benches import each other by name
+
+import check  # noqa: E402
+import machine  # noqa: E402
+import report  # noqa: E402
+import server  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return add_sentence_transformers_files(write_bert(tmp_path_factory.mktemp("bert")), max_seq_length=128)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return unpadded.load(folder, device="cpu")
+
+
+def lengths_of(engine, texts):
+    return engine.embed(texts, prompt="").token_counts
+
+
+def test_texts_have_the_lengths_of_their_workload(engine):
+    cutter = Cutter(engine)
+    queries = cutter.workload("queries", 200)
+    assert len(set(queries)) == 200
+    lengths = lengths_of(engine, queries)
+    assert lengths.max() <= 32 and 18 <= np.median(lengths) <= 22
+    assert 30 <= np.median(lengths_of(engine, cutter.workload("paragraphs", 300))) <= 50
+    assert lengths_of(engine, cutter.workload("documents", 2)).tolist() == pytest.approx([128, 128], abs=6)
+    asked = [10, 40, 100]
+    found = lengths_of(engine, cutter.cut(asked))
+    assert all(0 <= a - f < 6 for a, f in zip(asked, found, strict=True)), found
+    assert Cutter(engine).workload("queries", 200) == queries
+
+
+def test_documents_have_the_lengths_of_real_ones():
+    lengths = np.sort(np.array((ROOT / "bench/lengths.txt").read_text().split(), np.int64).clip(max=8192))
+    middles = (np.arange(TEXTS["documents"]) + 0.5) / TEXTS["documents"]
+    assert tuple(lengths[(middles * len(lengths)).astype(int)]) == DOCUMENTS
+
+
+def test_flops_are_those_of_the_products_and_of_attention(engine):
+    spec = engine.checkpoint.spec
+    products = 2 * 128 * (4 * 128 + 2 * 512)
+    assert flops(spec, np.array([10, 3])) == spec.layers * (13 * products + 4 * 128 * (100 + 9))
+
+
+def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys):
+    texts = ["The tide rises twice a day.", "Bread", "Yeast ferments sugar and gives off gas. " * 9]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
+    flags = ["--column", "body", "--against", "sentence-transformers,transformers,fastembed", "--also", "bfloat16"]
+    end = ["--rounds", "2", "--growth", "3,5", "--out", str(out), "--plot", str(plot), "--device", "cpu"]
+    assert main(["bench", str(folder), str(tmp_path / "texts.jsonl"), *flags, *end]) == 0
+    result = json.loads(out.read_text())
+    (found,) = result["workloads"]
+    rows = {row["provider"]: row for row in found["rows"]}
+    if "fastembed" in result["not run"]:
+        assert "fastembed" in result["not run"]["fastembed"]
+    assert set(rows) >= {"unpadded, float32", "unpadded, bfloat16", "sentence-transformers", "transformers"}
+    assert (found["texts"], found["tokens"]) == (3, lengths_of(engine, texts).sum())
+    for row in rows.values():
+        median = statistics.median(row["seconds"])
+        assert len(row["seconds"]) == 2
+        assert row["tokens_per_second"] == pytest.approx(found["tokens"] / median)
+        reference = statistics.median(rows["sentence-transformers"]["seconds"])
+        assert row["to_reference"] == pytest.approx(reference / median)
+        assert row["least_cosine"] >= (0.999 if row["provider"] == "unpadded, bfloat16" else 0.99999)
+    for own in found["ours"].values():
+        assert sum(own["stages"].values()) == pytest.approx(1) and min(own["stages"].values()) > 0
+        assert list(own["stages"]) == ["tokenise", "copy", "forward", "output"]
+    assert [row["texts"] for row in result["growth"]] == [3, 5]
+    printed = capsys.readouterr().out
+    assert f"your texts: 3 texts, {found['tokens']:,} tokens" in printed and "of the forward pass alone" in printed
+    assert "your texts" in "".join(ElementTree.fromstring(plot.read_text()).itertext())
+
+
+def test_bench_command_names_what_it_does_not_know(folder, capsys):
+    assert main(["bench", str(folder), "--against", "word2vec"]) == 2
+    assert "word2vec" in capsys.readouterr().err
+    assert main(["bench", str(folder), "--workloads", "haiku"]) == 2
+    assert "haiku; use some of queries" in capsys.readouterr().err
+
+
+def test_a_provider_that_fails_leaves_the_others(folder, engine, monkeypatch):
+    def broken(model):
+        raise KeyError("no such thing")
+
+    monkeypatch.setitem(PROVIDERS, "broken", broken)
+    model = Model(str(folder), {"float32": engine}, engine.runner.encoder.weights.word.dtype)
+    made, reasons = make_providers(model, ["broken", "transformers"])
+    assert set(made) == {"unpadded, float32", "transformers"}
+    assert reasons == {"broken": "KeyError: 'no such thing'"}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
+def test_padded_transformers_pools_as_the_checkpoint_says(tmp_path, pooling):
+    folder = add_sentence_transformers_files(write_bert(tmp_path), pooling=pooling)
+    loaded = unpadded.load(folder, device="cpu")
+    made, _ = make_providers(
+        Model(str(folder), {"float32": loaded}, loaded.runner.encoder.weights.word.dtype), PROVIDERS
+    )
+    texts = ["Bread", "Yeast ferments sugar and gives off gas."]
+    for name in ("transformers", "sentence-transformers"):
+        np.testing.assert_allclose(made[name](texts), made["unpadded, float32"](texts), atol=1e-5)
+
+
+def test_bars_are_as_long_as_their_values():
+    drawn = charts.bars("t", {"a & b": {"x": 2.0, "y": 1.0}, "c": {"x": 0.5}})
+    root = ElementTree.fromstring(drawn)
+    widths = [float(bar.get("width")) for bar in list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]]
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 0.5, 0.25], abs=1e-3)
+    assert drawn == charts.bars("t", {"a & b": {"x": 2.0, "y": 1.0}, "c": {"x": 0.5}})
+
+
+def test_lines_rise_with_their_values():
+    drawn = charts.lines("t", {"x": [(128, 1.0), (512, 2.0), (8192, 4.0)]}, "tokens", "tokens/s")
+    (line,) = ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}polyline")
+    points = np.array([point.split(",") for point in line.get("points").split()], float)
+    across, up = np.diff(points[:, 0]), -np.diff(points[:, 1])
+    assert across[1] == pytest.approx(2 * across[0], abs=0.2) and up[1] == pytest.approx(2 * up[0], abs=0.2)
+
+
+def test_an_interrupted_bench_reports_what_it_had(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), machine.reporting(tmp_path / "out.json") as result:
+        result["rows"] = [1]
+        raise KeyboardInterrupt
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["rows"] == [1] and stored["machine"]["threads"] >= 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == stored
+
+
+def test_a_report_of_a_run_that_ended_early_has_the_rest(tmp_path):
+    card = {"machine": {"cpu": "c", "threads": 2, "packages": {}, "commit": "x"}}
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    ceilings = {"flop_per_second": {"float32": 4e11}, "copy_bytes_per_second": 4e10}
+    (tmp_path / "ceilings.json").write_text(json.dumps(card | ceilings))
+    text = report.report(tmp_path, tmp_path)
+    assert "model.json: the run ended before it had 'rows'" in text and "0.4 TFLOP/s" in text
+    assert report.plots(tmp_path) == {}
+
+
+@pytest.fixture
+def run_check(tmp_path, monkeypatch):
+    """The gate over one pair whose ratios come from a list."""
+
+    def run(ratios, *flags):
+        ratios = iter(ratios)
+        monkeypatch.setattr(check, "pairs", lambda folder, small: {"pair": None})
+        monkeypatch.setattr(check, "ratio", lambda pair, rounds: next(ratios))
+        monkeypatch.setattr(sys, "argv", ["check.py", "--ratios", str(tmp_path / "ratios.json"), *flags])
+        check.main()
+
+    return run
+
+
+def test_check_fails_where_a_ratio_is_down_twice(run_check, tmp_path):
+    run_check([3.0])  # stores
+    (stored,) = json.loads((tmp_path / "ratios.json").read_text()).values()
+    assert stored["ratios"] == {"pair": 3.0}
+    run_check([2.6])
+    run_check([2.0, 2.9])  # once by chance
+    with pytest.raises(SystemExit, match="pair dropped by more than 15%"):
+        run_check([2.5, 2.4])
+    run_check([2.4, 2.3], "--update")
+    run_check([2.1])
+
+
+def test_check_takes_the_median_of_neighbours(monkeypatch):
+    slow = iter([1, 1, 5, 5, 1, 1, 1, 1])  # a noise that lasts two runs stretches both sides
+    clock = [0.0]
+
+    def run(seconds):
+        clock[0] += seconds * next(slow, 1)
+
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+    assert check.ratio((lambda: run(1), lambda: run(2)), 3) == 2
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A server that answers with row i for text "i": every third time 429, and a wrong row for "7"."""
+
+    protocol_version = "HTTP/1.1"
+    asked = 0
+
+    def do_POST(self):
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
+        Stub.asked += 1
+        full = Stub.asked % 3 == 0
+        rows = [np.full(4, float(text) + (text == "7"), np.float32) for text in texts]
+        data = [{"embedding": base64.b64encode(row.tobytes()).decode()} for row in rows]
+        body = json.dumps({"data": data}).encode()
+        self.send_response(429 if full else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stub():
+    Stub.asked = 0
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    http.daemon_threads = False
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    target = server.Infinity.__new__(server.Infinity)
+    target.port = http.server_port
+    yield target
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_the_load_counts_what_comes(stub):
+    rows = np.repeat(np.arange(20, dtype=np.float32)[:, None], 4, axis=1)
+    load = server.Load([str(i) for i in range(20)], rows, np.full(20, 5), "base64")
+    found = load.run(stub, 3, 0.5, [1, 4])
+    assert sum(found["statuses"].values()) == Stub.asked
+    assert abs(found["statuses"][429] - Stub.asked / 3) < 1
+    assert 0 < found["wrong answers"] < found["statuses"][200]
+    assert sum(by_size["requests"] for by_size in found["by size"].values()) == found["statuses"][200]
+    assert set(found["by size"]) == {1, 4} and found["p50, ms"] <= found["p99, ms"]
+
+
+def test_the_load_offers_no_more_than_it_is_told(stub):
+    load = server.Load(["1"] * 9, np.ones((9, 4), np.float32), np.full(9, 5), "base64")
+    assert 10 <= sum(load.run(stub, 4, 0.49, [1], per_second=40)["statuses"].values()) <= 20  # a busy machine is late
+
+
+def gpu_run(python_folder, out, *flags):
+    environment = {**os.environ, "PATH": f"{python_folder}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), "--out", str(out), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_gpu_run_goes_on_after_a_step_that_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench/model.py*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    ran = gpu_run(tmp_path, tmp_path / "out")
+    steps = [line[3:] for line in ran.stdout.splitlines() if line.startswith("==")]
+    assert steps == ["ceilings", "model-correct", "model", "throughput", "kernels", "kernels-correct", "summary"]
+    assert ran.returncode == 1 and ran.stdout.count("FAILED") == 1 and "FAILED with 3" in ran.stdout
+    logs = (tmp_path / "out/kernels-correct.log").read_text()
+    assert all(str(test.relative_to(ROOT)) in logs for test in (ROOT / "tests").glob("test_kernel_*.py"))
+    assert gpu_run(tmp_path, tmp_path / "out", "--fast").returncode == 2
+
+
+@pytest.mark.slow
+def test_gpu_run_in_small(tmp_path):
+    """Every line of it on a CPU."""
+    ran = gpu_run(Path(sys.executable).parent, tmp_path, "--small")
+    assert ran.returncode == 0, ran.stdout
+    model, throughput, kernels = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("model", "throughput", "kernels")
+    )
+    for row in model["rows"]:
+        assert row["least_cosine"] >= (0.99 if "float8" in row["provider"] else 0.99999), row["provider"]
+    assert {"unpadded", "transformers, padded", "packed baseline", "transformers, compiled"} <= {
+        row["provider"] for row in model["rows"]
+    }
+    assert "CUDA" in model["not run"]["unpadded, PyTorch's attention, float32"]
+    workloads = [found["workload"] for found in throughput["models"][-1]["workloads"]]
+    assert workloads == ["50 tokens", "512 tokens", "8192 tokens", "real documents"]
+    assert {row["extra_info"]["kernel"] for row in kernels["benchmarks"]} >= {"swiglu", "rms_norm"}
+    assert all(row["extra_info"]["share"] > 0 for row in kernels["benchmarks"])
+    summary = (tmp_path / "summary.md").read_text()
+    assert all(f"]({name}.svg)" in summary for name in ("model", "throughput", "kernels"))
+    assert all(ElementTree.parse(svg) is not None for svg in tmp_path.glob("*.svg"))
+
+
+def test_infinity_that_does_not_start_is_said(tmp_path):
+    program = tmp_path / "infinity_emb"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(SystemExit, match="infinity did not start"), server.Infinity(program, tmp_path):
+        pass
