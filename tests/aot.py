@@ -181,7 +181,7 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
 
 def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
     dtype, capability = job
-    for op in ("attention", "linear", "linear_fp8", "moe"):
+    for op in ("attention", "linear", "moe"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
     for case, call in cases(DTYPES[dtype]):

@@ -45,7 +45,7 @@ def kernel(request, monkeypatch):
         pytest.skip("needs compute capability 9.0")
     generation = 80 if request.param == "pointers" else 90
     if not HAS_CUDA or generation == 80:
-        monkeypatch.setattr(sys.modules["unpadded_kernels.linear_fp8"], "generation", lambda device: generation)
+        monkeypatch.setattr(sys.modules["unpadded_kernels.linear"], "generation", lambda device: generation)
 
 
 def uneven(tokens, width, dtype):

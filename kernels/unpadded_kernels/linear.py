@@ -96,22 +96,40 @@ def _takes_descriptors(*tensors: Tensor) -> bool:
 
 
 def product_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None, cos_sin: Tensor | None) -> Tensor:
+    """The product of rows that have no scales, in x's dtype."""
+    return scaled_product_triton(x, None, weight, None, bias, kind, cos_sin, x.dtype)
+
+
+def scaled_product_triton(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    kind: str | None,
+    cos_sin: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """One program per multiprocessor, tile after tile. The dimensions fix the tiles and the order of additions.
 
-    kind: the activation that follows, or None; cos_sin: the table that turns q and k where weight gives qkv, or None.
+    x_scale, weight_scale: those of rows in e4m3, else None; kind: the activation that follows, or None; cos_sin: the
+    table that turns q and k where weight gives qkv, or None; dtype: the result's.
     """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
     (total_tokens, in_features), rows = x.shape, weight.shape[0]
     if weight.shape[1] != in_features or (bias is not None and bias.shape != (rows,)):
         raise ValueError(
             f"weight must be [out_features, {in_features}] and bias [out_features], got {tuple(weight.shape)} and "
             f"{None if bias is None else tuple(bias.shape)}"
         )
-    if x.stride(1) != 1 or weight.stride(1) != 1 or (bias is not None and not bias.is_contiguous()):
+    vectors = (vector for vector in (x_scale, weight_scale, bias) if vector is not None)
+    if x.stride(1) != 1 or weight.stride(1) != 1 or not all(vector.is_contiguous() for vector in vectors):
         raise ValueError(f"rows must be contiguous, got strides {x.stride()} and {weight.stride()}: pass .contiguous()")
     gated, head_dim = kind in GATED, 0 if cos_sin is None else cos_sin.shape[1]
     follows = "rotary" if head_dim else "gated" if gated else "activation" if kind else "nothing"
     out_features = rows // 2 if gated else rows
-    y = torch.empty((total_tokens, out_features), dtype=x.dtype, device=x.device)
+    y = torch.empty((total_tokens, out_features), dtype=dtype, device=x.device)
     if total_tokens == 0:
         return y
     tile = linear_tile(x.dtype, follows, generation(x.device))
@@ -125,7 +143,9 @@ def product_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | N
     tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     _linear_kernel[(min(tiles, programs(x.device)),)](
         x_source,
+        x_scale,
         weight_source,
+        weight_scale,
         bias,
         cos_sin,
         y_target,
@@ -137,6 +157,7 @@ def product_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | N
         OUT=out_features,
         KIND=kind,
         GATED=gated,
+        SCALED=x_scale is not None,
         HAS_BIAS=bias is not None,
         HEAD_DIM=head_dim,
         TMA=tile.tma,
@@ -149,8 +170,6 @@ def product_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | N
 
 
 def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
     return product_triton(x, weight, bias, kind, None)
 
 

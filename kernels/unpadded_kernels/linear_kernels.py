@@ -1,7 +1,7 @@
 """The kernel of a matrix product with fixed tiles, through pointers or, from sm_90 on, tensor descriptors (TMA).
 
-A program takes tile after tile of the result. What follows the product happens on the tile's fp32 sums: the bias, then
-the MLP's activation or the rotation of q and k.
+A program takes tile after tile of the result. What follows the product happens on the tile's fp32 sums: the scales of
+e4m3 rows, the bias, then the MLP's activation or the rotation of q and k.
 """
 
 from unpadded_kernels._triton import tl, triton
@@ -84,7 +84,9 @@ def _turn(y, cos_sin_ptr, token, first, total_tokens, TURNED: tl.constexpr, HEAD
 @triton.jit(do_not_specialize=["total_tokens"])
 def _linear_kernel(
     x_source,
+    x_scale_ptr,
     weight_source,
+    weight_scale_ptr,
     bias_ptr,
     cos_sin_ptr,
     y_target,
@@ -96,6 +98,7 @@ def _linear_kernel(
     OUT: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TMA: tl.constexpr,
@@ -103,7 +106,10 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x_source, weight_source, y_target: descriptors with TMA, else pointers; HEAD_DIM: 0 where nothing turns."""
+    """x_source, weight_source, y_target: descriptors with TMA, else pointers; HEAD_DIM: 0 where nothing turns.
+
+    SCALED: whether each row of x and weight has an fp32 scale.
+    """
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     tiles = tl.cdiv(total_tokens, BLOCK_M) * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -121,6 +127,11 @@ def _linear_kernel(
             y, up = products(
                 x_ptrs, weight_ptrs, up_offset, token_mask, weight_mask, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
+        if SCALED:
+            x_scale = tl.load(x_scale_ptr + token[:, None], mask=token_mask, other=0.0)
+            y = y * x_scale * tl.load(weight_scale_ptr + n, mask=n_mask, other=0.0)[None, :]
+            if GATED:
+                up = up * x_scale * tl.load(weight_scale_ptr + OUT + n, mask=n_mask, other=0.0)[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
             if GATED:

@@ -126,12 +126,10 @@ def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
 
 
 def linear_tile(dtype: torch.dtype, follows: str, generation: int) -> Tile:
+    if dtype == torch.float8_e4m3fn:
+        return LINEAR_FP8[follows, generation]
     fp32 = dtype == torch.float32
     return LINEAR[fp32, follows, 80 if fp32 else generation]
-
-
-def linear_fp8_tile(follows: str, generation: int) -> Tile:
-    return LINEAR_FP8[follows, generation]
 
 
 def expert_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
