@@ -370,7 +370,9 @@ def test_a_folder_that_is_not_there(tmp_path: Path, nomic: Path) -> None:
 def test_a_hub_id_is_fetched_at_its_revision(nomic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        repo_id: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
         asked.append((repo_id, revision))
         return str(nomic)
 
@@ -409,7 +411,9 @@ def test_of_a_repository_only_what_is_read_is_fetched(nomic: Path, monkeypatch: 
         "training_args.bin",
     ]
 
-    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        repo_id: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
         assert sorted(filter_repo_objects(needed + left, allow_patterns=allow_patterns)) == needed
         return str(nomic)
 
