@@ -52,7 +52,9 @@ CANARY_EVERY = 25
 CANARY = PARAGRAPHS[:3]
 MEGABYTE = 1 << 20
 PARTS = (0.2, 0.2, 0.3, 0.3)  # memory is looked at after each
-LONG = 2000  # requests; in a shorter run it grows because arenas and caches fill
+LONG = 2000  # requests; in a shorter run the allocator's arenas still fill
+# oneDNN keeps kernels for up to 1024 numbers of rows, hundreds of MiB that would hide a leak.
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 def mutated(value, draw):
@@ -136,7 +138,7 @@ def test_fuzzed_requests_never_break_it(tmp_path, request):
     count = request.config.getoption("fuzz")
     folder = add_sentence_transformers_files(write_nomic(tmp_path / "model"))
     expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="")
-    with serving(folder, "--max-body", "400000", "--max-inputs", "64") as server:
+    with serving(folder, "--max-body", "400000", "--max-inputs", "64", env=FEW_KERNELS) as server:
         document = json.loads(server.ask("GET", "/openapi.json")[2])
         operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
         assert {operation.path for operation in operations if operation.method == "post"} == VALID.keys()
@@ -152,7 +154,7 @@ def test_fuzzed_requests_never_break_it(tmp_path, request):
             sizes.append(resident(server))
         said = ", ".join(f"{size / MEGABYTE:.0f}" for size in sizes)
         print(f"{count} requests to each of {len(operations)} operations; {said} MiB resident; {statuses}")
-        assert count < LONG or sizes[-1] - sizes[-2] < 32 * MEGABYTE
+        assert count < LONG or sizes[-1] - sizes[0] < 48 * MEGABYTE
         for label, found in statuses.items():
             assert 200 in found or label == "GET /v1/models/{name}", label
             assert not label.startswith("POST") or {400, 422} & found, label
