@@ -392,6 +392,8 @@ def test_of_a_repository_only_what_is_read_is_fetched(nomic: Path, monkeypatch: 
         "model.safetensors",
         "model.safetensors.index.json",
         "modules.json",
+        "retrieval_query/adapter_config.json",
+        "retrieval_query/adapter_model.safetensors",
         "sentence_bert_config.json",
         "special_tokens_map.json",
         "tokenizer.json",
@@ -407,6 +409,7 @@ def test_of_a_repository_only_what_is_read_is_fetched(nomic: Path, monkeypatch: 
         "onnx/model.onnx",
         "onnx/model.safetensors",
         "pytorch_model.bin",
+        "retrieval_query/adapter_model.bin",
         "rust_model.ot",
         "training_args.bin",
     ]

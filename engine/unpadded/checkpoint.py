@@ -12,6 +12,7 @@ from unpadded.config import integer, not_implemented, positive, read_object
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 from unpadded.families import FAMILIES, Family
 from unpadded.hub import fetch
+from unpadded.peft import find_adapters
 from unpadded.pipeline import TASK_TRANSFORMER, Dense, Pooling, check_widths, read_pipeline
 from unpadded.spec import EncoderSpec
 from unpadded.tensors import StoredTensor, read_headers
@@ -35,6 +36,7 @@ class Checkpoint:
     config: dict[str, Any]
     spec: EncoderSpec
     weight_files: tuple[Path, ...]
+    adapter_files: tuple[Path, ...]  # of each task, where they lie apart
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
@@ -82,6 +84,10 @@ def open_checkpoint(
     family = _family(config, stored, folder)
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
+    adapter_files: tuple[Path, ...] = ()
+    if spec.adapters:
+        adapters, adapter_files = find_adapters(spec.adapters, folder, config)
+        spec = replace(spec, adapters=adapters)
     if pipeline.takes_task and spec.adapters is None:
         raise not_implemented(f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "one without own code")
     width = check_widths(pipeline, spec.hidden)
@@ -100,6 +106,7 @@ def open_checkpoint(
         config=config,
         spec=spec,
         weight_files=weight_files,
+        adapter_files=adapter_files,
         pooling=pipeline.pooling,
         normalize=pipeline.normalize,
         dense=pipeline.dense,

@@ -18,7 +18,14 @@ FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
-ALLOWED = (*FILES, *(f"[0-9]_*/{name}" for name in FILES), "modules.json", "config_sentence_transformers.json")
+ADAPTER_FILES = ("*/adapter_config.json", "*/adapter_model.safetensors")
+ALLOWED = (
+    *FILES,
+    *(f"[0-9]_*/{name}" for name in FILES),
+    *ADAPTER_FILES,
+    "modules.json",
+    "config_sentence_transformers.json",
+)
 
 
 def fetch(model: str, revision: str | None, **where: Any) -> Path:

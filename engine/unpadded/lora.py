@@ -34,13 +34,11 @@ class AdaptedWeights:
             self._task = None  # so that what is left half written by an error is written anew
             index = self._adapters.tasks.index(task)
             for slot, (rows, columns) in self._base.adapters.items():
-                torch.addmm(
-                    _tensor(self._base, slot),
-                    rows[index],
-                    columns[index],
-                    alpha=self._adapters.scale,
-                    out=_tensor(self._adapted, slot),
-                )
+                # of matrices that are stacked, q, k and v, each may have factors of its own
+                stacked = columns.shape[1] // self._adapters.rank
+                whole = (_tensor(self._base, slot), rows[index], columns[index], _tensor(self._adapted, slot))
+                for base, b, a, adapted in zip(*(tensor.chunk(stacked) for tensor in whole), strict=True):
+                    torch.addmm(base, b, a, alpha=self._adapters.scale, out=adapted)
             self._task = task
         return self._adapted
 

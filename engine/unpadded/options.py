@@ -97,9 +97,10 @@ def make_plan(
     adapters = checkpoint.spec.adapters
     adapter = task if adapters is not None and task in adapters.tasks else None
     if adapters is not None and adapter is not None and not adapters.rank:
+        absent = checkpoint.folder / adapters.folders[adapters.tasks.index(adapter)]
         raise OptionError(
-            f"task = {adapter!r} has an adapter that {checkpoint.name} does not hold; load the model as it was first "
-            "published, or pass prompt= to do without"
+            f"task = {adapter!r} has an adapter that {checkpoint.name} does not hold: {absent} is absent; download it, "
+            "or pass prompt= to do without"
         )
     return Plan(
         prompt=_prompt(checkpoint, None if prompt is not None and adapter is not None else task, prompt),

@@ -45,10 +45,12 @@ class Experts:
 class Adapters:
     """Low-rank changes of the weights, one set a task: W + scale * B A."""
 
-    tasks: tuple[str, ...]  # in the order in which the checkpoint stacks them
+    tasks: tuple[str, ...]  # in the order in which the weights stack them
     prompts: tuple[str, ...]  # of each task, where no other file states one
     rank: int  # 0: the checkpoint's files do not hold them
     scale: float
+    folders: tuple[str, ...] = ()  # of each task, where the adapters lie in PEFT's files beside the encoder
+    targets: tuple[str, ...] = ()  # the modules that each of those changes, by PEFT's names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +134,4 @@ class Slot:
     shape: tuple[int, ...]
     alternatives: tuple[tuple[str, ...], ...]  # each: names whose tensors, equal in size, are stacked along dim 0
     swapped: tuple[str, ...] = ()  # of these names: tensors that hold up before gate, so the second half comes first
+    turned: bool = False  # shape is that of the file, and the encoder takes the transpose

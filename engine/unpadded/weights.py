@@ -67,7 +67,8 @@ class EncoderWeights:
     norm: Tensor
     norm_bias: Tensor
     layers: tuple[LayerWeights, ...]
-    # slot -> the factors of its change, of every task: rows [tasks, rows, rank], columns [tasks, rank, columns]
+    # slot -> the factors of its change, of every task: rows [tasks, rows, rank], columns [tasks, n * rank, columns], of
+    # the n matrices that lie stacked in the slot where each has factors of its own, else n = 1
     adapters: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -80,9 +81,18 @@ def load_weights(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     spec = checkpoint.spec
     family = FAMILIES[spec.family]
     slots = family.slots(spec)
+    # where each adapter has a file, so have its slots, and the files are stacked
+    apart = {slot: slots.pop(slot) for slot in list(slots) if slot.startswith("adapters.") and checkpoint.adapter_files}
     found = assign(slots, read_headers(checkpoint.weight_files), family.PREFIXES, family.IGNORED)
+    files = [
+        assign(apart, read_header(file).values(), family.PREFIXES, family.IGNORED) for file in checkpoint.adapter_files
+    ]
     loader = _Loader(device, dtype)
-    return assemble(spec, {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()})
+    tensors = {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()}
+    for slot, one in apart.items():
+        stored = loader.load((len(files), *one.shape), tuple(part for file in files for part in file[slot]))
+        tensors[slot] = stored.mT if one.turned else stored
+    return assemble(spec, tensors)
 
 
 def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:

@@ -1,12 +1,13 @@
 """jina-embeddings-v3: XLM-RoBERTa with rotary positions, and a low-rank adapter for each of five tasks.
 
-Its tensors have the published code's names, with or without adapters, or those of transformers 5, whose checkpoints
-keep the adapters in files of PEFT beside the encoder. Those are not read: the encoder loads, and a task is refused.
+Its tensors have the published code's names, with the adapters among them, or those of transformers 5, whose checkpoints
+(jinaai/jina-embeddings-v3-hf) keep each adapter in a folder of PEFT's beside the encoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from unpadded.config import agreed, flag, integer, not_implemented, one_of, positive, refuse, required, rope_theta
@@ -14,7 +15,7 @@ from unpadded.errors import ConfigError
 from unpadded.families.bert import ACTIVATIONS, named
 from unpadded.spec import Adapters, EncoderSpec, Rotary, Slot
 
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "roberta.")
+PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "base_model.model.", "model.", "roberta.")
 IGNORED: tuple[str, ...] = ("lm_head.*", "pooler.*", "classifier.*", "*inv_freq")
 MAX_LENGTH: int | None = 8192
 PROMPTS: Mapping[str, str] = {}
@@ -22,6 +23,9 @@ MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
 MATRYOSHKA_LAYER_NORM: bool = False
 
 TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
+# what an adapter of PEFT's changes of the encoder: q, k and v have factors of their own there
+TARGETS = ("word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+FOLDER = str.maketrans(".-", "__")  # of a task, from its name
 PUBLISHED, MODERN = "xlm-roberta", "jina_embeddings_v3"
 OFFERED: dict[str, Any] = {
     "position_embedding_type": "rotary",
@@ -73,18 +77,23 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 def slots(spec: EncoderSpec) -> dict[str, Slot]:
     """Slot of the encoder -> shape and names, without prefix: the published names, then transformers'.
 
-    `adapters.X.rows` and `.columns` hold the two factors of slot X's change, of every task. The published A and B are
-    its columns and its rows, but the other way round for a table of embeddings.
+    `adapters.X.rows` and `.columns` hold the two factors of slot X's change, of every task, or of one where each has a
+    file. The published A and B are its columns and its rows, but the other way round for a table of embeddings; PEFT's
+    are so transposed instead.
     """
     hidden, intermediate = spec.hidden, spec.intermediate
     found: dict[str, Slot] = {}
 
     def matrix(slot: str, rows: int, columns: int, published: str, *modern: str, table: bool = False) -> None:
-        weight = tuple(f"{module}.weight" for module in modern)
-        if spec.adapters is None or not spec.adapters.rank:
-            found[slot] = Slot((rows, columns), ((f"{published}.weight",), weight))
+        adapters = spec.adapters
+        if adapters is None or not adapters.rank or adapters.folders:
+            found[slot] = Slot((rows, columns), ((f"{published}.weight",), tuple(f"{name}.weight" for name in modern)))
+            if adapters is not None and adapters.rank:
+                # published files have the encoder's names, but for q, k and v
+                old = (published,) if len(modern) == 1 else tuple(f"encoder.{name}" for name in modern)
+                found.update(_factors(slot, rows, columns, adapters.rank, (modern, old), table))
             return
-        tasks, rank = len(spec.adapters.tasks), spec.adapters.rank
+        tasks, rank = len(adapters.tasks), adapters.rank
         of_rows, of_columns = ("A", "B") if table else ("B", "A")
         start = f"{published}{PARAMETRIZED}"
         found[slot] = named((rows, columns), f"{start}.original")
@@ -120,11 +129,29 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
     return found
 
 
+def _factors(
+    slot: str, rows: int, columns: int, rank: int, modules: tuple[tuple[str, ...], ...], table: bool
+) -> dict[str, Slot]:
+    """Of one adapter in PEFT's file. modules: the names of those that lie stacked in the slot, in either spelling."""
+
+    def factor(shape: tuple[int, int], part: str) -> Slot:
+        alternatives = tuple(tuple(f"{name}.{part}" for name in names) for names in modules)
+        return Slot(shape, alternatives, turned=table)
+
+    of_rows, of_columns = (
+        (factor((rank, rows), "lora_embedding_A"), factor((columns, rank), "lora_embedding_B"))
+        if table
+        else (factor((rows, rank), "lora_B.weight"), factor((len(modules[0]) * rank, columns), "lora_A.weight"))
+    )
+    return {f"adapters.{slot}.rows": of_rows, f"adapters.{slot}.columns": of_columns}
+
+
 def _adapters(config: Mapping[str, Any]) -> Adapters | None:
     """The published code makes adapters of `lora_adaptations`, and finds them in the file where told that they are."""
-    if config.get("model_type") == MODERN:
-        return Adapters(tasks=TASKS, prompts=("",) * len(TASKS), rank=0, scale=0.0)
+    apart = config.get("model_type") == MODERN
     tasks, instructions = config.get("lora_adaptations"), config.get("task_instructions") or {}
+    if tasks is None and apart:
+        tasks = list(TASKS)
     if tasks is None:
         return None
     if not isinstance(tasks, list) or not tasks or len({str(task) for task in tasks}) != len(tasks):
@@ -133,10 +160,16 @@ def _adapters(config: Mapping[str, Any]) -> Adapters | None:
         raise ConfigError(f"task_instructions = {instructions!r} are not of the tasks {tasks!r}; correct config.json")
     if "load_trained_adapters" in config and not flag(config, "load_trained_adapters"):
         raise not_implemented("load_trained_adapters", False, True)
-    rank = required(config, ("lora_rank",), integer)
-    return Adapters(
+    adapters = Adapters(
         tasks=tuple(map(str, tasks)),
         prompts=tuple(str(instructions.get(task, "")) for task in tasks),
-        rank=rank,
-        scale=required(config, ("lora_alpha",), positive) / rank,
+        rank=0,
+        scale=0.0,
     )
+    if apart:
+        folders = tuple(task.translate(FOLDER) for task in adapters.tasks)
+        if outside := [folder for folder in folders if not folder.isidentifier()]:
+            raise ConfigError(f"lora_adaptations = {tasks!r} name no folders beside it: {outside}; correct config.json")
+        return replace(adapters, folders=folders, targets=TARGETS)
+    rank = required(config, ("lora_rank",), integer)
+    return replace(adapters, rank=rank, scale=required(config, ("lora_alpha",), positive) / rank)
