@@ -300,20 +300,6 @@ def test_saved_and_loaded_by_both(ours, tmp_path):
     assert_same(again.encode(TEXTS), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:multiprocessing")
-def test_several_processes(ours):
-    expected = ours.encode(TEXTS)
-    pool = ours.start_multi_process_pool(["cpu"])
-    try:
-        assert np.abs(ours.encode(TEXTS, pool=pool, chunk_size=2) - expected).max() <= 1e-6
-        with pytest.warns(DeprecationWarning):
-            assert np.abs(ours.encode_multi_process(TEXTS, pool) - expected).max() <= 1e-6
-    finally:
-        ours.stop_multi_process_pool(pool)
-    assert np.abs(ours.encode(TEXTS, device=["cpu"], chunk_size=4) - expected).max() <= 1e-6
-
-
 def test_their_evaluators(ours, theirs, paragraphs):
     queries = {str(i): text[: len(text) // 2] for i, text in enumerate(paragraphs[:10])}
     corpus = {str(i): text for i, text in enumerate(paragraphs[:40])}
