@@ -90,7 +90,9 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             name = f"rms, hidden {hidden}" + (", sum" if residual is x else "")
             yield name, lambda x=x, residual=residual, row=row: rms_norm_triton(x, residual, row, 1e-5)
     x, row = rows(TOKENS, 768), rows(768)
-    yield "word, type, position", lambda: embedding_triton(ids, ids, x, row, x, row, row, 1e-5)
+    for types in (None, ids):
+        name = "word, type, position" + (", types" if types is ids else "")
+        yield name, lambda types=types: embedding_triton(ids, ids, types, x, x, x, row, row, 1e-5)
     for kind in KINDS:
         yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
     yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import add_sentence_transformers_files, write_json
 from family_checks import (
     VOCABULARY,
@@ -23,6 +25,7 @@ from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 import unpadded
 from unpadded.adapters.sentence_transformers import SentenceTransformer
+from unpadded.batch import pack
 from unpadded.checkpoint import open_checkpoint
 from unpadded.errors import ConfigError, OptionError, WeightsError
 from unpadded.families import jina_v3
@@ -216,6 +219,18 @@ def test_an_adapter_is_the_published_parametrisation(folder, adapted, task):
     texts = random_ids((1, 65))
     for hidden, without in zip(engine.token_embeddings(texts, task=task), engine.token_embeddings(texts), strict=True):
         assert relative_error(hidden, without) > 0.1
+
+
+def test_an_adapter_with_the_words_rows_given(folder):
+    """The rows of its own word table, in their order in the batch, stand for the ids."""
+    encoder = unpadded.load(folder, device="cpu").runner.encoder
+    batch = pack(random_ids((7, 65), vocabulary=VOCABULARY), encoder.spec)
+    with torch.inference_mode():
+        expected = encoder(batch, adapter=TASKS[1])
+        rows = F.embedding(batch.input_ids, encoder._weights(TASKS[1]).word)
+        in_order = replace(batch, input_ids=torch.arange(72, dtype=torch.int32))
+        assert torch.equal(encoder(in_order, adapter=TASKS[1], embeds=rows), expected)
+        assert not torch.equal(encoder(in_order, adapter=TASKS[2], embeds=rows), expected)
 
 
 def test_tasks_follow_each_other_in_any_order(folder):

@@ -8,50 +8,75 @@ from unpadded_kernels.embedding import embedding, embedding_reference, embedding
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
 EPS = 1e-12
-VOCABULARY, POSITIONS = 61, 40
+VOCABULARY, POSITIONS, TYPES = 61, 40, 3
 
 
-def inputs(tokens, hidden, dtype, token_type=True, position=True):
-    input_ids = torch.randint(VOCABULARY, (tokens,), device=DEVICE, dtype=torch.int32)
-    positions = torch.randint(POSITIONS, (tokens,), device=DEVICE, dtype=torch.int32)
-    word = torch.randn(VOCABULARY, hidden, device=DEVICE, dtype=dtype)
-    table = torch.randn(POSITIONS, hidden, device=DEVICE, dtype=dtype)
-    row, weight, bias = torch.randn(3, hidden, device=DEVICE, dtype=dtype)
-    return input_ids, positions, word, row if token_type else None, table if position else None, weight, bias
+def inputs(tokens, hidden, dtype, types="of each", position=True):
+    """types: a row "of each" token, row 0 "of all", or None."""
+
+    def rows(count):
+        return torch.randn(count, hidden, device=DEVICE, dtype=dtype)
+
+    def ids(limit):
+        return torch.randint(limit, (tokens,), device=DEVICE, dtype=torch.int32)
+
+    token_types, token_type = ids(TYPES) if types == "of each" else None, rows(TYPES) if types else None
+    tables = rows(VOCABULARY), token_type, rows(POSITIONS) if position else None
+    return ids(VOCABULARY), ids(POSITIONS), token_types, *tables, *rows(2)
 
 
-def expected(input_ids, positions, *tensors):
-    return embedding_reference(input_ids, positions, *(t if t is None else t.float() for t in tensors), EPS)
+def expected(input_ids, positions, token_types, *tensors):
+    tensors = (tensor if tensor is None else tensor.float() for tensor in tensors)
+    return embedding_reference(input_ids, positions, token_types, *tensors, EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("token_type, position", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("position", [True, False], ids=["positions", "no positions"])
+@pytest.mark.parametrize("types", ["of each", "of all", None])
 @pytest.mark.parametrize("tokens, hidden", [(1, 384), (33, 768), (9, 100)])
-def test_matches_the_reference(tokens, hidden, token_type, position, dtype):
-    tensors = inputs(tokens, hidden, dtype, token_type, position)
+def test_matches_the_reference(tokens, hidden, types, position, dtype):
+    tensors = inputs(tokens, hidden, dtype, types, position)
     assert_matches(embedding_triton(*tensors, EPS), expected(*tensors))
+
+
+def test_the_formula():
+    input_ids, positions, token_types, word, token_type, position, weight, bias = inputs(9, 96, torch.float32)
+    for t in range(9):
+        for types, row in ((token_types, token_type[token_types[t]]), (None, token_type[0])):
+            x = (word[input_ids[t]] + row + position[positions[t]]).double()
+            y = (x - x.mean()) / x.std(correction=0) * weight + bias
+            found = embedding_reference(input_ids, positions, types, word, token_type, position, weight, bias, EPS)
+            assert_matches(found[t], y)
 
 
 def test_the_first_and_the_last_row_of_every_table():
-    tensors = list(inputs(4, 96, torch.float32))
-    tensors[0] = torch.tensor([0, VOCABULARY - 1, 0, VOCABULARY - 1], device=DEVICE, dtype=torch.int32)
-    tensors[1] = torch.tensor([0, 0, POSITIONS - 1, POSITIONS - 1], device=DEVICE, dtype=torch.int32)
+    tensors = list(inputs(8, 96, torch.float32))
+    for at, (limit, period) in enumerate([(VOCABULARY, 1), (POSITIONS, 2), (TYPES, 4)]):
+        ends = [0] * period + [limit - 1] * period
+        tensors[at] = torch.tensor(ends * (4 // period), device=DEVICE, dtype=torch.int32)
     assert_matches(embedding_triton(*tensors, EPS), expected(*tensors))
+
+
+@pytest.mark.parametrize("op", [embedding_triton, embedding_reference])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_types_of_0_give_the_bits_of_no_types(dtype, op):
+    input_ids, positions, token_types, *tables = inputs(20, 384, dtype)
+    given = op(input_ids, positions, torch.zeros_like(token_types), *tables, EPS)
+    assert torch.equal(given, op(input_ids, positions, None, *tables, EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch(dtype):
-    input_ids, positions, *tables = inputs(50, 384, dtype)
-    whole = embedding_triton(input_ids, positions, *tables, EPS)
-    assert torch.equal(whole[7:8], embedding_triton(input_ids[7:8], positions[7:8], *tables, EPS))
+    *ids, word, token_type, position, weight, bias = inputs(50, 384, dtype)
+    tables = word, token_type, position, weight, bias
+    whole = embedding_triton(*ids, *tables, EPS)
+    assert torch.equal(whole[7:8], embedding_triton(*(one[7:8] for one in ids), *tables, EPS))
 
 
 def test_eps_counts_where_the_variance_is_small():
-    input_ids, positions, *tables = inputs(5, 96, torch.float32)
-    tables = [*(table * 1e-4 for table in tables[:3]), *tables[3:]]
+    tensors = [value * 1e-4 if 3 <= at < 6 else value for at, value in enumerate(inputs(5, 96, torch.float32))]
     for eps in (1e-5, 1e-12):
-        arguments = input_ids, positions, *tables, eps
-        assert_matches(embedding_triton(*arguments), embedding_reference(*arguments))
+        assert_matches(embedding_triton(*tensors, eps), embedding_reference(*tensors, eps))
 
 
 def test_no_tokens():
@@ -61,7 +86,7 @@ def test_no_tokens():
 def test_strided_tables_are_read_in_place():
     tensors = list(inputs(9, 96, torch.float32))
     same = expected(*tensors)
-    for at, rows in ((2, VOCABULARY), (4, POSITIONS)):
+    for at, rows in ((3, VOCABULARY), (4, TYPES), (5, POSITIONS)):
         wide = torch.randn(rows, 200, device=DEVICE)
         wide[:, 8:104] = tensors[at]
         tensors[at] = wide[:, 8:104]
@@ -69,19 +94,34 @@ def test_strided_tables_are_read_in_place():
 
 
 def test_refuses_tables_that_are_not_contiguous():
-    input_ids, positions, _, *rest = inputs(4, 96, torch.float32)
+    *ids, _, token_type, position, weight, bias = inputs(4, 96, torch.float32)
     word = torch.randn(96, VOCABULARY, device=DEVICE).t()
     with pytest.raises(ValueError, match=r"rows must be contiguous and 96 wide, got word of \(61, 96\)"):
-        embedding_triton(input_ids, positions, word, *rest, EPS)
+        embedding_triton(*ids, word, token_type, position, weight, bias, EPS)
 
 
-def test_refuses_strided_ids():
-    input_ids, positions, *rest = inputs(8, 96, torch.float32)
-    with pytest.raises(ValueError, match="input_ids and positions must be contiguous"):
-        embedding_triton(input_ids[::2], positions[::2], *rest, EPS)
+def test_refuses_strided_and_ragged_ids():
+    *ids, word, token_type, position, weight, bias = inputs(8, 96, torch.float32)
+    tables = word, token_type, position, weight, bias
+    for at, name in enumerate(["input_ids", "positions", "token_types"]):
+        strided = [one[::2] if at == which else one[:4].contiguous() for which, one in enumerate(ids)]
+        with pytest.raises(ValueError, match=f"must be contiguous and equally long, got {name} of"):
+            embedding_triton(*strided, *tables, EPS)
+    with pytest.raises(ValueError, match=r"got token_types of \(7,\) beside \(8,\)"):
+        embedding_triton(*ids[:2], ids[2][:7], *tables, EPS)
+
+
+def test_refuses_types_without_their_table():
+    *ids, word, token_type, position, weight, bias = inputs(4, 96, torch.float32)
+    for given, found in ((None, "None"), (token_type[0], r"\(96,\)")):
+        with pytest.raises(
+            ValueError, match=rf"token_type must be the table of every type, \[types, 96\], got {found}"
+        ):
+            embedding_triton(*ids, word, given, position, weight, bias, EPS)
 
 
 def test_op_contract(monkeypatch):
     monkeypatch.undo()  # opcheck compares what torch.empty returns
     torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32), EPS))
-    torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, False, False), EPS))
+    torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, "of all"), EPS))
+    torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, None, False), EPS))

@@ -35,7 +35,7 @@ def arguments(tokens):
         "add_layer_norm": (x, x, row, row, EPS),
         "add_layer_norm_fp8": (x, x, row, row, EPS),
         "attention": (qkv, cu_seqlens, tokens, 0.25),
-        "embedding": (positions, positions, randn(100, HIDDEN), row, randn(100, HIDDEN), row, row, EPS),
+        "embedding": (positions, positions, positions, *randn(3, 100, HIDDEN), row, row, EPS),
         "expert_mlp": (x, *experts, 2, "swiglu"),
         "linear": (x, weight, randn(96)),
         "linear_activation": (x, weight, None, "geglu"),
@@ -81,7 +81,7 @@ def test_compiled_op_gives_what_the_op_gives(name):
 
 
 def layer(ids, positions, cu_seqlens, longest, inv_freq, word, row, qkv_weight, out_weight, up_weight, down_weight):
-    x = kernels.embedding(ids, positions, word, None, None, row, row, EPS)
+    x = kernels.embedding(ids, positions, None, word, None, None, row, row, EPS)
     cos_sin = kernels.rotary_cos_sin(positions, inv_freq, cu_seqlens)
     qkv = kernels.linear(x, qkv_weight, None).view(-1, 3, HEADS, HEAD_DIM)
     kernels.rotary_(qkv, cos_sin)

@@ -36,6 +36,8 @@ def draw(lengths):
 @pytest.mark.parametrize("lengths", [(1,), (7, 3, 40), (130, 5, 99)])
 def test_a_batch_survives_the_crossing(runner, lengths):
     batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=tile_map_of(lengths, 64))
+    assert _views(_stage(batch), batch).token_types is None
+    batch = replace(batch, token_types=batch.positions % 2)
     words = _stage(batch)
     arrived = _views(words, batch)
     for name in FIELDS:
@@ -69,6 +71,8 @@ def test_what_no_bucket_holds(runner):
     assert bucket_of(pack(draw([33] * TEXTS), spec)) is None  # too many texts
     assert bucket_of(pack(draw([99] * 21), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
+    batch = pack(draw([5]), spec)
+    assert bucket_of(batch) == 64 and bucket_of(replace(batch, token_types=batch.positions)) is None
 
 
 class Small:

@@ -9,6 +9,7 @@ first r is embedding(ids) as it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -77,13 +78,23 @@ class Encoder:
         if adapter is not None:
             self._weights(adapter)
 
-    def __call__(self, batch: PackedBatch, states: list[Tensor] | None = None, *, adapter: str | None = None) -> Tensor:
+    def __call__(
+        self,
+        batch: PackedBatch,
+        states: list[Tensor] | None = None,
+        *,
+        adapter: str | None = None,
+        embeds: Tensor | None = None,
+    ) -> Tensor:
         """The last hidden state of every token: [total_tokens, hidden] in the weights' dtype.
 
         states: takes the embeddings and what each layer gives, each of the same shape. adapter: a task of the
-        checkpoint's adapters; None leaves them out.
+        checkpoint's adapters; None leaves them out. embeds: [rows, hidden] in the weights' dtype, the rows that
+        input_ids point to in place of the word table's.
         """
         weights = self._weights(adapter)
+        if embeds is not None:
+            weights = replace(weights, word=embeds)
         x, residual = self._embed(batch, weights)
         if states is not None:
             states.append(residual)
@@ -113,8 +124,9 @@ class Encoder:
         x = embedding(
             batch.input_ids,
             batch.positions,
+            batch.token_types,
             weights.word,
-            None if weights.token_type is None else weights.token_type[0],
+            weights.token_type,
             weights.position,
             weights.norm,
             weights.norm_bias,

@@ -21,9 +21,12 @@ TEXTS = 64  # of a bucket, one of them empty
 
 
 def bucket_of(batch: PackedBatch) -> int | None:
-    """Tokens of the smallest bucket that holds a batch; None where none does, or where a text has its own rotary."""
+    """Tokens of the smallest bucket that holds a batch.
+
+    None where none does, where a text has its own rotary, or where tokens have types.
+    """
     scaled = batch.inv_freq is not None and batch.inv_freq.shape[1] > 1
-    if scaled or len(batch.lengths) >= TEXTS:
+    if scaled or batch.token_types is not None or len(batch.lengths) >= TEXTS:
         return None
     return next((bucket for bucket in BUCKETS if len(batch.input_ids) <= bucket), None)
 

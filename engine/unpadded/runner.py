@@ -66,10 +66,15 @@ class Runner:
         """Tokens of a batch that fit what is free of the device's memory; None where that is unknown."""
         return fitting_tokens(self.encoder.spec, self.encoder.weights.word.dtype.itemsize, self.device)
 
-    def forward(self, batch: PackedBatch, states: list[Tensor] | None = None) -> Tensor:
-        """The last hidden state of every token of a batch on the host: [total_tokens, hidden], left on the device."""
+    def forward(self, batch: PackedBatch, states: list[Tensor] | None = None, embeds: Tensor | None = None) -> Tensor:
+        """The last hidden state of every token of a batch on the host: [total_tokens, hidden], left on the device.
+
+        embeds: on any device, in any dtype; see `Encoder`.
+        """
         with self._on_device():
-            return self.encoder(self._to_device(batch), states)
+            if embeds is not None:
+                embeds = embeds.to(self.device, self.encoder.weights.word.dtype).contiguous()
+            return self.encoder(self._to_device(batch), states, embeds=embeds)
 
     def embed(
         self,
@@ -203,7 +208,7 @@ class Runner:
         return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)
 
 
-FIELDS = ("input_ids", "positions", "cu_seqlens", "inv_freq", "tile_map")
+FIELDS = ("input_ids", "positions", "token_types", "cu_seqlens", "inv_freq", "tile_map")
 
 
 def _stage(batch: PackedBatch) -> Tensor:

@@ -1,6 +1,6 @@
 """Embedding: the word row of every token, plus its token-type and position rows, normalised.
 
-    y[t] = LayerNorm(word[input_ids[t]] + token_type + position[positions[t]])
+    y[t] = LayerNorm(word[input_ids[t]] + token_type[token_types[t]] + position[positions[t]])
 
 Bound by memory: per token two rows read, one written (6 * hidden bytes in 16 bits), nothing kept between them.
 """
@@ -17,6 +17,7 @@ from unpadded_kernels.tiles import row_launch
 def embedding_reference(
     input_ids: Tensor,
     positions: Tensor,
+    token_types: Tensor | None,
     word: Tensor,
     token_type: Tensor | None,
     position: Tensor | None,
@@ -26,13 +27,14 @@ def embedding_reference(
 ) -> Tensor:
     """Gather and normalise.
 
-    input_ids, positions: [total_tokens] int32; word: [vocabulary, hidden]; token_type: [hidden], the one row added to
-    every token; position: [position_rows, hidden] or None; weight, bias: [hidden]. Returns [total_tokens, hidden] in
-    word's dtype. Ids and positions beyond their tables are the caller's to refuse.
+    input_ids, positions, token_types: [total_tokens] int32, or no token_types where every token is of type 0; word:
+    [vocabulary, hidden]; token_type: [types, hidden] or None; position: [position_rows, hidden] or None; weight, bias:
+    [hidden]. Returns [total_tokens, hidden] in word's dtype. Ids, positions and types beyond their tables are the
+    caller's to refuse.
     """
     x = F.embedding(input_ids, word).float()
     if token_type is not None:
-        x = x + token_type.float()
+        x = x + (token_type[0] if token_types is None else F.embedding(token_types, token_type)).float()
     if position is not None:
         x = x + F.embedding(positions, position).float()
     return F.layer_norm(x, weight.shape, weight.float(), bias.float(), eps).to(word.dtype)
@@ -42,6 +44,7 @@ def embedding_reference(
 def _embedding_kernel(
     input_ids_ptr,
     positions_ptr,
+    token_types_ptr,
     word_ptr,
     token_type_ptr,
     position_ptr,
@@ -49,12 +52,14 @@ def _embedding_kernel(
     bias_ptr,
     y_ptr,
     stride_wv,
+    stride_tt,
     stride_pp,
     stride_yt,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_TOKEN_TYPE: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
     HAS_POSITION: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -65,7 +70,8 @@ def _embedding_kernel(
     input_id = tl.load(input_ids_ptr + token).to(tl.int64)
     x = tl.load(word_ptr + input_id * stride_wv + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_TOKEN_TYPE:
-        x += tl.load(token_type_ptr + h, mask=mask, other=0.0).to(tl.float32)
+        token_type = tl.load(token_types_ptr + token).to(tl.int64) if HAS_TOKEN_TYPES else 0
+        x += tl.load(token_type_ptr + token_type * stride_tt + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_POSITION:
         row = tl.load(positions_ptr + token).to(tl.int64)
         x += tl.load(position_ptr + row * stride_pp + h, mask=mask, other=0.0).to(tl.float32)
@@ -76,6 +82,7 @@ def _embedding_kernel(
 def embedding_triton(
     input_ids: Tensor,
     positions: Tensor,
+    token_types: Tensor | None,
     word: Tensor,
     token_type: Tensor | None,
     position: Tensor | None,
@@ -83,13 +90,17 @@ def embedding_triton(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """One token per program. The rows of word and position may be strided, their elements not."""
+    """One token per program. The rows of the tables may be strided, their elements not."""
     total_tokens, hidden = input_ids.shape[0], word.shape[1]
-    if positions.shape != input_ids.shape or not input_ids.is_contiguous() or not positions.is_contiguous():
-        raise ValueError(
-            f"input_ids and positions must be contiguous and equally long, got {tuple(input_ids.shape)} and "
-            f"{tuple(positions.shape)}, strides {input_ids.stride()} and {positions.stride()}"
-        )
+    for name, ids in {"input_ids": input_ids, "positions": positions, "token_types": token_types}.items():
+        if ids is not None and (ids.shape != input_ids.shape or not ids.is_contiguous()):
+            raise ValueError(
+                f"input_ids, positions and token_types must be contiguous and equally long, got {name} of "
+                f"{tuple(ids.shape)} beside {tuple(input_ids.shape)}, strides {ids.stride()}"
+            )
+    if (token_types is not None and token_type is None) or (token_type is not None and token_type.ndim != 2):
+        found = None if token_type is None else tuple(token_type.shape)
+        raise ValueError(f"token_type must be the table of every type, [types, {hidden}], got {found}")
     for name, tensor in {"word": word, "token_type": token_type, "position": position, "weight": weight}.items():
         if tensor is not None and (tensor.shape[-1] != hidden or tensor.stride(-1) != 1):
             raise ValueError(
@@ -103,6 +114,7 @@ def embedding_triton(
     _embedding_kernel[(total_tokens,)](
         input_ids,
         positions,
+        token_types,
         word,
         token_type,
         position,
@@ -110,12 +122,14 @@ def embedding_triton(
         bias,
         y,
         stride_wv=word.stride(0),
+        stride_tt=0 if token_type is None else token_type.stride(0),
         stride_pp=0 if position is None else position.stride(0),
         stride_yt=y.stride(0),
         eps=eps,
         HIDDEN=hidden,
         BLOCK_H=block_h,
         HAS_TOKEN_TYPE=token_type is not None,
+        HAS_TOKEN_TYPES=token_types is not None,
         HAS_POSITION=position is not None,
         **row_launch(block_h),
     )
@@ -130,6 +144,7 @@ embedding.register_kernel("cuda", embedding_triton)
 def _(
     input_ids: Tensor,
     positions: Tensor,
+    token_types: Tensor | None,
     word: Tensor,
     token_type: Tensor | None,
     position: Tensor | None,
