@@ -52,7 +52,6 @@ DIFFERENT = {
     "test_transformers_model_property": "the transformers model inside is ours, no BertModel",
     "test_third_party_module_with_strict_load_signature_round_trips": "trust_remote_code runs nothing",
     "test_model_card_save_update_model_id": "weights are saved by copying the folder they came from, and it is gone",
-    "test_encode_numpy_2d_string_array": "pairs of texts have a second token type, which is refused",
 }
 # Run in the suite's folder. What their tests import is replaced before they do.
 REPLACE = """

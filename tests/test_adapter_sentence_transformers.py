@@ -173,6 +173,16 @@ def test_queries_documents_and_prompts():
     assert not np.allclose(models[0].encode_query(TEXTS), models[0].encode_document(TEXTS), atol=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"convert_to_tensor": True}, {"output_value": "token_embeddings"}], ids=str)
+def test_pairs_of_texts(ours, theirs, options):
+    """The second of a pair has another token type: as tuples, as lists, as an array and mixed with texts alone."""
+    pairs = list(zip(TEXTS[:3], TEXTS[3:], strict=True))
+    for inputs in (pairs, [list(pair) for pair in pairs], np.array(pairs), [*pairs, *TEXTS[:2]]):
+        assert_same(ours.encode(inputs, **options), theirs.encode(inputs, **options))
+    swapped = ours.encode([pair[::-1] for pair in pairs])
+    assert np.abs(swapped - ours.encode(pairs)).max(1).min() > 1e-2
+
+
 def test_similarity(ours, theirs):
     embeddings = ours.encode(TEXTS)
     assert_same(ours.similarity(embeddings, embeddings), theirs.similarity(embeddings, embeddings))

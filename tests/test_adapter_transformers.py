@@ -10,14 +10,20 @@ from checkpoints import MINILM, write_bert, write_nomic
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BertConfig,
     BertForMaskedLM,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    EuroBertConfig,
+    EuroBertModel,
     GteConfig,
     GteModel,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3Model,
     ModernBertConfig,
     ModernBertModel,
+    NomicBertConfig,
     NomicBertModel,
     XLMRobertaConfig,
     XLMRobertaModel,
@@ -167,10 +173,13 @@ def test_saved_and_loaded_by_transformers(folder, theirs, ids, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"inputs_embeds": torch.zeros(4, 20, 128)}, "inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(4, 20, 128)}, "input_ids and inputs_embeds were both given"),
         ({"position_ids": torch.zeros(4, 19, dtype=torch.long)}, r"position_ids have shape \(4, 19\)"),
         ({"position_ids": torch.full((4, 20), -1)}, "position_ids hold -1"),
-        ({"token_type_ids": torch.ones(4, 20, dtype=torch.long)}, "token_type_ids hold 1"),
+        ({"token_type_ids": torch.full((4, 20), 2)}, "token_type_ids hold 2; they go from 0 to 1"),
+        ({"token_type_ids": torch.full((4, 20), -1)}, "token_type_ids hold -1; they go from 0 to 1"),
+        ({"token_type_ids": torch.ones(3, 20, dtype=torch.long)}, r"token_type_ids have shape \(3, 20\)"),
+        ({"token_type_ids": torch.ones(4, 20)}, "token_type_ids have .* dtype torch.float32"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.ones(4, 19)}, r"attention_mask has shape \(4, 19\)"),
         ({"attention_mask": torch.ones(4, 1, 20, 20)}, "attention_mask has shape"),
@@ -181,6 +190,15 @@ def test_what_is_not_offered_is_refused(folder, ids, arguments, reason):
     model = UnpaddedModel.from_pretrained(folder)
     with pytest.raises(unpadded.UnpaddedError, match=reason):
         model(ids, **arguments)
+
+
+def test_inputs_embeds_of_another_shape_are_refused(folder):
+    model = UnpaddedModel.from_pretrained(folder)
+    for embeds in (torch.zeros(4, 20, 127), torch.zeros(20, 128), torch.zeros(4, 20, 128, dtype=torch.long)):
+        with pytest.raises(unpadded.InputError, match=r"pass floats of shape \[batch, length, 128\]"):
+            model(inputs_embeds=embeds)
+    with pytest.raises(unpadded.InputError, match="neither input_ids nor inputs_embeds were given"):
+        model(attention_mask=torch.ones(4, 20))
 
 
 def test_ids_out_of_range_are_refused(folder, ids):
@@ -221,12 +239,17 @@ def memory(model):
 def seeded(family):
     """A small transformers model of a family, fp32, with weights large enough to matter beside the residuals."""
     torch.manual_seed(0)
-    config, model = {
-        "gte": (GteConfig, GteModel),
-        "modernbert": (ModernBertConfig, ModernBertModel),
-        "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel),
+    types = {"type_vocab_size": 3}
+    config, model, own = {
+        "bert": (BertConfig, BertModel, types),
+        "eurobert": (EuroBertConfig, EuroBertModel, {"num_key_value_heads": 2}),
+        "gte": (GteConfig, GteModel, types),
+        "gte without types": (GteConfig, GteModel, {"type_vocab_size": 0}),
+        "jina_v3": (JinaEmbeddingsV3Config, JinaEmbeddingsV3Model, types),
+        "modernbert": (ModernBertConfig, ModernBertModel, {"local_attention": 8}),
+        "nomic_bert": (NomicBertConfig, NomicBertModel, types),
+        "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel, types | {"max_position_embeddings": 514}),
     }[family]
-    own = {"local_attention": 8} if family == "modernbert" else {"max_position_embeddings": 514}
     small = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
     made = model(config(**small, **own, vocab_size=30528, pad_token_id=1)).eval()
     with torch.no_grad():
@@ -270,6 +293,85 @@ def test_other_families_match(ids, family, padding, tmp_path):
                 assert_same(state, expected_state, mask)
 
 
+@pytest.fixture(
+    scope="module",
+    params=["bert", "eurobert", "gte", "gte without types", "jina_v3", "modernbert", "nomic_bert", "xlm_roberta"],
+)
+def trio(request, tmp_path_factory):
+    """A transformers model of a family, its checkpoint as an UnpaddedModel, and a copy of it accelerated."""
+    folder, theirs = tmp_path_factory.mktemp("checkpoint"), seeded(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("types", [False, True], ids=["", "types"])
+@pytest.mark.parametrize("words", ["input_ids", "inputs_embeds"])
+def test_token_types_and_inputs_embeds(trio, ids, words, types, padding, caplog):
+    """What a model does with both, ignoring types of which it has none, in every hidden state."""
+    theirs, *ours = trio
+    mask = MASKS[padding]
+    if padding == "holes" and theirs.config.model_type == "modernbert":
+        pytest.skip("refused")
+    given = {"attention_mask": None if mask is None else mask.long(), "output_hidden_states": True}
+    given[words] = ids if words == "input_ids" else 0.15 * torch.randn(4, 20, 64)
+    if types:
+        given["token_type_ids"] = torch.randint(3, (4, 20))
+    with torch.no_grad():
+        expected = theirs(**given)
+        for model in ours:
+            output = model(**given)
+            assert_same(output[0], expected[0], mask)
+            for state, expected_state in zip(output.hidden_states, expected.hidden_states, strict=True):
+                assert_same(state, expected_state, mask)
+    assert not caplog.records
+
+
+def test_the_tables_own_rows_as_inputs_embeds(trio, ids):
+    """The bits of the ids that stand for them: from another dtype, strided, with a gradient, which is not carried."""
+    theirs, *ours = trio
+    mask = MASKS["left"]
+    embeds = theirs.get_input_embeddings()(ids)
+    assert embeds.requires_grad
+    strided = embeds.detach().repeat_interleave(2, dim=2)[..., ::2]
+    for model in ours:
+        expected = model(ids, mask)[0]
+        if theirs.config.model_type == "xlm_roberta":  # whose embeddings have other positions than its ids
+            expected = model(ids, mask, position_ids=COLUMNS[None] + 2)[0]
+        for given in (embeds, embeds.double(), strided):
+            found = model(inputs_embeds=given, attention_mask=mask)[0]
+            assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_inputs_embeds_with_their_positions_and_one_row_of_types(trio):
+    theirs, *ours = trio
+    given = {"inputs_embeds": torch.randn(4, 20, 64), "attention_mask": MASKS["right"].long()}
+    given["token_type_ids"] = torch.randint(3, (1, 20))
+    with torch.no_grad():
+        for positions in (19 - COLUMNS[None], (COLUMNS + 3 * LENGTHS).flip(1)):
+            given["position_ids"] = positions
+            # NomicBert's rotary embedding takes no single row for several texts
+            expected = theirs(**given | {"position_ids": positions.expand(4, -1)})[0]
+            for model in ours:
+                assert_same(model(**given)[0], expected, MASKS["right"])
+
+
+@pytest.mark.gpu
+def test_token_types_and_inputs_embeds_on_the_gpu(trio, ids):
+    """From either device."""
+    theirs, *ours = trio
+    mask = MASKS["right"]
+    for words in ({"input_ids": ids}, {"inputs_embeds": 0.15 * torch.randn(4, 20, 64)}):
+        given = {"attention_mask": mask.long(), "token_type_ids": torch.randint(3, (4, 20)), **words}
+        with torch.no_grad():
+            expected = theirs(**given)[0]
+            for model in ours:
+                moved = copy.deepcopy(model).to("cuda")
+                for device in ("cpu", "cuda"):
+                    found = moved(**{name: tensor.to(device) for name, tensor in given.items()})[0]
+                    assert_same(found.cpu(), expected, mask)
+
+
 def test_restored_is_as_before(theirs, ids):
     model = unpadded.accelerate(copy.deepcopy(theirs))
     assert unpadded.restore(model) is model
@@ -306,13 +408,15 @@ def test_accelerated_saves(theirs, ids, tmp_path):
 
 def test_accelerated_falls_back_and_says_so_once(theirs, ids, caplog):
     model = unpadded.accelerate(copy.deepcopy(theirs))
+    theirs.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
     embeds = theirs.get_input_embeddings()(ids).detach()
+    given = {"token_type_ids": torch.ones_like(ids), "output_attentions": True}
     with caplog.at_level(logging.WARNING, "unpadded"), torch.no_grad():
-        assert torch.equal(model(inputs_embeds=embeds)[0], theirs(inputs_embeds=embeds)[0])
-        types = torch.ones_like(ids)
-        assert torch.equal(model(ids, token_type_ids=types)[0], theirs(ids, token_type_ids=types)[0])
-        model(ids, token_type_ids=types)
-    assert len(caplog.records) == 2
+        assert torch.equal(model(ids, **given)[0], theirs(ids, **given)[0])
+        assert torch.equal(model(inputs_embeds=embeds, **given)[0], theirs(inputs_embeds=embeds, **given)[0])
+        assert len(model(ids, **given).attentions) == 2
+    assert len(caplog.records) == 1 and "output_attentions" in caplog.text
     assert model.train()(ids)[0].requires_grad
     assert not model.eval()(ids)[0].requires_grad
     assert "training mode" in caplog.text
@@ -336,8 +440,6 @@ def test_what_cannot_be_accelerated_is_refused(make, reason):
 
 
 def small_bert(**changes):
-    from transformers import BertConfig
-
     small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     return BertModel(BertConfig(**small, vocab_size=100, **changes)).eval()
 

@@ -7,6 +7,7 @@ from checkpoints import _Draw, change_json
 from family_checks import LENGTHS, VOCABULARY, assert_independent, assert_parity, write
 
 import unpadded
+from unpadded.adapters.transformers import UnpaddedModel
 from unpadded.checkpoint import open_checkpoint
 from unpadded.errors import ConfigError
 from unpadded.families import jina_bert, jina_code
@@ -147,6 +148,11 @@ def test_matches_the_description(folder, code):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_text_depends_on_itself_alone(folder, dtype):
     assert_independent(folder, dtype)
+
+
+def test_position_ids_are_refused(folder):
+    with pytest.raises(unpadded.InputError, match=r"given to jina_.*, which has ALiBi in their place"):
+        UnpaddedModel.from_pretrained(folder)(torch.full((1, 5), 7), position_ids=torch.arange(5)[None])
 
 
 @pytest.mark.parametrize("absent", ["auto_map", "model_type", "position_embedding_type"])

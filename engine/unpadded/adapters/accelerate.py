@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unpadded.adapters.transformers import refusal, run_padded
+from unpadded.adapters.transformers import NO_ATTENTIONS, run_padded
 from unpadded.backends import attention_backend
 from unpadded.errors import OptionError
 from unpadded.families import FAMILIES, Family
@@ -97,7 +97,7 @@ def _forward(
     attentions = options.pop("output_attentions", self.config.output_attentions)
     return_dict = options.pop("return_dict", self.config.return_dict)
     reason = "it is in training mode" if self.training else None
-    reason = reason or refusal(input_ids, token_type_ids, inputs_embeds, attentions)
+    reason = reason or (NO_ATTENTIONS if attentions else None)
     if reason is None and attention_mask is not None and attention_mask.ndim != 2:
         reason = f"attention_mask has {attention_mask.ndim} dimensions"
     if reason is None and options:
@@ -110,8 +110,15 @@ def _forward(
         given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         given = {key: value for key, value in given.items() if value is not None}
         return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **given, **keywords)
-    assert input_ids is not None
-    output = run_padded(_runner(self, state), input_ids, attention_mask, position_ids, bool(states))
+    output = run_padded(
+        _runner(self, state),
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        position_ids,
+        inputs_embeds,
+        output_hidden_states=bool(states),
+    )
     if getattr(self, "pooler", None) is not None:
         with torch.no_grad():
             output.pooler_output = self.pooler(output.last_hidden_state)

@@ -42,6 +42,8 @@ ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2":
 # Of from_pretrained, what changes no value here.
 HARMLESS = {"add_pooling_layer", "low_cpu_mem_usage", "safe_serialization", "trust_remote_code", "use_safetensors"}
 
+NO_ATTENTIONS = "output_attentions were asked for, which are never held whole"
+
 attention_interface.register()
 
 
@@ -125,19 +127,28 @@ class UnpaddedModel(nn.Module):
     ) -> BaseModelOutputWithPooling | tuple[Tensor | tuple[Tensor, ...], ...]:
         """last_hidden_state: [batch, length, hidden], zeros at padding, on the model's device in its dtype.
 
-        attention_mask: [batch, length], zeros at padding. token_type_ids: zeros. position_ids: [batch, length], instead
-        of the texts' own. inputs_embeds are refused, and so are output_attentions.
+        input_ids: [batch, length], or inputs_embeds: [batch, length, hidden], to which no gradient is carried.
+        attention_mask: [batch, length], zeros at padding. token_type_ids: [batch, length], of no effect on a model
+        without token types, as in transformers. position_ids: [batch, length], instead of the texts' own.
+        output_attentions are refused.
         """
         if self.training:
             raise OptionError(
                 "the model is in training mode, and it only infers; call eval(), or train transformers' own"
             )
-        if reason := refusal(input_ids, token_type_ids, inputs_embeds, output_attentions):
-            raise OptionError(f"{reason}; leave it out, or use transformers' own model")
-        assert input_ids is not None
+        if output_attentions:
+            raise OptionError(f"{NO_ATTENTIONS}; leave it out, or use transformers' own model")
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        output = run_padded(self.engine.runner, input_ids, attention_mask, position_ids, output_hidden_states)
+        output = run_padded(
+            self.engine.runner,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
         return output.to_tuple() if return_dict is False else output
 
     @property
@@ -197,39 +208,35 @@ class UnpaddedModel(nn.Module):
         self.engine = Engine(checkpoint, tokenizer, runner, token_budget)
 
 
-def refusal(
-    input_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    output_attentions: bool | None,
-) -> str | None:
-    """Which argument of a forward pass is not offered, and its value; None if all are."""
-    if inputs_embeds is not None or input_ids is None:
-        return "inputs_embeds were given instead of input_ids" if input_ids is None else "inputs_embeds were given"
-    if token_type_ids is not None and bool(token_type_ids.any()):
-        return f"token_type_ids hold {int(token_type_ids.max())}, and only type 0 is offered"
-    return "output_attentions were asked for, which are never held whole" if output_attentions else None
-
-
 @torch.no_grad()
 def run_padded(
     runner: Runner,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    *,
     output_hidden_states: bool,
 ) -> BaseModelOutputWithPooling:
     """Unpad, run the packed encoder, pad at the very end."""
-    rows, length = input_ids.shape
     weights = runner.encoder.weights
-    batch, places = unpad(input_ids, attention_mask, runner.encoder.spec, position_ids)
+    batch, places, shape = unpad(
+        input_ids,
+        attention_mask,
+        runner.encoder.spec,
+        token_type_ids=token_type_ids,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+    )
     states: list[Tensor] | None = [] if output_hidden_states else None
     if batch is None:
-        last = weights.word.new_zeros(rows, length, weights.word.shape[1])
+        last = weights.word.new_zeros(*shape, weights.word.shape[1])
         padded = (last,) * (len(weights.layers) + 1)
     else:
-        last = pad(runner.forward(batch, states), places, (rows, length))
-        padded = tuple(pad(state, places, (rows, length)) for state in states or ())
+        embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
+        last = pad(runner.forward(batch, states, embeds), places, shape)
+        padded = tuple(pad(state, places, shape) for state in states or ())
     return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=padded if output_hidden_states else None)
 
 
