@@ -79,6 +79,13 @@ def test_products_of_16_and_8_bits_run_on_the_tensor_cores(rows):
     assert [row for row in products if not tensor_instructions(row)] == []
 
 
+def test_the_wgmmas_of_a_product_follow_one_another(rows):
+    """ptxas may run them one by one, each behind an arrive of its own and with its latency (C7510 to C7515)."""
+    products = [row for row in rows if row["capability"] == 90 and tensor_instructions(row)]
+    assert products
+    assert [row for row in products if row["WARPGROUP.ARRIVE"] >= tensor_instructions(row)] == []
+
+
 def test_loads_are_128_bits_wide(rows):
     assert [row for row in rows if row["kernel"] not in NO_STREAM and not row["wide_loads"]] == []
 

@@ -138,7 +138,8 @@ def scaled_product_triton(
     x_source, weight_source, y_target = x, weight, y
     if tile.tma:
         x_source = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
-        weight_source = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+        parts, block = rows // out_features, [tile.block_n, tile.block_k]
+        weight_source = TensorDescriptor.from_tensor(weight.view(parts, out_features, -1), [parts, *block])
         y_target = TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n])
     tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     _linear_kernel[(min(tiles, programs(x.device)),)](

@@ -46,21 +46,25 @@ def _descriptor_products(
     token,
     n,
     IN: tl.constexpr,
-    OUT: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same of the rows from token on and those from n on."""
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    """The same of the rows from token on and those from n on, of gate and of up where GATED.
+
+    Gate and up are one tile of one product: ptxas runs the wgmmas of two one by one (C7515), each with its latency.
+    """
+    PARTS: tl.constexpr = 2 if GATED else 1
+    y = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for k in range(0, IN, BLOCK_K):
-        x = x_descriptor.load([token, k])
-        gate = tl.dot(x, tl.trans(weight_descriptor.load([n, k])), gate)
-        if GATED:
-            up = tl.dot(x, tl.trans(weight_descriptor.load([OUT + n, k])), up)
-    return gate, up
+        weight = tl.reshape(weight_descriptor.load([0, n, k]), [PARTS * BLOCK_N, BLOCK_K])
+        y = tl.dot(x_descriptor.load([token, k]), tl.trans(weight), y)
+    up = y
+    if GATED:
+        # one thread holds both columns of a pair, so nothing moves
+        y, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1]))
+    return y, up
 
 
 @triton.jit
@@ -108,6 +112,8 @@ def _linear_kernel(
 ):
     """x_source, weight_source, y_target: descriptors with TMA, else pointers; HEAD_DIM: 0 where nothing turns.
 
+    The descriptor of weight is of [1, OUT, IN], or where GATED of [2, OUT, IN].
+
     SCALED: whether each row of x and weight has an fp32 scale.
     """
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -119,7 +125,7 @@ def _linear_kernel(
         token_mask, n_mask = (token < total_tokens)[:, None], n < OUT
         if TMA:
             y, up = _descriptor_products(
-                x_source, weight_source, first_token, first_n, IN, OUT, GATED, BLOCK_M, BLOCK_N, BLOCK_K
+                x_source, weight_source, first_token, first_n, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
         else:
             x_ptrs, weight_ptrs = x_source + token[:, None] * stride_xt, weight_source + n[:, None] * stride_wn
