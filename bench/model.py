@@ -175,9 +175,9 @@ def packed_baseline(engine: Engine, ids: Ids) -> np.ndarray:
     runner = engine.runner
     spec, weights = runner.encoder.spec, runner.encoder.weights
     batch: PackedBatch = runner._to_device(pack(ids, spec))
-    token_type = None if weights.token_type is None else weights.token_type[0]
     x = embedding_reference(
-        batch.input_ids, batch.positions, weights.word, token_type, None, weights.norm, weights.norm_bias, spec.norm_eps
+        *(batch.input_ids, batch.positions, None, weights.word, weights.token_type, None),
+        *(weights.norm, weights.norm_bias, spec.norm_eps),
     )
     assert batch.inv_freq is not None
     cos_sin = rotary_cos_sin_reference(batch.positions, batch.inv_freq[0], batch.cu_seqlens)

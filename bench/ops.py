@@ -104,7 +104,7 @@ def quantize_case() -> Case:
 
 def embedding_case() -> Case:
     ids = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE, dtype=torch.int32)
-    arguments = ids, ids, randn(VOCABULARY, HIDDEN), randn(HIDDEN), None, randn(HIDDEN), randn(HIDDEN), 1e-12
+    arguments = ids, ids, None, randn(VOCABULARY, HIDDEN), randn(2, HIDDEN), None, randn(HIDDEN), randn(HIDDEN), 1e-12
     work = 2 * TOKENS * HIDDEN * DTYPE.itemsize
     return Case(arguments, work, True, providers(embedding, embedding_reference))
 
