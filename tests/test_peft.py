@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_family_jina_v3 import JINA_V3, PROMPTS, SIZES, TASKS, model_of, published_names
 
 import unpadded
+from unpadded.adapters.transformers import UnpaddedModel
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
 FOLDERS = {task: task.replace(".", "_").replace("-", "_") for task in TASKS}
@@ -138,6 +139,15 @@ def test_what_transformers_and_peft_save(model, adapters, tmp_path):
     assert (engine.checkpoint.spec.adapters.rank, engine.checkpoint.spec.adapters.scale) == (4, 1.5)
     for task in TASKS[:2]:
         assert_parity(engine, last_hidden_state(merged(model, adapters[task], 1.5)), (1, 7, 65), task=task)
+
+
+def test_a_saved_copy_keeps_the_adapters(folder, tmp_path):
+    UnpaddedModel.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    ids = random_ids((7, 40))
+    copied, original = (
+        unpadded.load(one, device="cpu").encode(ids, task=TASKS[0]) for one in (tmp_path / "copy", folder)
+    )
+    assert np.array_equal(copied, original)
 
 
 def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):

@@ -39,12 +39,13 @@ def add_layer_norm_fp8_reference(
 @triton.jit
 def normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
     """LayerNorm of one fp32 row, whose masked lanes hold 0 and get 0."""
+    # before the sums, whose barriers no load passes
+    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=0) / HIDDEN
     # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
     centred = tl.where(mask, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
     return centred * rstd * weight + bias
 
 

@@ -41,9 +41,10 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + token * stride_xt + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
+    # before the sum, whose barrier no load passes
+    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ptr + token * stride_yt + h, x, mask=mask)
     rms = tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
-    weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * stride_yt + h, x / rms * weight, mask=mask)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from unpadded import peft
 from unpadded.adapters import attention_interface
 from unpadded.adapters.padding import pad, unpad
 from unpadded.backends import attention_backend
@@ -171,16 +172,19 @@ class UnpaddedModel(nn.Module):
         return table
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Copy the checkpoint's configuration and weights, as they are stored."""
+        """Copy the checkpoint's configuration, weights and adapters, as they are stored."""
         folder, checkpoint = Path(save_directory), self.engine.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.spec != open_checkpoint(checkpoint.folder).spec:
             logger.warning("rotary_scaling_factor is not saved; pass it again when %s is loaded", folder)
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         index = checkpoint.folder / "model.safetensors.index.json"
-        for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else [])):
-            if path.resolve() != (folder / path.name).resolve():
-                shutil.copyfile(path, folder / path.name)
+        adapters = [path for file in checkpoint.adapter_files for path in (file, file.with_name(peft.CONFIG))]
+        for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else []), *adapters):
+            target = folder / path.relative_to(checkpoint.folder)
+            if path.resolve() != target.resolve():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpaddedModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
