@@ -299,6 +299,24 @@ def test_gpu_run_in_small(tmp_path):
     assert all(ElementTree.parse(svg) is not None for svg in tmp_path.glob("*.svg"))
 
 
+def test_tiles_are_tried_in_the_place_of_the_table_s(tmp_path):
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests"))
+    command = [
+        sys.executable,
+        ROOT / "bench/tune.py",
+        "--out",
+        tmp_path / "tune.json",
+        "--only",
+        "rows",
+        "linear, nothing",
+    ]
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    sweeps = json.loads((tmp_path / "tune.json").read_text())["sweeps"]
+    assert [row["tile"] for row in sweeps["rows"]] == [256, 128, 512, 1024]
+    assert all(row["seconds"] > 0 for rows in sweeps.values() for row in rows)
+
+
 def test_infinity_that_does_not_start_is_said(tmp_path):
     program = tmp_path / "infinity_emb"
     program.write_text("#!/bin/sh\nexit 1\n")
