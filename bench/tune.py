@@ -3,9 +3,9 @@
     PYTHONPATH=engine:kernels:tests python bench/tune.py [--only NAME ...] [--out FILE.json]
 
 For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `ops.py`, and
-the fastest is named; one that is wrong, or does not launch, says so. The winner is entered by hand, with where and when.
-What decides FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies run, to
-keep the harness itself in order. The last line on stdout is JSON.
+the fastest is named; one that is wrong, or does not launch, says so. The winner is entered by hand, with where and
+when. What decides FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies
+run, to keep the harness itself in order. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
