@@ -53,15 +53,15 @@ def _onednn_runs(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _onednn_product(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """product(x), whose rows are those of x, with bits that do not depend on how many there are."""
+def _onednn_product(x: Tensor, out_features: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """product of the rows of x, [total_tokens, out_features], with bits that do not depend on how many there are."""
     total_tokens = x.shape[0]
-    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        blocks = [product(_filled(block, _AMX_ROWS)) for block in x.split(_AMX_ROWS)]
-        y = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    else:
-        y = product(_filled(x, _LEAST_ROWS))
-    return y[:total_tokens]
+    if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+        return product(_filled(x, _LEAST_ROWS))[:total_tokens]
+    y = x.new_empty(total_tokens, out_features)
+    for rows, y_rows in zip(x.split(_AMX_ROWS), y.split(_AMX_ROWS), strict=True):
+        y_rows.copy_(product(_filled(rows, _AMX_ROWS))[: len(rows)])
+    return y
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:
@@ -76,7 +76,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty(0, weight.shape[0])
     if _onednn_runs(x):
         product = torch.ops.mkldnn._linear_pointwise
-        return _onednn_product(x, lambda rows: product(rows, weight, bias, "none", [], ""))
+        return _onednn_product(x, len(weight), lambda rows: product(rows, weight, bias, "none", [], ""))
     return F.linear(_filled(x, -(-total_tokens // 8) * 8), weight, bias)[:total_tokens]
 
 
@@ -87,7 +87,7 @@ def linear_activation_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: 
     attribute, algorithm = _ONEDNN_ACTIVATION[kind]
     product = torch.ops.mkldnn._linear_pointwise
     if kind in ("gelu", "gelu_tanh"):
-        return _onednn_product(x, lambda rows: product(rows, weight, bias, attribute, [], algorithm))
+        return _onednn_product(x, len(weight), lambda rows: product(rows, weight, bias, attribute, [], algorithm))
     gate_weight, up_weight = weight.chunk(2)
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
 
@@ -96,7 +96,7 @@ def linear_activation_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: 
         y: Tensor = product.binary(rows, gate, up_weight, up_bias, "mul")
         return y
 
-    return _onednn_product(x, gated)
+    return _onednn_product(x, len(up_weight), gated)
 
 
 def linear_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
