@@ -66,6 +66,23 @@ def test_linear_activation(dtype, bias, kind, rows):
         assert torch.equal(actual, alone)
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
+def test_products_in_blocks_of_rows(monkeypatch, kind, rows):
+    """As on a processor with AMX, on any."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    x, weight, bias = (draw(*shape, dtype=torch.bfloat16) for shape in ((300, 96), (128, 96), (128,)))
+
+    def run(x):
+        return linear(x, weight, bias) if kind is None else linear_activation(x, weight, bias, kind)
+
+    reference = linear_reference(x, weight, bias)
+    if kind is not None:
+        reference = linear_activation_reference(x, weight, bias, kind)
+    assert_close(run(x), reference, torch.bfloat16)
+    assert torch.equal(run(x[:rows]), run(x)[:rows])
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         linear_activation(torch.ones(2, 4), torch.ones(4, 4), None, "relu")
