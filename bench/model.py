@@ -31,6 +31,8 @@ from unpadded.batch import PackedBatch, pack
 from unpadded.bench.comparison import flops, in_turns
 from unpadded.bench.machine import product_rate
 from unpadded.engine import Engine
+from unpadded.runner import Runner
+from unpadded.weights import EncoderWeights, unpacked
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.layer_norm import add_layer_norm_reference
@@ -120,7 +122,7 @@ def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[
     found: dict[str, Callable[[], Run]] = {
         "unpadded": lambda: ours(load()),
         "transformers, padded": lambda: partial(padded, transformers(folder, device, dtype), device),
-        "packed baseline": lambda: partial(packed_baseline, load()),
+        "packed baseline": lambda: partial(packed_baseline, *plain(load())),
     }
     if cuda or small:
         found |= {
@@ -169,11 +171,15 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
     return np.concatenate(vectors)[np.argsort(order)]
 
 
+def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
+    """Its runner, and its weights as torch's own products take them."""
+    return engine.runner, unpacked(engine.runner.encoder.weights)
+
+
 @torch.inference_mode()
-def packed_baseline(engine: Engine, ids: Ids) -> np.ndarray:
+def packed_baseline(runner: Runner, weights: EncoderWeights, ids: Ids) -> np.ndarray:
     """The same packed plan from library parts: F.linear, PyTorch's variable-length attention, elementwise in torch."""
-    runner = engine.runner
-    spec, weights = runner.encoder.spec, runner.encoder.weights
+    spec = runner.encoder.spec
     batch: PackedBatch = runner._to_device(pack(ids, spec))
     x = embedding_reference(
         *(batch.input_ids, batch.positions, None, weights.word, weights.token_type, None),

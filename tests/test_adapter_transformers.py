@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import MINILM, write_bert, write_nomic
+from torch import nn
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -158,6 +159,16 @@ def test_it_is_a_module(folder, ids):
     assert_same(model(ids)[0], exact[0], None, tolerance=2e-2)
     assert model.half()(ids)[0].dtype == torch.float16
     assert UnpaddedModel.from_pretrained(folder, dtype=torch.bfloat16)(ids)[0].dtype == torch.bfloat16
+
+
+def test_it_follows_a_state_that_it_is_given(folder, ids):
+    model, other = UnpaddedModel.from_pretrained(folder), UnpaddedModel.from_pretrained(folder)
+    state = {name: parameter * 1.1 for name, parameter in other.state_dict().items()}
+    other.load_state_dict(state)
+    assert not torch.equal(other(ids)[0], model(ids)[0])
+    nn.ModuleDict({"inner": model}).load_state_dict({f"inner.{name}": value for name, value in state.items()})
+    assert torch.equal(other(ids)[0], model(ids)[0])
+    assert torch.equal(other.bfloat16().float()(ids)[0], copy.deepcopy(other)(ids)[0])
 
 
 def test_the_stored_dtype_is_the_default(tmp_path):

@@ -20,7 +20,7 @@ from unpadded.backends import Attention
 from unpadded.batch import PackedBatch
 from unpadded.lora import AdaptedWeights
 from unpadded.spec import EncoderSpec
-from unpadded.weights import EncoderWeights, LayerWeights
+from unpadded.weights import EncoderWeights, LayerWeights, Matrix
 from unpadded_kernels import (
     add_layer_norm,
     add_layer_norm_fp8,
@@ -38,6 +38,7 @@ from unpadded_kernels import (
     rotary_,
     rotary_cos_sin,
 )
+from unpadded_kernels.linear_packed import PackedWeight, linear_packed
 
 # What the product of a LayerNorm's rows reads: the rows, or their e4m3 and its scales where its weight is in e4m3.
 Rows: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -143,7 +144,8 @@ class Encoder:
     def _qkv(self, x: Rows, layer: LayerWeights, cos_sin: Tensor | None) -> Tensor:
         """Packed qkv with q and k normalised and turned: [total_tokens, 3, heads, head_dim]."""
         qkv: Tensor
-        if cos_sin is not None and layer.qk_norm is None and layer.qkv_scale is None:
+        plain = layer.qkv_scale is None and isinstance(layer.qkv, Tensor)
+        if cos_sin is not None and layer.qk_norm is None and plain:
             qkv = linear_rotary(x, layer.qkv, layer.qkv_bias, cos_sin, self.spec.heads, self.batch_invariant)
             return qkv
         qkv = self._product(x, layer.qkv, layer.qkv_scale, layer.qkv_bias)
@@ -170,7 +172,7 @@ class Encoder:
         return torch.cat(xs), residual
 
     def _close_block(self, attended: Tensor, residual: Tensor, layer: LayerWeights) -> tuple[Rows, Tensor]:
-        out = self.linear(attended, layer.out, layer.out_bias)
+        out = self._product(attended, layer.out, None, layer.out_bias)
         if layer.inner_norm is not None:
             out = add_layer_norm(out, residual, layer.inner_norm, layer.inner_norm_bias, self.spec.norm_eps)
         norm = layer.attention_norm, layer.attention_norm_bias
@@ -186,14 +188,17 @@ class Encoder:
             down = expert_mlp(x, *experts, self.spec.experts.top, self.spec.activation)
         else:
             up = self._product(x, layer.up, layer.up_scale, layer.up_bias, self.spec.activation)
-            down = self.linear(up, layer.down, layer.down_bias)
+            down = self._product(up, layer.down, None, layer.down_bias)
         return down
 
     def _product(
-        self, x: Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kind: str | None = None
+        self, x: Rows, weight: Matrix, scale: Tensor | None, bias: Tensor | None, kind: str | None = None
     ) -> Tensor:
         y: Tensor
-        if isinstance(x, tuple):
+        if isinstance(weight, PackedWeight):
+            assert isinstance(x, Tensor), "no weight in e4m3 is packed"
+            y = linear_packed(x, weight, bias)
+        elif isinstance(x, tuple):
             y = linear_fp8(*x, weight, scale, bias, kind, self.weights.word.dtype)
         elif kind is None:
             y = self.linear(x, weight, bias)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,28 +25,32 @@ from unpadded.families import FAMILIES
 from unpadded.spec import EncoderSpec, Slot
 from unpadded.tensors import StoredTensor, read_header, read_headers
 from unpadded_kernels.fp8 import quantize_rows_reference
+from unpadded_kernels.linear_packed import PackedWeight, packs
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # torch's grain size: an operation on no more elements than this runs on the calling thread. Longer pieces make threads
 # meet hundreds of times a load, which took 0.08 s instead of 0.18 s on an idle machine, and 1 to 7 s on a busy one.
 PIECE = 32_768
 
+Matrix: TypeAlias = Tensor | PackedWeight
+MATRICES = ("qkv", "out", "up", "down")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them."""
+    """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them, on a CPU also `packed`."""
 
-    qkv: Tensor  # [3 * hidden, hidden], rows ordered three, head, dim
+    qkv: Matrix  # [3 * hidden, hidden], rows ordered three, head, dim
     qkv_scale: Tensor | None = None  # [3 * hidden] fp32, of each row where qkv is in e4m3 (see `quantized`)
     qkv_bias: Tensor | None = None
-    out: Tensor  # [hidden, hidden]
+    out: Matrix  # [hidden, hidden]
     out_bias: Tensor | None = None
     attention_norm: Tensor
     attention_norm_bias: Tensor  # of every norm: zeros where the family has none
-    up: Tensor  # [up_rows, hidden]; gated: the gate's rows, then the up rows; experts: [experts, up_rows, hidden]
+    up: Matrix  # [up_rows, hidden]; gated: the gate's rows, then the up rows; experts: [experts, up_rows, hidden]
     up_scale: Tensor | None = None  # [up_rows] fp32 where up is in e4m3
     up_bias: Tensor | None = None
-    down: Tensor  # [hidden, intermediate]; experts: [experts, hidden, intermediate]
+    down: Matrix  # [hidden, intermediate]; experts: [experts, hidden, intermediate]
     down_bias: Tensor | None = None
     mlp_norm: Tensor
     mlp_norm_bias: Tensor
@@ -72,8 +76,10 @@ class EncoderWeights:
     adapters: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def load_weights(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> EncoderWeights:
-    """The encoder's tensors on `device` in `dtype`.
+def load_weights(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, pack: bool = False
+) -> EncoderWeights:
+    """The encoder's tensors on `device` in `dtype`, if asked as `packed` gives them.
 
     WeightsError when tensors are missing, surplus or mis-shaped (all of them listed), when one is not finite, or when a
     value does not fit `dtype`.
@@ -92,11 +98,11 @@ def load_weights(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.d
     for slot, one in apart.items():
         stored = loader.load((len(files), *one.shape), tuple(part for file in files for part in file[slot]))
         tensors[slot] = stored.mT if one.turned else stored
-    return assemble(spec, tensors)
+    return assemble(spec, tensors, pack=pack)
 
 
-def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:
-    """The weights of an encoder from the tensor of each slot."""
+def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, pack: bool = False) -> EncoderWeights:
+    """The weights of an encoder from the tensor of each slot; `tensors` is emptied of the layers'."""
     if not spec.norm_bias:
         tensors |= {
             f"{slot}_bias": torch.zeros_like(tensor) for slot, tensor in tensors.items() if slot.endswith("norm")
@@ -110,11 +116,14 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor]) -> EncoderWeights:
         q, kv = tensors.pop(f"layers.{index}.q"), tensors.pop(f"layers.{index}.kv")
         tensors[f"layers.{index}.qkv"] = _with_a_copy_each(q, kv, spec)
 
+    pack = pack and not any(slot.startswith("adapters.") for slot in tensors)
+
     def layer(index: int) -> LayerWeights:
         start = f"layers.{index}."
-        return LayerWeights(
-            **{slot.removeprefix(start): tensor for slot, tensor in tensors.items() if slot.startswith(start)}
-        )
+        slots = [slot for slot in tensors if slot.startswith(start)]
+        # taken out, so that a matrix goes as soon as it is packed
+        whole = LayerWeights(**{slot.removeprefix(start): tensors.pop(slot) for slot in slots})
+        return _packed(spec, whole) if pack else whole
 
     return EncoderWeights(
         word=tensors["word"],
@@ -138,10 +147,39 @@ def _with_a_copy_each(q: Tensor, kv: Tensor, spec: EncoderSpec) -> Tensor:
     return torch.cat([q, copies.reshape(-1, spec.hidden)])
 
 
+def packed(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
+    """The weights with the layers' matrices as a CPU multiplies them; experts, and what adapters change, stay plain."""
+    if weights.adapters:
+        return weights
+    return replace(weights, layers=tuple(_packed(spec, layer) for layer in weights.layers))
+
+
+def _packed(spec: EncoderSpec, layer: LayerWeights) -> LayerWeights:
+    plain = {name: matrix for name in MATRICES if isinstance(matrix := getattr(layer, name), Tensor)}
+    found: dict[str, Any] = {
+        name: PackedWeight(matrix, spec.activation if name == "up" else None)
+        for name, matrix in plain.items()
+        if matrix.dim() == 2 and packs(matrix)
+    }
+    return replace(layer, **found)
+
+
+def unpacked(weights: EncoderWeights) -> EncoderWeights:
+    """The weights with plain matrices."""
+
+    def layer(whole: LayerWeights) -> LayerWeights:
+        matrices = {name: getattr(whole, name) for name in MATRICES}
+        plain = {name: matrix.plain() for name, matrix in matrices.items() if isinstance(matrix, PackedWeight)}
+        return replace(whole, **plain)
+
+    return replace(weights, layers=tuple(layer(whole) for whole in weights.layers))
+
+
 def quantized(weights: EncoderWeights) -> EncoderWeights:
     """The weights with those of the products that follow a LayerNorm in e4m3; experts stay as they are."""
 
     def layer(whole: LayerWeights) -> LayerWeights:
+        assert isinstance(whole.qkv, Tensor) and isinstance(whole.up, Tensor), "packed"
         qkv, qkv_scale = quantize_rows_reference(whole.qkv)
         up, up_scale = (whole.up, None) if whole.router is not None else quantize_rows_reference(whole.up)
         return replace(whole, qkv=qkv, qkv_scale=qkv_scale, up=up, up_scale=up_scale)

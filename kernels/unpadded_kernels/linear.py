@@ -4,7 +4,7 @@ Bound by arithmetic: 2 * in_features * out_features flops per token. A row of th
 stand beside it; on CUDA that holds per product of one shape (cuBLAS chooses its kernel by the number of rows).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,11 @@ def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, 
     return activation_reference(F.linear(x, weight, bias), kind)
 
 
-def _onednn_runs(x: Tensor) -> bool:
+def onednn_runs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's fused product takes this dtype on this processor."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def _onednn_product(x: Tensor, out_features: int, product: Callable[[Tensor], Tensor]) -> Tensor:
@@ -74,29 +74,36 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     total_tokens = x.shape[0]
     if total_tokens == 0:
         return x.new_empty(0, weight.shape[0])
-    if _onednn_runs(x):
-        product = torch.ops.mkldnn._linear_pointwise
-        return _onednn_product(x, len(weight), lambda rows: product(rows, weight, bias, "none", [], ""))
+    if onednn_runs(x.dtype):
+        return onednn_linear(x, (weight,), bias, None)
     return F.linear(_filled(x, -(-total_tokens // 8) * 8), weight, bias)[:total_tokens]
 
 
 def linear_activation_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """The activation, and up's multiplication by it, ride in oneDNN's products: nothing is written unactivated."""
-    if kind not in _ONEDNN_ACTIVATION or not _onednn_runs(x) or x.shape[0] == 0:
+    if kind not in _ONEDNN_ACTIVATION or not onednn_runs(x.dtype) or x.shape[0] == 0:
         return activation_reference(linear_cpu(x, weight, bias), kind)
-    attribute, algorithm = _ONEDNN_ACTIVATION[kind]
+    return onednn_linear(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
+
+
+def onednn_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:
+    """The activation, and up's multiplication by it, ride in oneDNN's products: nothing is written unactivated.
+
+    weights: the weight, or of a gated kind gate's and up's, plain or as oneDNN lays them out. At least one row of x.
+    """
     product = torch.ops.mkldnn._linear_pointwise
-    if kind in ("gelu", "gelu_tanh"):
-        return _onednn_product(x, len(weight), lambda rows: product(rows, weight, bias, attribute, [], algorithm))
-    gate_weight, up_weight = weight.chunk(2)
+    attribute, algorithm = ("none", "") if kind is None else _ONEDNN_ACTIVATION[kind]
+    if len(weights) == 1:
+        return _onednn_product(
+            x, len(weights[0]), lambda rows: product(rows, weights[0], bias, attribute, [], algorithm)
+        )
     gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
 
     def gated(rows: Tensor) -> Tensor:
-        gate = product(rows, gate_weight, gate_bias, attribute, [], algorithm)
-        y: Tensor = product.binary(rows, gate, up_weight, up_bias, "mul")
+        gate = product(rows, weights[0], gate_bias, attribute, [], algorithm)
+        y: Tensor = product.binary(rows, gate, weights[1], up_bias, "mul")
         return y
 
-    return _onednn_product(x, len(up_weight), gated)
+    return _onednn_product(x, len(weights[1]), gated)
 
 
 def linear_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:

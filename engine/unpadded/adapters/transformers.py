@@ -35,7 +35,7 @@ from unpadded.runner import Dense, Runner
 from unpadded.tensors import read_header
 from unpadded.tokenizer import Tokenizer
 from unpadded.weights import DTYPES as STORED_DTYPES
-from unpadded.weights import EncoderWeights
+from unpadded.weights import EncoderWeights, packed, unpacked
 
 logger = logging.getLogger("unpadded")
 
@@ -52,7 +52,7 @@ class UnpaddedModel(nn.Module):
     """An encoder that takes and gives what transformers' models do, and computes nothing for padding.
 
     It only infers: in training mode it raises, and its outputs carry no gradient. It has no pooler: `pooler_output` is
-    None.
+    None. On a CPU a parameter that is written in place by other means than `load_state_dict` changes nothing.
     """
 
     main_input_name = "input_ids"
@@ -62,7 +62,7 @@ class UnpaddedModel(nn.Module):
         super().__init__()
         self.engine = engine
         self.config = make_config(engine.checkpoint)
-        weights = engine.runner.encoder.weights
+        weights = unpacked(engine.runner.encoder.weights)
         self._weights = _as_parameters(weights, lambda name, value: self.register_parameter(name, value))
         self._move()
         self.eval()
@@ -191,8 +191,12 @@ class UnpaddedModel(nn.Module):
         self._move()
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._move()
+
     def _move(self) -> None:
-        """Run where the parameters are."""
+        """Run where the parameters are, as they are: on a CPU their products take a copy, see `weights.packed`."""
         old = self.engine.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
         self.engine = self.engine.with_runner(_make_runner(self.engine.checkpoint, self._weights, name, old.dense))
@@ -297,7 +301,8 @@ def _as_parameters(value: Any, register: Callable[[str, nn.Parameter], None], na
 def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str, dense: tuple[Dense, ...]) -> Runner:
     """A runner where the weights are."""
     device = weights.word.device
-    encoder = make_encoder(checkpoint.spec, weights, attention_backend(attention, device, weights.word.dtype))
+    backend = attention_backend(attention, device, weights.word.dtype)
+    encoder = make_encoder(checkpoint.spec, packed(checkpoint.spec, weights), backend)
     moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
 
