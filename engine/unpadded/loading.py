@@ -24,8 +24,8 @@ Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A layer's out-projection and MLP run on a CPU in blocks of rows, of which the MLP holds this many bytes between its
-# products, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB an MLP of 768 x 3072 ran at 410 GFLOP/s
-# in blocks of 512 rows, at 340 whole; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows, 3.42 s in blocks of 512).
+# products, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB an MLP of 768 x 3072 ran at 410
+# GFLOP/s in blocks of 512 rows, at 340 whole; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows, 3.42 s of 512).
 CPU_BLOCK_BYTES = 6 * 2**20
 # Tokens of a batch where the caller names none: enough to keep the processor busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
