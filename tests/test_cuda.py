@@ -11,6 +11,7 @@ from family_checks import random_ids, relative_error, write
 from transformers import NomicBertModel
 
 import unpadded
+from unpadded.batch import pack
 from unpadded.graphs import BUCKETS
 
 pytestmark = pytest.mark.gpu
@@ -87,11 +88,13 @@ def test_batch_invariant_gives_the_same_bits_in_any_batch(either, dtype):
         assert np.array_equal(engine.encode([texts[i] for i in order]), alone[order])
 
 
-def test_graphs_follow_new_contents(folder):
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_graphs_follow_new_contents(folder, pooling):
     """Every bucket captured once, then replayed on other batches; eager passes over the same batches agree."""
     engine = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
     eager = unpadded.load(folder, device="cuda", dtype="float16", max_length=8192)
     eager.runner._captures = False
+    engine.runner.pooling = eager.runner.pooling = pooling
     draw = np.random.default_rng(2)
     for bucket, _ in itertools.product(BUCKETS, range(4)):
         lengths = draw.integers(1, max(2, bucket // 4), draw.integers(1, 5))
@@ -119,18 +122,18 @@ def test_experts_in_a_graph(experts):
     assert engine.runner._graphs and not eager.runner._graphs
 
 
-def test_nothing_waits_for_the_gpu_within_a_pass(either):
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_nothing_waits_for_the_gpu_within_a_pass(either, pooling):
     engine = unpadded.load(either, device="cuda", dtype="float16", max_length=8192)
     texts = random_ids((700, 800, 900))
-    engine.token_embeddings(texts)
-    from unpadded.batch import pack
-
     runner = engine.runner
+    runner.pooling = pooling
+    engine.encode(texts)
     batch = runner._to_device(pack(texts, runner.encoder.spec))
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
-            runner.encoder(batch)
+            runner._pooled(batch, layer_norm=False, dimensions=runner.dimensions, normalize=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

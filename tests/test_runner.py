@@ -17,9 +17,9 @@ import unpadded
 from unpadded.batch import pack
 from unpadded.graphs import BUCKETS, TEXTS, bucket_of, fill
 from unpadded.memory import bytes_per_token
-from unpadded.runner import FIELDS, _stage, _views
+from unpadded.runner import FIELDS, Runner, _stage, _views
 from unpadded.weights import unpacked
-from unpadded_kernels import activation, pool
+from unpadded_kernels import activation
 from unpadded_kernels.attention import tile_map_of
 
 
@@ -46,8 +46,10 @@ def test_a_batch_survives_the_crossing(runner, lengths):
         assert (getattr(arrived, name).data_ptr() - words.data_ptr()) % 16 == 0, name
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("lengths", [(1,), (64,), (7, 3, 40), (60, 60, 60, 60), (99, 1)])
-def test_a_filled_bucket_gives_the_same_bits(runner, lengths):
+def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
+    runner = Runner(runner.encoder, runner.device, pooling=pooling, dense=())
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
     bucket = bucket_of(batch)
@@ -55,9 +57,25 @@ def test_a_filled_bucket_gives_the_same_bits(runner, lengths):
     filled = fill(batch, bucket, TEXTS, tiles=0)
     assert len(filled.input_ids) == bucket and len(filled.cu_seqlens) == TEXTS + 1
     with torch.inference_mode():
-        rows = pool(runner.encoder(filled), filled.cu_seqlens, "mean", False, 128, True)[: len(texts)]
+        rows = runner._pooled(filled, layer_norm=False, dimensions=128, normalize=True)[: len(texts)]
     alone = np.concatenate([runner.embed([ids], layer_norm=False, dimensions=128, normalize=True) for ids in texts])
     assert np.array_equal(rows.numpy(), alone)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, monkeypatch):
+    runner, closed = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), []
+    close = runner.encoder._close
+    shape = {"layer_norm": False, "dimensions": 128, "normalize": False}
+    lengths = (0, 7, 3, 130, 0, 40, 1, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.encoder, "_close", lambda x, *rest: closed.append(len(x)) or close(x, *rest))
+        rows = runner.embed(draw(lengths), **shape)
+    *earlier, last = closed
+    assert set(earlier) == {sum(lengths)} and last == len(lengths)
+    for row, hidden in zip(rows, runner.token_rows(draw(lengths)), strict=True):
+        assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
+    assert not runner.embed(draw((0, 0)), **shape).any()
 
 
 def test_tiles_that_fill_a_map_point_to_the_empty_text(runner):

@@ -181,15 +181,26 @@ class Runner:
     def _pooled(
         self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool, adapter: str | None = None
     ) -> Tensor:
-        hidden = self.encoder(batch, adapter=adapter)
+        hidden, cu_seqlens = self._read_by_pooling(batch, adapter)
         if not self.dense:
-            rows: Tensor = pool(hidden, batch.cu_seqlens, self.pooling, layer_norm, dimensions, normalize)
+            rows: Tensor = pool(hidden, cu_seqlens, self.pooling, layer_norm, dimensions, normalize)
             return rows
-        rows = pool(hidden, batch.cu_seqlens, self.pooling, False, hidden.shape[1], False)
+        rows = pool(hidden, cu_seqlens, self.pooling, False, hidden.shape[1], False)
         for weight, bias, activation in self.dense:
             rows = self.encoder.linear(rows.to(weight.dtype), weight, bias)
             rows = rows.tanh() if activation == "tanh" else rows
         return matryoshka(rows.float(), layer_norm, dimensions, normalize)
+
+    def _read_by_pooling(self, batch: PackedBatch, adapter: str | None) -> tuple[Tensor, Tensor]:
+        """The last hidden states that pooling reads, and their cu_seqlens: one of each text unless all are averaged."""
+        cu_seqlens, total_tokens = batch.cu_seqlens, len(batch.input_ids)
+        if self.pooling == "mean" or total_tokens == 0:
+            return self.encoder(batch, adapter=adapter), cu_seqlens
+        rows = cu_seqlens[:-1] if self.pooling == "cls" else cu_seqlens[1:] - 1
+        # of a text of no tokens another's, then zeros
+        hidden = self.encoder(batch, adapter=adapter, rows=rows.clamp(0, total_tokens - 1))
+        hidden = hidden.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)
+        return hidden, torch.arange(len(cu_seqlens), dtype=torch.int32, device=hidden.device)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Kernels are launched on CUDA's current device, which need not be this one."""
