@@ -154,11 +154,12 @@ def loading(result: Result) -> str:
             f"{row['load_s']:.2f} s",
             f"{row['times_bound']:.2f}",
             f"{row['memory']:.2f} x the file",
+            f"{row['load_and_pack_s']:.2f} s, {row['memory_of_packing']:.2f} x the file",
         )
         for row in result["rows"]
     )
     megabytes = f"{result['bytes'] / 1e6:.0f} MB of fp32 loaded as"
-    return table((megabytes, "read the file + cast", "load", "ratio", "peak memory"), rows)
+    return table((megabytes, "read the file + cast", "load", "ratio", "peak memory", "laid out for a CPU, too"), rows)
 
 
 def memory(result: Result) -> str:

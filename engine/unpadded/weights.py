@@ -4,6 +4,8 @@ The pieces pass through one staging buffer that stays in the cache. On a 547 MB 
 cores, torch 2.13, bench/loading.py) this takes, as fp16, 0.44 x the time of reading the file and casting it and 0.50 x
 the file in memory; as fp32, 1.05 x and 1.00 x. Copied out of a memory map the same takes 1.5 x and 2.0 x the file in
 memory, because the pages it touches stay resident.
+
+For a CPU each layer's matrices are then laid out as its products read them, see `packed`.
 """
 
 from __future__ import annotations
