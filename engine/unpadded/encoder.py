@@ -92,8 +92,8 @@ class Encoder:
 
         states: takes the embeddings and what each layer gives, each of the same shape. adapter: a task of the
         checkpoint's adapters; None leaves them out. embeds: [rows, hidden] in the weights' dtype, the rows that
-        input_ids point to in place of the word table's. rows: the tokens whose states alone are asked for, without
-        `states`; the result has one row for each.
+        input_ids point to in place of the word table's. rows: [n] int, the tokens whose states alone are asked
+        for, without `states`; the result is [n, hidden].
         """
         weights = self._weights(adapter)
         if embeds is not None:

@@ -81,7 +81,7 @@ class EncoderWeights:
 def load_weights(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, pack: bool = False
 ) -> EncoderWeights:
-    """The encoder's tensors on `device` in `dtype`, if asked as `packed` gives them.
+    """The encoder's tensors on `device` in `dtype`; pack: as `packed` gives them.
 
     WeightsError when tensors are missing, surplus or mis-shaped (all of them listed), when one is not finite, or when a
     value does not fit `dtype`.
@@ -104,7 +104,7 @@ def load_weights(
 
 
 def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, pack: bool = False) -> EncoderWeights:
-    """The weights of an encoder from the tensor of each slot; `tensors` is emptied of the layers'."""
+    """The weights of an encoder from the tensor of each slot; those of layers are taken out. pack: see `packed`."""
     if not spec.norm_bias:
         tensors |= {
             f"{slot}_bias": torch.zeros_like(tensor) for slot, tensor in tensors.items() if slot.endswith("norm")

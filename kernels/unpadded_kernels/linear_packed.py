@@ -35,7 +35,8 @@ def packs(weight: Tensor) -> bool:
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """`linear`, or `linear_activation` of the kind that the weight is laid out for.
 
-    x: [total_tokens, in_features]; bias: [out_features] or None, in the weight's dtype, as x.
+    x: [total_tokens, in_features]; bias: [out_features] or None, in the weight's dtype, as x. Returns [total_tokens,
+    out_features], half as many columns where the kind is gated.
     """
     if x.shape[0] == 0:
         return x.new_empty(0, sum(map(len, weight.parts)) // len(weight.parts))
