@@ -64,8 +64,8 @@ def sweeps(generation: int) -> dict[str, Sweep]:
     tma = not fp32 and generation >= 90
     attention_cases = tuple(name for name in ops.CASES if name.startswith("attention, texts of"))
     attention = tuple(
-        Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma)
-        for m, n, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
+        Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, overlap=overlap)
+        for m, n, warps, stages, overlap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3), {tma, False})
     )
     products = tuple(
         Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)

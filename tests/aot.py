@@ -177,8 +177,20 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
         "shared": shared,
         "programs_per_multiprocessor": per_multiprocessor,
         "wide_loads": len(WIDE_LOAD.findall(sass)),
+        "exponentials_between_wgmmas": exponentials_between_wgmmas(sass),
         **{name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS},
     }
+
+
+def exponentials_between_wgmmas(sass: str) -> int:
+    """MUFU.EX2 that stand within a group of wgmmas, whose last one says gsb0."""
+    open_group, result = False, 0
+    for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2).*", sass):
+        if line.startswith("HGMMA"):
+            open_group = "gsb0" not in line
+        else:
+            result += open_group
+    return result
 
 
 def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:

@@ -90,6 +90,16 @@ def test_loads_are_128_bits_wide(rows):
     assert [row for row in rows if row["kernel"] not in NO_STREAM and not row["wide_loads"]] == []
 
 
+def test_exponentials_of_full_attention_run_beside_its_products_on_sm_90(rows):
+    """Tensor cores add up a block's values during the softmax of the next: during at least half of it."""
+    attention = [row for row in rows if row["kernel"] == "_attention_kernel" and row["capability"] == 90]
+    # 96 is no power of two, so it goes through pointers and runs sm_80's tile
+    full = [row for row in attention if row["dtype"] != "fp32" and "," not in row["case"] and "96" not in row["case"]]
+    assert full
+    # a block is 128 x 64 scores
+    assert [row for row in full if row["exponentials_between_wgmmas"] * row["warps"] * 32 < 128 * 64 / 2] == []
+
+
 def test_two_programs_of_attention_share_a_multiprocessor_of_sm_90(rows):
     """One computes its softmax while the other's products run."""
     attention = [row for row in rows if row["kernel"] == "_attention_kernel" and row["capability"] == 90]

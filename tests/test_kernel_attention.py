@@ -1,5 +1,8 @@
 """Variable-length attention: both Triton kernels against the reference."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import DEVICE, DTYPES, assert_matches, packed
@@ -12,6 +15,8 @@ from unpadded_kernels.attention import (
     tile_map_of,
 )
 from unpadded_kernels.tiles import ATTENTION, attention_tile
+
+attention_module = sys.modules["unpadded_kernels.attention"]  # the package's attribute is the op
 
 pytestmark = [
     pytest.mark.usefixtures("seed", "poison_empty"),
@@ -78,6 +83,18 @@ def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
         rows = slice(start, start + length)
         alone = attention_triton(qkv[rows], packed([length]), length, scale, window)
         assert torch.equal(whole[rows], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+def test_values_added_during_the_next_softmax_have_the_same_bits(lengths, dtype, kernel, monkeypatch):
+    arguments = inputs(lengths, 2, 32, dtype)
+    own = attention_tile(dtype, 32, 80 if kernel == "pointers" else 90)
+    results = []
+    for tile in (replace(own, overlap=False), replace(own, overlap=True)):
+        monkeypatch.setattr(attention_module, "attention_tile", lambda *_, tile=tile: tile)
+        results.append(attention_triton(*arguments))
+    assert torch.equal(*results)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the neighbours' own rows

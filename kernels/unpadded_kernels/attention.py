@@ -192,6 +192,8 @@ def attention_triton(
         BLOCK_N=tile.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         TMA=tile.tma,
+        # with a window or ALiBi the registers it takes would spill
+        OVERLAP=tile.overlap and window is None and alibi_slopes is None,
         HAS_WINDOW=window is not None,
         HAS_ALIBI=alibi_slopes is not None,
         **tile.launch,

@@ -38,13 +38,10 @@ def _load(
 
 
 @triton.jit
-def _attend(
-    q,
-    k,
-    v,
+def _softmax(
+    scores,
     highest,
     total,
-    acc,
     query,
     key,
     length,
@@ -55,8 +52,10 @@ def _attend(
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weighted sum of v)."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weights, decay).
+
+    weights: the block's own, over exp2(highest); decay: by what all that was summed before shrinks. fp32.
+    """
     if HAS_ALIBI:
         scores = scores * scale - slope * tl.abs(query[:, None] - key[None, :]).to(tl.float32)
         scale = 1.0
@@ -71,9 +70,12 @@ def _attend(
         origin = tl.where(risen == float("-inf"), 0.0, risen)
     weights = tl.math.exp2(scores * scale - origin[:, None])
     decay = tl.math.exp2(highest - origin)
-    total = total * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return risen, total, acc
+    return risen, total * decay + tl.sum(weights, axis=1), weights, decay
+
+
+@triton.jit
+def _add_values(acc, weights, decay, v):
+    return tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -110,9 +112,11 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
+    """OVERLAP: whether a block's values are added during the softmax of the next, not after its own."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     text = tl.load(tile_map_ptr + 2 * tile)
     first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
@@ -134,21 +138,35 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    weights, decay = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.full([BLOCK_M], 1.0, tl.float32)
     for block in range(start, whole, BLOCK_N):
         k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        values = tl.maximum(block - BLOCK_N, start) if OVERLAP else block
+        v = _load(kv_source, text_start, values, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if OVERLAP:
+            # nothing in this iteration needs acc: the compiler lets it run on, and the softmax goes between its wgmmas
+            acc = _add_values(acc, weights, decay, v)
+        highest, total, weights, decay = _softmax(
+            scores, highest, total, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
         )
+        if not OVERLAP:
+            acc = _add_values(acc, weights, decay, v)
+    if OVERLAP and whole > start:
+        last = whole - BLOCK_N
+        v = _load(kv_source, text_start, last, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        acc = _add_values(acc, weights, decay, v)
     if tail:
         k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         if TMA:
             # a NaN or infinity of the next text times a weight of 0 would be NaN
             v = tl.where((whole + n < length)[:, None], v, 0.0)
-        highest, total, acc = _attend(
-            q, k, v, highest, total, acc, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        highest, total, weights, decay = _softmax(
+            scores, highest, total, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
         )
+        acc = _add_values(acc, weights, decay, v)
     d = tl.arange(0, BLOCK_D)
     out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
     tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])

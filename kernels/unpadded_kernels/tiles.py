@@ -19,7 +19,11 @@ _MAX_ROW_WARPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program covers. block_k: the step along a product's inner dimension; attention has none."""
+    """What one program covers. block_k: the step along a product's inner dimension; attention has none.
+
+    overlap: in full attention, whether a block's values are added up during the softmax of the next block, where
+    tensor cores work beside the rest (FlashAttention-3, arXiv 2407.08608, 3.2).
+    """
 
     block_m: int
     block_n: int
@@ -27,6 +31,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool = False  # whether loads go through tensor descriptors
+    overlap: bool = False
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -40,10 +45,10 @@ ATTENTION = {
     (False, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (False, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (False, 128, 80): Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    (False, 16, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+    (False, 16, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
+    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
+    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
+    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True, overlap=True),
     (False, 16, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
     (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
     (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
