@@ -6,6 +6,7 @@ The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder: 
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -51,15 +52,15 @@ WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
 REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one multiprocessor
 TOKENS = 256
 
-Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """What `call` launches: kernel, positional and keyword arguments."""
+    """What `call` launches: kernel, grid, positional and keyword arguments."""
     recorded: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorded.append((kernel, args, kwargs))
+        recorded.append((kernel, grid, args, kwargs))
 
     run, JITFunction.run = JITFunction.run, record
     try:
@@ -174,6 +175,7 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
         "warps": warps,
         "registers": registers,
         "stack": stack,
+        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass[: sass.rindex("EXIT")], re.M)),
         "shared": shared,
         "programs_per_multiprocessor": per_multiprocessor,
         "wide_loads": len(WIDE_LOAD.findall(sass)),
@@ -199,10 +201,12 @@ def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
     for case, call in cases(DTYPES[dtype]):
-        for kernel, args, kwargs in launches(call):
+        for kernel, grid, args, kwargs in launches(call):
             row = {"kernel": kernel.__name__, "case": case, "dtype": dtype, "capability": capability}
             specialised, options = source(kernel, args, kwargs)
             compiled = triton.compile(specialised, target=GPUTarget("cuda", capability, 32), options=options)
+            rows = [arg for arg in args if isinstance(arg, torch.Tensor) and len(arg) == TOKENS]
+            row |= {"programs": math.prod(grid), "bytes": sum(arg.nbytes for arg in rows)}
             result.append(row | resources(compiled, capability))
     return result
 

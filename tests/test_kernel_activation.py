@@ -31,6 +31,13 @@ def test_far_values_stay_finite(kind):
     assert_matches(activation_triton(x, kind), activation_reference(x, kind))
 
 
+@pytest.mark.parametrize("kind, approximate", [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_gelu_errs_by_less_than_a_millionth(kind, approximate):
+    x = torch.linspace(-12, 12, 100_000, device=DEVICE)[None]
+    exact = torch.nn.functional.gelu(x.double(), approximate=approximate)
+    assert (activation_triton(x, kind).double() - exact).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_batch(kind, dtype):

@@ -5,7 +5,7 @@ Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mas
 comes last, after the loop.
 """
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import fast_divide, tl, triton
 
 
 @triton.jit
@@ -169,4 +169,5 @@ def _attention_kernel(
         acc = _add_values(acc, weights, decay, v)
     d = tl.arange(0, BLOCK_D)
     out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
-    tl.store(out_ptrs, acc / total[:, None], mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])
+    y = acc * fast_divide(1.0, total)[:, None]
+    tl.store(out_ptrs, y, mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])

@@ -44,8 +44,8 @@ def _rms_norm_kernel(
     # before the sum, whose barrier no load passes
     weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ptr + token * stride_yt + h, x, mask=mask)
-    rms = tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
-    tl.store(y_ptr + token * stride_yt + h, x / rms * weight, mask=mask)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
+    tl.store(y_ptr + token * stride_yt + h, x * rstd * weight, mask=mask)
 
 
 def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
