@@ -68,9 +68,9 @@ def sweeps(generation: int) -> dict[str, Sweep]:
         for m, n, warps, stages, overlap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3), {tma, False})
     )
     products = tuple(
-        Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)
-        for m, n, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4))
-        if m * n <= 128 * 256
+        Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma, at_once=at_once)
+        for m, n, warps, stages, at_once in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4), (1, 2))
+        if m * n <= 128 * 256 and (at_once == 1 or warps == 4)
     )
     rows = ("add_layer_norm", "embedding", "swiglu", "rotary")
     linear = {

@@ -1,5 +1,8 @@
 """Matrix products with fixed tiles, alone and with the activation in the same pass: both Triton kernels."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +59,17 @@ def test_a_row_does_not_depend_on_its_batch(kind, dtype, kernel):
     starts = (0, 131, 299) if HAS_CUDA else (0, 128, 256)
     for rows in (slice(start, start + count) for start in starts for count in (1, 2, 140)):
         assert torch.equal(linear_invariant_triton(x[rows], weight, bias, kind), whole[rows])
+
+
+def test_how_many_programs_run_changes_no_bit(kernel, monkeypatch):
+    x, weight, bias = inputs(300, 96, 272, torch.float16)
+    module = sys.modules["unpadded_kernels.linear"]  # the package's attribute is the op
+    own = module.linear_tile(x.dtype, "gated", 80 if kernel == "pointers" else 90)
+    results = []
+    for tile in (own, replace(own, at_once=2), replace(own, at_once=5)):
+        monkeypatch.setattr(module, "linear_tile", lambda *_, tile=tile: tile)
+        results.append(linear_invariant_triton(x, weight, bias, "swiglu"))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_no_tokens(kernel):

@@ -13,7 +13,7 @@ from torch import Tensor
 from unpadded_kernels._triton import TensorDescriptor, triton
 from unpadded_kernels.activation import GATED, KINDS, activation_reference, activation_triton
 from unpadded_kernels.linear_kernels import _linear_kernel
-from unpadded_kernels.tiles import FUSED_ACTIVATION, generation, linear_tile, programs
+from unpadded_kernels.tiles import FUSED_ACTIVATION, generation, linear_tile, multiprocessors
 
 # oneDNN's activations, as (attribute, algorithm) of its fused product.
 _ONEDNN_ACTIVATION = {
@@ -134,7 +134,7 @@ def scaled_product_triton(
     cos_sin: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One program per multiprocessor, tile after tile. The dimensions fix the tiles and the order of additions.
+    """As many programs as run at once, tile after tile. The dimensions fix the tiles and the order of additions.
 
     x_scale, weight_scale: those of rows in e4m3, else None; kind: the activation that follows, or None; cos_sin: the
     table that turns q and k where weight gives qkv, or None; dtype: the result's.
@@ -166,7 +166,7 @@ def scaled_product_triton(
         weight_source = TensorDescriptor.from_tensor(weight.view(parts, out_features, -1), [parts, *block])
         y_target = TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n])
     tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
-    _linear_kernel[(min(tiles, programs(x.device)),)](
+    _linear_kernel[(min(tiles, tile.at_once * multiprocessors(x.device)),)](
         x_source,
         x_scale,
         weight_source,

@@ -24,7 +24,8 @@ class Tile:
     """What one program covers. block_k: the step along a product's inner dimension; attention has none.
 
     overlap: in full attention, whether a block's values are added up during the softmax of the next block, where
-    tensor cores work beside the rest (FlashAttention-3, arXiv 2407.08608, 3.2).
+    tensor cores work beside the rest (FlashAttention-3, arXiv 2407.08608, 3.2). at_once: programs of a persistent
+    product that share a multiprocessor; of two, one may multiply while the other's tile is activated and stored.
     """
 
     block_m: int
@@ -34,6 +35,7 @@ class Tile:
     num_stages: int
     tma: bool = False  # whether loads go through tensor descriptors
     overlap: bool = False
+    at_once: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -144,8 +146,7 @@ def expert_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
     return EXPERTS[fp32, gated, 80 if fp32 else generation]
 
 
-def programs(device: torch.device) -> int:
-    """How many programs of a persistent kernel run at once: one per multiprocessor."""
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 2  # the interpreter runs them one after another
+        return 2  # the interpreter's programs run one after another
     return torch.cuda.get_device_properties(device).multi_processor_count
