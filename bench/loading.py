@@ -39,16 +39,16 @@ def read_and_cast(folder: Path, dtype: torch.dtype) -> object:
     return values.to(dtype)
 
 
-def load(folder: Path, dtype: torch.dtype, *, pack: bool = False) -> object:
+def load(folder: Path, dtype: torch.dtype, *, prepack: bool = False) -> object:
     from unpadded.checkpoint import open_checkpoint
     from unpadded.weights import load_weights
 
-    return load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, pack=pack)
+    return load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, prepack=prepack)
 
 
 def measure(what: str, folder: Path, dtype: str) -> dict[str, float]:
     """Seconds, and the growth of the peak resident memory over the file's size; in this process."""
-    work = {"read and cast": read_and_cast, "load": load, "load and pack": partial(load, pack=True)}[what]
+    work = {"read and cast": read_and_cast, "load": load, "load and prepack": partial(load, prepack=True)}[what]
     import unpadded.weights  # noqa: F401  its import is not loading
 
     torch.ones(1 << 20).to(getattr(torch, dtype))  # starts the threads
@@ -90,14 +90,14 @@ def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in range(rounds):
         for dtype in DTYPES:
-            for what in ("read and cast", "load", "load and pack"):
+            for what in ("read and cast", "load", "load and prepack"):
                 found.setdefault((dtype, what), []).append(in_fresh_process(what, folder, dtype))
     rows = []
     for dtype in DTYPES:
         bound = statistics.median(run["seconds"] for run in found[dtype, "read and cast"])
         seconds = statistics.median(run["seconds"] for run in found[dtype, "load"])
         memory = max(run["memory"] for run in found[dtype, "load"])
-        packed = found[dtype, "load and pack"]
+        prepacked = found[dtype, "load and prepack"]
         rows.append(
             {
                 "dtype": dtype,
@@ -105,8 +105,8 @@ def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
                 "load_s": seconds,
                 "times_bound": seconds / bound,
                 "memory": memory,
-                "load_and_pack_s": statistics.median(run["seconds"] for run in packed),
-                "memory_of_packing": max(run["memory"] for run in packed),
+                "load_and_pack_s": statistics.median(run["seconds"] for run in prepacked),
+                "memory_of_packing": max(run["memory"] for run in prepacked),
             }
         )
     return rows

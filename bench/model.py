@@ -32,7 +32,7 @@ from unpadded.bench.comparison import flops, in_turns
 from unpadded.bench.machine import product_rate
 from unpadded.engine import Engine
 from unpadded.runner import Runner
-from unpadded.weights import EncoderWeights, unpacked
+from unpadded.weights import EncoderWeights, plain_weights
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.layer_norm import add_layer_norm_reference
@@ -173,7 +173,7 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
 
 def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
     """Its runner, and its weights as torch's own products take them."""
-    return engine.runner, unpacked(engine.runner.encoder.weights)
+    return engine.runner, plain_weights(engine.runner.encoder.weights)
 
 
 @torch.inference_mode()

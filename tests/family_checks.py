@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
 from unpadded.engine import Engine
-from unpadded.weights import unpacked
+from unpadded.weights import plain_weights
 
 VOCABULARY = 512
 LENGTHS = (1, 2, 7, 64, 65, 513, 2048)
@@ -115,10 +115,10 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
     found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
     texts = random_ids(lengths, vocabulary=spec.vocabulary)
     encoder = engine.runner.encoder
-    packed, encoder.weights = encoder.weights, unpacked(encoder.weights)  # as on CUDA
+    own, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
     with OpsSeen() as seen:
         engine.encode(texts[:1], **options)
-    encoder.weights = packed
+    encoder.weights = own
     kernels = seen.names - {"linear"}  # the library's product
     assert kernels
     for name in kernels:

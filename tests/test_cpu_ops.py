@@ -10,7 +10,7 @@ from unpadded_kernels import attention, linear, linear_activation, pool, rotary_
 from unpadded_kernels.activation import KINDS
 from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
-from unpadded_kernels.linear_packed import PackedWeight, linear_packed, packs
+from unpadded_kernels.linear_prepacked import PrepackedWeight, linear_prepacked, prepacks
 from unpadded_kernels.pooling import pool_reference
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
@@ -22,7 +22,7 @@ def products(request, monkeypatch):
     """With oneDNN, and as on a processor or build that lacks it."""
     torch.manual_seed(0)
     if request.param == "without":
-        for module in ("linear", "linear_packed"):
+        for module in ("linear", "linear_prepacked"):
             monkeypatch.setattr(sys.modules[f"unpadded_kernels.{module}"], "onednn_runs", lambda dtype: False)
 
 
@@ -88,17 +88,17 @@ def test_products_in_blocks_of_rows(monkeypatch, kind, rows):
 @BOTH
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_a_packed_weight_gives_the_same_bits(dtype, bias, kind):
+def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind):
     weight, added = draw(200, 96, dtype=dtype), draw(200, dtype=dtype) if bias else None
-    if not packs(weight):
+    if not prepacks(weight):
         pytest.skip("oneDNN does not run")
-    packed = PackedWeight(weight, kind)
-    assert (packed.shape, packed.dtype) == (weight.shape, dtype)
-    assert torch.equal(packed.plain(), weight)
+    prepacked = PrepackedWeight(weight, kind)
+    assert (prepacked.shape, prepacked.dtype) == (weight.shape, dtype)
+    assert torch.equal(prepacked.plain(), weight)
     for rows in (0, 1, 2, 9, 128, 129, 300):
         x = draw(rows, 96, dtype=dtype)
         expected = linear(x, weight, added) if kind is None else linear_activation(x, weight, added, kind)
-        assert torch.equal(linear_packed(x, packed, added), expected)
+        assert torch.equal(linear_prepacked(x, prepacked, added), expected)
 
 
 def test_an_unknown_activation_is_refused():

@@ -14,7 +14,7 @@ from family_checks import assert_independent, random_ids, relative_error, write
 import unpadded
 from unpadded.adapters.transformers import UnpaddedModel
 from unpadded.errors import OptionError
-from unpadded.weights import unpacked
+from unpadded.weights import plain_weights
 
 E4M3 = torch.float8_e4m3fn
 FAMILIES = {
@@ -39,7 +39,7 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
     engine = unpadded.load(folder, device="cpu", dtype="float8")
     assert engine.describe()["dtype"] == "float8"
     for layer, whole in zip(
-        engine.runner.encoder.weights.layers, unpacked(exact.runner.encoder.weights).layers, strict=True
+        engine.runner.encoder.weights.layers, plain_weights(exact.runner.encoder.weights).layers, strict=True
     ):
         assert (layer.qkv.dtype, layer.out.dtype, layer.down.dtype) == (E4M3, torch.float32, torch.float32)
         assert layer.up.dtype == (torch.float32 if whole.router is not None else E4M3)

@@ -18,7 +18,7 @@ from unpadded.batch import pack
 from unpadded.graphs import BUCKETS, TEXTS, bucket_of, fill
 from unpadded.memory import bytes_per_token
 from unpadded.runner import FIELDS, Runner, _stage, _views
-from unpadded.weights import unpacked
+from unpadded.weights import plain_weights
 from unpadded_kernels import activation
 from unpadded_kernels.attention import tile_map_of
 
@@ -182,7 +182,7 @@ def test_the_bytes_of_a_token(tmp_path, write, dtype):
     spec = unpadded.load(write(tmp_path), device="cpu", dtype=dtype).checkpoint.spec
     encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype).runner.encoder
     encoder.row_block = None
-    encoder.weights = unpacked(encoder.weights)
+    encoder.weights = plain_weights(encoder.weights)
     encoder.linear_activation = lambda x, weight, bias, kind: activation(F.linear(x, weight, bias), kind)
     itemsize = encoder.weights.word.dtype.itemsize
     most = []

@@ -24,8 +24,8 @@ from torch import Tensor
 from unpadded import weights as weights_module
 from unpadded.checkpoint import open_checkpoint
 from unpadded.errors import WeightsError
-from unpadded.weights import MATRICES, EncoderWeights, load_dense, load_weights, packed, unpacked
-from unpadded_kernels.linear_packed import PackedWeight, packs
+from unpadded.weights import MATRICES, EncoderWeights, load_dense, load_weights, plain_weights, prepacked
+from unpadded_kernels.linear_prepacked import PrepackedWeight, prepacks
 
 CPU = torch.device("cpu")
 SMALL = {"vocabulary": 64, "tokenizer": False}
@@ -108,19 +108,19 @@ def test_tensors_longer_than_a_piece(piece: int, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_matrices_are_the_same_matrices(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_prepacked_matrices_are_the_same_matrices(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     whole, spec = load(folder, dtype), open_checkpoint(folder).spec
-    if not packs(whole.word):
+    if not prepacks(whole.word):
         pytest.skip("oneDNN does not run")
     for weights in (
-        load_weights(open_checkpoint(folder), device=CPU, dtype=dtype, pack=True),
-        packed(spec, whole),
+        load_weights(open_checkpoint(folder), device=CPU, dtype=dtype, prepack=True),
+        prepacked(spec, whole),
     ):
         for layer in weights.layers:
-            assert all(isinstance(getattr(layer, name), PackedWeight) for name in MATRICES)
-            assert isinstance(layer.up, PackedWeight) and len(layer.up.parts) == 2  # gate's, up's
-        assert same(unpacked(weights), whole)
+            assert all(isinstance(getattr(layer, name), PrepackedWeight) for name in MATRICES)
+            assert isinstance(layer.up, PrepackedWeight) and len(layer.up.parts) == 2  # gate's, up's
+        assert same(plain_weights(weights), whole)
 
 
 def test_the_weights_outlive_the_file(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from unpadded_kernels import (
     rotary_,
     rotary_cos_sin,
 )
-from unpadded_kernels.linear_packed import PackedWeight, linear_packed
+from unpadded_kernels.linear_prepacked import PrepackedWeight, linear_prepacked
 
 # What the product of a LayerNorm's rows reads: the rows, or their e4m3 and its scales where its weight is in e4m3.
 Rows: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -199,9 +199,9 @@ class Encoder:
         self, x: Rows, weight: Matrix, scale: Tensor | None, bias: Tensor | None, kind: str | None = None
     ) -> Tensor:
         y: Tensor
-        if isinstance(weight, PackedWeight):
-            assert isinstance(x, Tensor), "no weight in e4m3 is packed"
-            y = linear_packed(x, weight, bias)
+        if isinstance(weight, PrepackedWeight):
+            assert isinstance(x, Tensor), "no weight in e4m3 is prepacked"
+            y = linear_prepacked(x, weight, bias)
         elif isinstance(x, tuple):
             y = linear_fp8(*x, weight, scale, bias, kind, self.weights.word.dtype)
         elif kind is None:

@@ -104,7 +104,7 @@ def make_runner(
 ) -> Runner:
     """A checkpoint's weights on a device, ready to run."""
     backend = attention_backend(attention, device, dtype)
-    weights = load_weights(checkpoint, device=device, dtype=dtype, pack=not float8)
+    weights = load_weights(checkpoint, device=device, dtype=dtype, prepack=not float8)
     weights = quantized(weights) if float8 else weights
     encoder = make_encoder(checkpoint.spec, weights, backend, batch_invariant=batch_invariant)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))

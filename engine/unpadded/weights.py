@@ -5,7 +5,7 @@ cores, torch 2.13, bench/loading.py) this takes, as fp16, 0.44 x the time of rea
 the file in memory; as fp32, 1.05 x and 1.00 x. Copied out of a memory map the same takes 1.5 x and 2.0 x the file in
 memory, because the pages it touches stay resident.
 
-For a CPU each layer's matrices are then laid out as its products read them, see `packed`.
+For a CPU each layer's matrices are then laid out as its products read them, see `prepacked`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from unpadded.families import FAMILIES
 from unpadded.spec import EncoderSpec, Slot
 from unpadded.tensors import StoredTensor, read_header, read_headers
 from unpadded_kernels.fp8 import quantize_rows_reference
-from unpadded_kernels.linear_packed import PackedWeight, packs
+from unpadded_kernels.linear_prepacked import PrepackedWeight, prepacks
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # torch's grain size: an operation on no more elements than this runs on the calling thread. Longer pieces make threads
 # meet hundreds of times a load, which took 0.08 s instead of 0.18 s on an idle machine, and 1 to 7 s on a busy one.
 PIECE = 32_768
 
-Matrix: TypeAlias = Tensor | PackedWeight
+Matrix: TypeAlias = Tensor | PrepackedWeight
 MATRICES = ("qkv", "out", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them, on a CPU also `packed`."""
+    """One layer; matrices are [rows, columns] as torch.nn.Linear keeps them, on a CPU also `prepacked`."""
 
     qkv: Matrix  # [3 * hidden, hidden], rows ordered three, head, dim
     qkv_scale: Tensor | None = None  # [3 * hidden] fp32, of each row where qkv is in e4m3 (see `quantized`)
@@ -79,9 +79,9 @@ class EncoderWeights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, pack: bool = False
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, prepack: bool = False
 ) -> EncoderWeights:
-    """The encoder's tensors on `device` in `dtype`; pack: as `packed` gives them.
+    """The encoder's tensors on `device` in `dtype`; prepack: as `prepacked` gives them.
 
     WeightsError when tensors are missing, surplus or mis-shaped (all of them listed), when one is not finite, or when a
     value does not fit `dtype`.
@@ -100,11 +100,14 @@ def load_weights(
     for slot, one in apart.items():
         stored = loader.load((len(files), *one.shape), tuple(part for file in files for part in file[slot]))
         tensors[slot] = stored.mT if one.turned else stored
-    return assemble(spec, tensors, pack=pack)
+    return assemble(spec, tensors, prepack=prepack)
 
 
-def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, pack: bool = False) -> EncoderWeights:
-    """The weights of an encoder from the tensor of each slot; those of layers are taken out. pack: see `packed`."""
+def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, prepack: bool = False) -> EncoderWeights:
+    """The weights of an encoder from the tensor of each slot; those of layers are taken out.
+
+    prepack: as `prepacked` gives them.
+    """
     if not spec.norm_bias:
         tensors |= {
             f"{slot}_bias": torch.zeros_like(tensor) for slot, tensor in tensors.items() if slot.endswith("norm")
@@ -118,14 +121,12 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, pack: bool = Fals
         q, kv = tensors.pop(f"layers.{index}.q"), tensors.pop(f"layers.{index}.kv")
         tensors[f"layers.{index}.qkv"] = _with_a_copy_each(q, kv, spec)
 
-    pack = pack and not any(slot.startswith("adapters.") for slot in tensors)
-
     def layer(index: int) -> LayerWeights:
         start = f"layers.{index}."
         slots = [slot for slot in tensors if slot.startswith(start)]
-        # taken out, so that a matrix goes as soon as it is packed
+        # taken out, so that a matrix goes as soon as it is prepacked
         whole = LayerWeights(**{slot.removeprefix(start): tensors.pop(slot) for slot in slots})
-        return _packed(spec, whole) if pack else whole
+        return _prepacked(spec, whole) if prepack else whole
 
     return EncoderWeights(
         word=tensors["word"],
@@ -149,30 +150,30 @@ def _with_a_copy_each(q: Tensor, kv: Tensor, spec: EncoderSpec) -> Tensor:
     return torch.cat([q, copies.reshape(-1, spec.hidden)])
 
 
-def packed(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
+def prepacked(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
     """The weights with the layers' matrices as a CPU multiplies them; experts, and what adapters change, stay plain."""
-    if weights.adapters:
-        return weights
-    return replace(weights, layers=tuple(_packed(spec, layer) for layer in weights.layers))
+    return replace(weights, layers=tuple(_prepacked(spec, layer) for layer in weights.layers))
 
 
-def _packed(spec: EncoderSpec, layer: LayerWeights) -> LayerWeights:
-    plain = {name: matrix for name in MATRICES if isinstance(matrix := getattr(layer, name), Tensor)}
+def _prepacked(spec: EncoderSpec, layer: LayerWeights) -> LayerWeights:
+    if spec.adapters is not None:
+        return layer
+    matrices = {name: matrix for name in MATRICES if isinstance(matrix := getattr(layer, name), Tensor)}
     found: dict[str, Any] = {
-        name: PackedWeight(matrix, spec.activation if name == "up" else None)
-        for name, matrix in plain.items()
-        if matrix.dim() == 2 and packs(matrix)
+        name: PrepackedWeight(matrix, spec.activation if name == "up" else None)
+        for name, matrix in matrices.items()
+        if matrix.dim() == 2 and prepacks(matrix)
     }
     return replace(layer, **found)
 
 
-def unpacked(weights: EncoderWeights) -> EncoderWeights:
+def plain_weights(weights: EncoderWeights) -> EncoderWeights:
     """The weights with plain matrices."""
 
     def layer(whole: LayerWeights) -> LayerWeights:
         matrices = {name: getattr(whole, name) for name in MATRICES}
-        plain = {name: matrix.plain() for name, matrix in matrices.items() if isinstance(matrix, PackedWeight)}
-        return replace(whole, **plain)
+        found = {name: matrix.plain() for name, matrix in matrices.items() if isinstance(matrix, PrepackedWeight)}
+        return replace(whole, **found)
 
     return replace(weights, layers=tuple(layer(whole) for whole in weights.layers))
 
@@ -181,7 +182,7 @@ def quantized(weights: EncoderWeights) -> EncoderWeights:
     """The weights with those of the products that follow a LayerNorm in e4m3; experts stay as they are."""
 
     def layer(whole: LayerWeights) -> LayerWeights:
-        assert isinstance(whole.qkv, Tensor) and isinstance(whole.up, Tensor), "packed"
+        assert isinstance(whole.qkv, Tensor) and isinstance(whole.up, Tensor), "prepacked"
         qkv, qkv_scale = quantize_rows_reference(whole.qkv)
         up, up_scale = (whole.up, None) if whole.router is not None else quantize_rows_reference(whole.up)
         return replace(whole, qkv=qkv, qkv_scale=qkv_scale, up=up, up_scale=up_scale)

@@ -35,7 +35,7 @@ from unpadded.runner import Dense, Runner
 from unpadded.tensors import read_header
 from unpadded.tokenizer import Tokenizer
 from unpadded.weights import DTYPES as STORED_DTYPES
-from unpadded.weights import EncoderWeights, packed, unpacked
+from unpadded.weights import EncoderWeights, plain_weights, prepacked
 
 logger = logging.getLogger("unpadded")
 
@@ -62,9 +62,8 @@ class UnpaddedModel(nn.Module):
         super().__init__()
         self.engine = engine
         self.config = make_config(engine.checkpoint)
-        weights = unpacked(engine.runner.encoder.weights)
+        weights = plain_weights(engine.runner.encoder.weights)
         self._weights = _as_parameters(weights, lambda name, value: self.register_parameter(name, value))
-        self._move()
         self.eval()
 
     @classmethod
@@ -196,7 +195,7 @@ class UnpaddedModel(nn.Module):
         self._move()
 
     def _move(self) -> None:
-        """Run where the parameters are, as they are: on a CPU their products take a copy, see `weights.packed`."""
+        """Run where the parameters are, as they are: on a CPU their products take a copy, see `weights.prepacked`."""
         old = self.engine.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
         self.engine = self.engine.with_runner(_make_runner(self.engine.checkpoint, self._weights, name, old.dense))
@@ -302,7 +301,7 @@ def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str
     """A runner where the weights are."""
     device = weights.word.device
     backend = attention_backend(attention, device, weights.word.dtype)
-    encoder = make_encoder(checkpoint.spec, packed(checkpoint.spec, weights), backend)
+    encoder = make_encoder(checkpoint.spec, prepacked(checkpoint.spec, weights), backend)
     moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
 

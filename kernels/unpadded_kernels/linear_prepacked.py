@@ -11,10 +11,10 @@ from unpadded_kernels.activation import GATED
 from unpadded_kernels.linear import onednn_linear, onednn_runs
 
 
-class PackedWeight:
-    """A weight in oneDNN's own layout, for `linear_packed` alone.
+class PrepackedWeight:
+    """A weight in oneDNN's own layout, for `linear_prepacked` alone.
 
-    weight: [out_features, in_features] on a CPU, in a dtype that `packs`; kind: the activation that follows, or None.
+    weight: [out_features, in_features] on a CPU, one that `prepacks`; kind: the activation that follows, or None.
     """
 
     def __init__(self, weight: Tensor, kind: str | None = None) -> None:
@@ -27,12 +27,12 @@ class PackedWeight:
         return torch.cat([part.to_dense() for part in self.parts])
 
 
-def packs(weight: Tensor) -> bool:
+def prepacks(weight: Tensor) -> bool:
     """Whether this one can be laid out: on a CPU, in a dtype that oneDNN multiplies there."""
     return weight.device.type == "cpu" and onednn_runs(weight.dtype)
 
 
-def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def linear_prepacked(x: Tensor, weight: PrepackedWeight, bias: Tensor | None) -> Tensor:
     """`linear`, or `linear_activation` of the kind that the weight is laid out for.
 
     x: [total_tokens, in_features]; bias: [out_features] or None, in the weight's dtype, as x. Returns [total_tokens,
