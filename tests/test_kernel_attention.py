@@ -137,14 +137,14 @@ def test_a_map_made_by_the_host(kernel):
     block_m = attention_tile(torch.float16, 32, 80).block_m
     tile_map = tile_map_of(lengths, block_m).to(DEVICE)
     assert torch.equal(attention_triton(*arguments, tile_map), attention_triton(*arguments))
-    beyond = torch.tensor([[0, 1], [1, 0]], device=DEVICE, dtype=torch.int32)  # as a captured graph fills its map
-    filled = torch.cat((tile_map, beyond))
+    filled = torch.cat((tile_map, tile_map.new_zeros(2, 3)))  # as a captured graph fills its map
     assert torch.equal(attention_triton(*arguments, filled), attention_triton(*arguments))
 
 
 def test_the_map_has_the_longest_first_and_no_empty_tile():
-    assert tile_map_of([3, 0, 300, 128, 129], 128).tolist() == [[2, 0], [2, 1], [2, 2], [4, 0], [4, 1], [3, 0], [0, 0]]
-    assert tile_map_of([], 128).shape == (0, 2)
+    long, longer, small = [[3, 300, block] for block in range(3)], [[431, 129, 0], [431, 129, 1]], [[303, 128, 0]]
+    assert tile_map_of([3, 0, 300, 128, 129], 128).tolist() == [*long, *longer, *small, [0, 3, 0]]
+    assert tile_map_of([], 128).shape == (0, 3)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
@@ -192,8 +192,7 @@ def test_a_captured_graph_follows_its_inputs(kernel):
 
     def map_of(lengths):
         tile_map = tile_map_of(lengths, block_m)
-        idle = torch.tensor([[0, 2**20]], dtype=torch.int32).expand(tiles - len(tile_map), 2)
-        return torch.cat((tile_map, idle)).to(DEVICE)
+        return torch.cat((tile_map, tile_map.new_zeros(tiles - len(tile_map), 3))).to(DEVICE)
 
     tile_map = map_of(lengths)
     attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)  # compiled before the capture

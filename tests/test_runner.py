@@ -78,16 +78,16 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
     assert not runner.embed(draw((0, 0)), **shape).any()
 
 
-def test_tiles_that_fill_a_map_point_to_the_empty_text(runner):
+def test_tiles_that_fill_a_map_are_of_no_tokens(runner):
     batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=tile_map_of((70, 3), 64))
     filled = fill(batch, 128, TEXTS, tiles=10)
-    assert filled.tile_map.tolist() == [[0, 0], [0, 1], [1, 0], *[[TEXTS - 1, 0]] * 7]
-    assert filled.cu_seqlens[TEXTS] - filled.cu_seqlens[TEXTS - 1] == 0
+    assert filled.tile_map.tolist() == [[0, 70, 0], [0, 70, 1], [70, 3, 0], *[[0, 0, 0]] * 7]
 
 
 def test_what_no_bucket_holds(runner):
     spec = runner.encoder.spec
-    assert bucket_of(pack(draw([33] * TEXTS), spec)) is None  # too many texts
+    assert bucket_of(pack(draw([31] * (TEXTS + 1)), spec)) is None  # too many texts
+    assert bucket_of(pack(draw([31] * TEXTS), spec)) == 2048
     assert bucket_of(pack(draw([99] * 21), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
     batch = pack(draw([5]), spec)

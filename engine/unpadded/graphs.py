@@ -17,7 +17,7 @@ from torch import Tensor
 from unpadded.batch import PackedBatch
 
 BUCKETS = (64, 128, 256, 512, 1024, 2048)  # tokens
-TEXTS = 64  # of a bucket, one of them empty
+TEXTS = 64  # of a bucket
 
 
 def bucket_of(batch: PackedBatch) -> int | None:
@@ -26,7 +26,7 @@ def bucket_of(batch: PackedBatch) -> int | None:
     None where none does, where a text has its own rotary, or where tokens have types.
     """
     scaled = batch.inv_freq is not None and batch.inv_freq.shape[1] > 1
-    if scaled or batch.token_types is not None or len(batch.lengths) >= TEXTS:
+    if scaled or batch.token_types is not None or len(batch.lengths) > TEXTS:
         return None
     return next((bucket for bucket in BUCKETS if len(batch.input_ids) <= bucket), None)
 
@@ -36,8 +36,7 @@ def fill(batch: PackedBatch, tokens: int, texts: int, tiles: int) -> PackedBatch
     total_tokens = len(batch.input_ids)
     tile_map = batch.tile_map
     if tile_map is not None:
-        empty = tile_map.new_tensor([[texts - 1, 0]]).expand(tiles - len(tile_map), 2)
-        tile_map = torch.cat((tile_map, empty))
+        tile_map = F.pad(tile_map, (0, 0, 0, tiles - len(tile_map)))  # of texts of no tokens
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, tokens - total_tokens)),

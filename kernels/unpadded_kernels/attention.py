@@ -119,16 +119,18 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
 
 
 def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:
-    """What the kernel runs over: [tiles, 2] int32 of (text, block of block_m queries), the longest texts first.
+    """What the kernel runs over: [tiles, 3] int32 of (text's first token, its tokens, block of block_m queries).
 
-    block_m: `attention_block_m` of the launch to come.
+    The longest texts come first. block_m: `attention_block_m` of the launch to come.
     """
     lengths_ = torch.tensor(lengths, dtype=torch.int64)
-    order = torch.argsort(lengths_, descending=True, stable=True)
-    blocks = (lengths_[order] + block_m - 1) // block_m
-    before = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
-    block = torch.arange(before.shape[0]) - before
-    return torch.stack((order.repeat_interleave(blocks), block), dim=1).to(torch.int32)
+    starts = lengths_.cumsum(0) - lengths_
+    lengths_, order = torch.sort(lengths_, descending=True, stable=True)
+    blocks = (lengths_ + block_m - 1) // block_m
+    before = blocks.cumsum(0) - blocks
+    text = torch.arange(len(blocks)).repeat_interleave(blocks)
+    block = torch.arange(len(text)) - before[text]
+    return torch.stack((starts[order][text], lengths_[text], block), dim=1).to(torch.int32)
 
 
 def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
@@ -176,7 +178,6 @@ def attention_triton(
     _attention_kernel[(tile_map.shape[0] * heads,)](
         q_source,
         kv_source,
-        cu_seqlens,
         tile_map,
         alibi_slopes,
         out,

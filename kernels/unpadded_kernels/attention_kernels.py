@@ -96,7 +96,6 @@ def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 def _attention_kernel(
     q_source,
     kv_source,
-    cu_seqlens_ptr,
     tile_map_ptr,
     alibi_slopes_ptr,
     out_ptr,
@@ -118,11 +117,10 @@ def _attention_kernel(
 ):
     """OVERLAP: whether a block's values are added during the softmax of the next, not after its own."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    text = tl.load(tile_map_ptr + 2 * tile)
-    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-    text_start = tl.load(cu_seqlens_ptr + text)
-    length = tl.load(cu_seqlens_ptr + text + 1) - text_start
-    if first >= length:  # a captured graph may fill its map with entries that do nothing
+    text_start = tl.load(tile_map_ptr + 3 * tile)
+    length = tl.load(tile_map_ptr + 3 * tile + 1)
+    first = tl.load(tile_map_ptr + 3 * tile + 2) * BLOCK_M
+    if first >= length:  # a captured graph fills its map with entries of no tokens
         return
     slope = 0.0
     if HAS_ALIBI:
