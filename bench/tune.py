@@ -3,17 +3,23 @@
     PYTHONPATH=engine:kernels:tests python bench/tune.py [--only NAME ...] [--out FILE.json]
 
 For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `ops.py`, and
-the fastest is named; one that is wrong, or does not launch, says so. The winner is entered by hand, with where and
-when. What decides FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies
-run, to keep the harness itself in order. The last line on stdout is JSON.
+the fastest is named; one that is wrong, or does not launch, says so. All are compiled beforehand, many beside each
+other: what is timed comes from triton's cache. The winner is entered by hand, with where and when. What decides
+FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies run, to keep the
+harness itself in order. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import machine
@@ -48,6 +54,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(found)}")
     with machine.reporting(args.out) as result:
         result["sweeps"] = {}
+        compile_all({name: len(found[name].candidates) for name in names})
         for name in names:
             result["sweeps"][name] = rows = []
             print(f"{name}, the table's first:")
@@ -94,6 +101,29 @@ def sweeps(generation: int) -> dict[str, Sweep]:
         },
         "rows": Sweep(rows, "unpadded", vars(tiles), "_ROW_ELEMENTS_PER_WARP", (256, 512, 1024)),
     }
+
+
+def compile_all(candidates: dict[str, int]) -> None:
+    """Run each candidate once, in processes beside each other. candidates: how many there are, by sweep."""
+    jobs = [(name, index) for name, count in candidates.items() for index in range(count)]
+    workers = min(12, os.cpu_count() or 1)
+    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for failed in filter(None, pool.map(run_once, jobs)):
+            print(f"  {failed}")
+
+
+def run_once(job: tuple[str, int]) -> str | None:
+    """What went wrong, if anything, with a candidate: its sweep's name, and its place there."""
+    name, index = job
+    sweep = sweeps(tiles.generation(ops.DEVICE))[name]
+    sweep.table[sweep.key] = candidate = sweep.candidates[index]
+    try:
+        for case in map(ops.CASES.__getitem__, sweep.cases):
+            made = case()
+            made.providers[sweep.provider](*made.arguments)
+    except Exception as error:  # whatever a compiler or a launch raises; `run` meets and reports it again
+        return f"{name}, {candidate}: {type(error).__name__}"
+    return None
 
 
 def run(sweep: Sweep) -> Iterator[dict[str, Any]]:

@@ -313,7 +313,7 @@ def test_tiles_are_tried_in_the_place_of_the_table_s(tmp_path):
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     sweeps = json.loads((tmp_path / "tune.json").read_text())["sweeps"]
-    assert [row["tile"] for row in sweeps["rows"]] == [256, 128, 512, 1024]
+    assert [row["tile"] for row in sweeps["rows"]] == [1024, 256, 512]
     assert all(row["seconds"] > 0 for rows in sweeps.values() for row in rows)
 
 
