@@ -57,8 +57,7 @@ def _softmax(
     weights: the block's own, over exp2(highest); decay: by what all that was summed before shrinks. fp32.
     """
     if HAS_ALIBI:
-        scores = scores * scale - slope * tl.abs(query[:, None] - key[None, :]).to(tl.float32)
-        scale = 1.0
+        scores -= slope * tl.abs(query[:, None] - key[None, :])
     if HAS_WINDOW:
         scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
     if IS_TAIL:
@@ -124,10 +123,10 @@ def _attention_kernel(
         return
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
 
-    query = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    query, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    query_place = query.to(tl.float32)
     q_column = head * stride_qh
     k_column, v_column = q_column + stride_qs, q_column + 2 * stride_qs
     q = _load(q_source, text_start, first, q_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -146,7 +145,8 @@ def _attention_kernel(
             # nothing in this iteration needs acc: the compiler lets it run on, and the softmax goes between its wgmmas
             acc = _add_values(acc, weights, decay, v)
         highest, total, weights, decay = _softmax(
-            scores, highest, total, query, block + n, length, scale, slope, window, False, HAS_WINDOW, HAS_ALIBI
+            *(scores, highest, total, query_place, (block + n).to(tl.float32), length, scale, slope, window),
+            *(False, HAS_WINDOW, HAS_ALIBI),
         )
         if not OVERLAP:
             acc = _add_values(acc, weights, decay, v)
@@ -162,7 +162,8 @@ def _attention_kernel(
             v = tl.where((whole + n < length)[:, None], v, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         highest, total, weights, decay = _softmax(
-            scores, highest, total, query, whole + n, length, scale, slope, window, True, HAS_WINDOW, HAS_ALIBI
+            *(scores, highest, total, query_place, (whole + n).to(tl.float32), length, scale, slope, window),
+            *(True, HAS_WINDOW, HAS_ALIBI),
         )
         acc = _add_values(acc, weights, decay, v)
     d = tl.arange(0, BLOCK_D)
