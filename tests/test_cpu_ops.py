@@ -122,6 +122,28 @@ def test_attention(dtype, head_dim):
 
 
 @BOTH
+def test_attention_of_some_blocks_of_a_long_text(dtype, monkeypatch):
+    """The bits of all of it where oneDNN multiplies, and of no more queries than were asked for."""
+    module, asked = sys.modules["unpadded_kernels.attention"], []
+    attend = module._attend_head_by_head
+    lengths, scale = (900, 900, 7, 1000), 0.125
+    qkv, cu_seqlens = draw(sum(lengths), 3, 2, 64, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
+    whole = attention(qkv, cu_seqlens, 1000, scale)
+    monkeypatch.setattr(
+        module, "_attend_head_by_head", lambda *rest, queries: asked.append(queries) or attend(*rest, queries=queries)
+    )
+    block = module.attention_block_m(dtype, 64, qkv.device)
+    tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [1807, 1000, 0]]
+    found = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
+    assert asked == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
+    for first, count in ((896, 4), (900, block), (1800, 7), (1807, block), (2063, block)):
+        rows = slice(first, first + count)
+        if sys.modules["unpadded_kernels.linear"].onednn_runs(dtype):
+            assert torch.equal(found[rows], whole[rows])
+        assert_close(found[rows], whole[rows].double(), dtype)
+
+
+@BOTH
 def test_attention_in_a_window_and_with_slopes(dtype):
     qkv = draw(120, 3, 2, 16, dtype=dtype)
     cu_seqlens, slopes = torch.tensor([0, 50, 120], dtype=torch.int32), torch.tensor([0.5, 0.0625])

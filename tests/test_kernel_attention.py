@@ -141,6 +141,16 @@ def test_a_map_made_by_the_host(kernel):
     assert torch.equal(attention_triton(*arguments, filled), attention_triton(*arguments))
 
 
+def test_some_tiles_of_a_map(kernel):
+    lengths = [3, 0, 140, 129]
+    arguments = *inputs(lengths, 2, 32, torch.float16), None, None
+    tile_map = torch.tensor([[0, 3, 0], [143, 129, 1]], dtype=torch.int32, device=DEVICE)
+    found, whole = attention_triton(*arguments, tile_map), attention_triton(*arguments)
+    for rows in (slice(0, 3), slice(271, 272)):
+        assert torch.equal(found[rows], whole[rows])
+    assert found[3:271].isnan().all()
+
+
 def test_the_map_has_the_longest_first_and_no_empty_tile():
     long, longer, small = [[3, 300, block] for block in range(3)], [[431, 129, 0], [431, 129, 1]], [[303, 128, 0]]
     assert tile_map_of([3, 0, 300, 128, 129], 128).tolist() == [*long, *longer, *small, [0, 3, 0]]

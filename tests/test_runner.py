@@ -3,6 +3,7 @@ device's memory does not hold is split.
 """
 
 import asyncio
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import unpadded
 from unpadded.batch import pack
 from unpadded.graphs import BUCKETS, TEXTS, bucket_of, fill
 from unpadded.memory import bytes_per_token
-from unpadded.runner import FIELDS, Runner, _stage, _views
+from unpadded.runner import FIELDS, Runner, _read, _stage, _views
 from unpadded.weights import plain_weights
 from unpadded_kernels import activation
 from unpadded_kernels.attention import tile_map_of
@@ -62,17 +63,37 @@ def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
     assert np.array_equal(rows.numpy(), alone)
 
 
+@pytest.mark.parametrize("pooling, places", [("cls", (0, 0, 0, 0, 0, 0)), ("last", (0, 0, 128, 299, 127, 0))])
+def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
+    lengths = (0, 1, 129, 300, 128, 0)
+    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+    rows, tile_map = _read(cu_seqlens, pooling, 128)
+    starts = cu_seqlens[:-1].tolist()
+    assert rows.tolist() == [min(start + place, 557) for start, place in zip(starts, places, strict=True)]
+    assert tile_map.dtype == torch.int32
+    own = tile_map_of(lengths, 128).tolist()
+    for tile, start, length, place in zip(tile_map.tolist(), starts, lengths, places, strict=True):
+        assert tile == [start, length, place // 128] and (tile in own or length == 0)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "last"])
 def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, monkeypatch):
-    runner, closed = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), []
-    close = runner.encoder._close
+    runner, maps, closed = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
+    attention, close = runner.encoder.attention, runner.encoder._close
+
+    def attend(qkv, batch, *rest):
+        maps.append(batch.tile_map)
+        return attention.attend(qkv, batch, *rest)
+
     shape = {"layer_norm": False, "dimensions": 128, "normalize": False}
-    lengths = (0, 7, 3, 130, 0, 40, 1, 0)
+    lengths = (0, 7, 3, 130, 0, 40, 700, 700, 1, 0, 900)
     with monkeypatch.context() as patch:
+        patch.setattr(runner.encoder, "attention", replace(attention, attend=attend))
         patch.setattr(runner.encoder, "_close", lambda x, *rest: closed.append(len(x)) or close(x, *rest))
         rows = runner.embed(draw(lengths), **shape)
     *earlier, last = closed
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
+    assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
     for row, hidden in zip(rows, runner.token_rows(draw(lengths)), strict=True):
         assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
     assert not runner.embed(draw((0, 0)), **shape).any()

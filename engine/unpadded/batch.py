@@ -22,7 +22,7 @@ class PackedBatch:
     inv_freq: Tensor | None  # fp32 [rotaries, 1 or batch, head_dim / 2]: a row a text where any is scaled
     lengths: tuple[int, ...]  # of each text in tokens; stays on the host
     token_types: Tensor | None = None  # [total_tokens] int32; None: all of type 0
-    tile_map: Tensor | None = None  # [tiles, 3] int32, what attention's CUDA kernel runs over; set by the runner
+    tile_map: Tensor | None = None  # [tiles, 3] int32, what attention runs over on CUDA; set by the runner
 
     @property
     def max_seqlen(self) -> int:

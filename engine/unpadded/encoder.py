@@ -86,14 +86,14 @@ class Encoder:
         *,
         adapter: str | None = None,
         embeds: Tensor | None = None,
-        rows: Tensor | None = None,
+        read: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The last hidden state of every token: [total_tokens, hidden] in the weights' dtype.
 
         states: takes the embeddings and what each layer gives, each of the same shape. adapter: a task of the
         checkpoint's adapters; None leaves them out. embeds: [rows, hidden] in the weights' dtype, the rows that
-        input_ids point to in place of the word table's. rows: [n] int, the tokens whose states alone are asked
-        for, without `states`; the result is [n, hidden].
+        input_ids point to in place of the word table's. read: the tokens whose states alone are asked for, [n] int,
+        and the tile map of attention that holds them; without `states`; the result is [n, hidden].
         """
         weights = self._weights(adapter)
         if embeds is not None:
@@ -104,8 +104,12 @@ class Encoder:
         inv_freqs = () if batch.inv_freq is None else batch.inv_freq
         tables = [rotary_cos_sin(batch.positions, inv_freq, batch.cu_seqlens) for inv_freq in inv_freqs]
         for layer, (window, rotary) in zip(weights.layers, self.spec.scopes, strict=True):
+            rows = None
+            if read is not None and layer is weights.layers[-1]:
+                rows, tile_map = read
+                batch = replace(batch, tile_map=tile_map)
             attended = self._attend(x, layer, batch, window, tables[rotary] if tables else None)
-            if rows is not None and layer is weights.layers[-1]:
+            if rows is not None:
                 attended, residual = attended[rows], residual[rows]
             x, residual = self._close(attended, residual, layer)
             if states is not None:

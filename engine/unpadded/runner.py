@@ -193,12 +193,10 @@ class Runner:
 
     def _read_by_pooling(self, batch: PackedBatch, adapter: str | None) -> tuple[Tensor, Tensor]:
         """The last hidden states that pooling reads, and their cu_seqlens: one of each text unless all are averaged."""
-        cu_seqlens, total_tokens = batch.cu_seqlens, len(batch.input_ids)
-        if self.pooling == "mean" or total_tokens == 0:
+        cu_seqlens = batch.cu_seqlens
+        if self.pooling == "mean" or len(batch.input_ids) == 0:
             return self.encoder(batch, adapter=adapter), cu_seqlens
-        rows = cu_seqlens[:-1] if self.pooling == "cls" else cu_seqlens[1:] - 1
-        # of a text of no tokens another's, then zeros
-        hidden = self.encoder(batch, adapter=adapter, rows=rows.clamp(0, total_tokens - 1))
+        hidden = self.encoder(batch, adapter=adapter, read=_read(cu_seqlens, self.pooling, self._block_m()))
         hidden = hidden.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)
         return hidden, torch.arange(len(cu_seqlens), dtype=torch.int32, device=hidden.device)
 
@@ -217,6 +215,17 @@ class Runner:
 
     def _block_m(self) -> int:
         return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)
+
+
+def _read(cu_seqlens: Tensor, pooling: str, block_m: int) -> tuple[Tensor, Tensor]:
+    """The tokens that pooling reads, one a text, and the tile map of attention that holds them.
+
+    Of a text of no tokens it is another's.
+    """
+    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    places = torch.zeros_like(lengths) if pooling == "cls" else (lengths - 1).clamp(min=0)
+    rows = (starts + places).minimum(cu_seqlens[-1] - 1)
+    return rows, torch.stack((starts, lengths, places // block_m), dim=1)
 
 
 FIELDS = ("input_ids", "positions", "token_types", "cu_seqlens", "inv_freq", "tile_map")

@@ -44,8 +44,8 @@ def attention_reference(
 
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: the longest text, in tokens;
     window: the farthest key a query sees, in tokens, or None for all; alibi_slopes: [heads] fp32 or None; tile_map:
-    what the CUDA kernel runs over, made by `tile_map_of`, not needed here. Returns [total_tokens, heads * head_dim] in
-    qkv's dtype.
+    what the kernels run over, made by `tile_map_of`, or some of its rows, when they leave the other queries' results
+    unwritten; not needed here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
@@ -72,9 +72,16 @@ def attention_cpu(
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
 ) -> Tensor:
-    """Neighbours of equal length together, without masks; each text's bits depend on its own rows and length alone."""
+    """Neighbours of equal length together, without masks; each text's bits depend on its own rows and length alone.
+
+    tile_map counts for long texts, which go block by block.
+    """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
+    block_m = attention_block_m(qkv.dtype, head_dim, qkv.device)
+    asked: dict[int, list[slice]] = {}
+    for first, _, block in [] if tile_map is None else tile_map.tolist():
+        asked.setdefault(first, []).append(slice(block * block_m, (block + 1) * block_m))
     start = 0
     for length, run in itertools.groupby(cu_seqlens.diff().tolist()):
         if length == 0:
@@ -87,8 +94,10 @@ def attention_cpu(
         if alibi_slopes is not None or (window is not None and length > window + 1):
             attend_biased(group, out_group, scale, window, alibi_slopes)
         elif length > _CPU_LONG.get(qkv.dtype, length):
-            for text, out_text in zip(group, out_group, strict=True):
-                _attend_head_by_head(text, out_text, scale)
+            firsts = range(rows.start, rows.stop, length)
+            for first, text, out_text in zip(firsts, group, out_group, strict=True):
+                for queries in [slice(0, length)] if tile_map is None else asked.get(first, []):
+                    _attend_head_by_head(text, out_text, scale, queries=queries)
         elif qkv.dtype == torch.bfloat16:
             at_once = max(1, _CPU_SCORES // (heads * length * length))
             for texts_block, out_block in zip(group.split(at_once), out_group.split(at_once), strict=True):
@@ -107,14 +116,15 @@ def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
     out.copy_(torch.bmm(weights, v).view(texts, heads, length, head_dim).transpose(1, 2))
 
 
-def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float) -> None:
-    """One text, a block of queries of one head at a time, by oneDNN's linear. qkv: [length, 3, heads, head_dim]."""
+def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
+    """Queries of one text, a block of one head at a time, by oneDNN's linear. qkv: [length, 3, heads, head_dim]."""
     # Contiguous copies: the product's bits follow its operands' layout, which must not depend on the batch.
     q, k, v = qkv.permute(1, 2, 0, 3)
-    q, k, v_transposed = (q * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
+    q, k, v_transposed = (q[:, queries] * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
+    out = out[queries]
     for head in range(q.shape[0]):
-        for queries, out_block in zip(q[head].split(_CPU_BLOCK_Q), out[:, head].split(_CPU_BLOCK_Q), strict=True):
-            weights = linear_cpu(queries, k[head], None).softmax(-1)
+        for q_block, out_block in zip(q[head].split(_CPU_BLOCK_Q), out[:, head].split(_CPU_BLOCK_Q), strict=True):
+            weights = linear_cpu(q_block, k[head], None).softmax(-1)
             out_block.copy_(linear_cpu(weights, v_transposed[head], None))
 
 
