@@ -122,17 +122,18 @@ def test_attention(dtype, head_dim):
 
 
 @BOTH
-def test_attention_of_some_blocks_of_a_long_text(dtype, monkeypatch):
+@pytest.mark.parametrize("head_dim", [64, 256])  # 256 is more than the kernels of a GPU take
+def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
     """The bits of all of it where oneDNN multiplies, and of no more queries than were asked for."""
     module, asked = sys.modules["unpadded_kernels.attention"], []
     attend = module._attend_head_by_head
     lengths, scale = (900, 900, 7, 1000), 0.125
-    qkv, cu_seqlens = draw(sum(lengths), 3, 2, 64, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
+    qkv, cu_seqlens = draw(sum(lengths), 3, 2, head_dim, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
     whole = attention(qkv, cu_seqlens, 1000, scale)
     monkeypatch.setattr(
         module, "_attend_head_by_head", lambda *rest, queries: asked.append(queries) or attend(*rest, queries=queries)
     )
-    block = module.attention_block_m(dtype, 64, qkv.device)
+    block = module.attention_block_m(dtype, head_dim, qkv.device)
     tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [1807, 1000, 0]]
     found = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
     assert asked == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]

@@ -218,9 +218,9 @@ class Runner:
 
 
 def _read(cu_seqlens: Tensor, pooling: str, block_m: int) -> tuple[Tensor, Tensor]:
-    """The tokens that pooling reads, one a text, and the tile map of attention that holds them.
+    """The tokens that pooling reads, [batch] int32, and the tile map of attention that holds them, [batch, 3] int32.
 
-    Of a text of no tokens it is another's.
+    cu_seqlens: [batch + 1] int32. Of a text of no tokens it is another's.
     """
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     places = torch.zeros_like(lengths) if pooling == "cls" else (lengths - 1).clamp(min=0)

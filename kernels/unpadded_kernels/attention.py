@@ -145,6 +145,8 @@ def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:
 
 def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
     """Queries of one tile: what `tile_map_of` needs to know of the device."""
+    if device.type == "cpu":
+        head_dim = min(head_dim, 128)  # the largest of the kernels' tiles; a CPU attends at any
     return attention_tile(dtype, head_dim, generation(device)).block_m
 
 
