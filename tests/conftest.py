@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         write_parity(file, [report.nodeid.split("::")[0] for report in passed])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_CUDA:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if HAS_CUDA and "cuda" in item.fixturenames:
+            item.add_marker("gpu")
+        if not HAS_CUDA and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def assert_matches(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -71,6 +73,23 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A CUDA device, or where there is none the second of the stand-in's, with buckets of graphs that it can fill."""
+    if HAS_CUDA:
+        yield "cuda"
+        return
+    from stand_in import stand_in
+
+    from unpadded import graphs, runner
+
+    monkeypatch.setattr(graphs, "BUCKETS", (8, 16))
+    for module in (graphs, runner):
+        monkeypatch.setattr(module, "TEXTS", 6)
+    with stand_in():
+        yield "cuda:1"
 
 
 @pytest.fixture(params=["pointers", "descriptors"])

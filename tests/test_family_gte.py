@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from checkpoints import change_json
-from family_checks import VOCABULARY, assert_independent, assert_parity, last_hidden_state, seeded, write
+from family_checks import (
+    VOCABULARY,
+    assert_cuda_agrees,
+    assert_independent,
+    assert_parity,
+    last_hidden_state,
+    seeded,
+    write,
+)
 from transformers import GteConfig, GteModel
 
 import unpadded
@@ -117,6 +125,11 @@ def test_real_width_and_length_match_transformers(tmp_path):
     config = GTE_BASE | sizes | {"rope_scaling": None}
     engine = unpadded.load(write(tmp_path, config, published_names(model.state_dict())), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
+
+
+@pytest.mark.parametrize("folder", ["published"], indirect=True)
+def test_cuda_agrees(folder, cuda):
+    assert_cuda_agrees(folder, cuda)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

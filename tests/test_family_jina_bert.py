@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import _Draw, change_json
-from family_checks import LENGTHS, VOCABULARY, assert_independent, assert_parity, write
+from family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity, write
 
 import unpadded
 from unpadded.adapters.transformers import UnpaddedModel
@@ -143,6 +143,10 @@ def test_the_slopes(heads, slopes):
 def test_matches_the_description(folder, code):
     reference = plain(tensors_of(code), code)
     assert_parity(unpadded.load(folder, device="cpu"), reference, LENGTHS)
+
+
+def test_cuda_agrees(folder, cuda):
+    assert_cuda_agrees(folder, cuda)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

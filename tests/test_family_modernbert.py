@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 from checkpoints import add_sentence_transformers_files, change_json, write_json
-from family_checks import VOCABULARY, assert_independent, assert_parity, last_hidden_state, seeded, write
+from family_checks import (
+    VOCABULARY,
+    assert_cuda_agrees,
+    assert_independent,
+    assert_parity,
+    last_hidden_state,
+    seeded,
+    write,
+)
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ModernBertConfig, ModernBertModel
@@ -147,6 +155,10 @@ def test_real_text_gives_what_sentence_transformers_gives(folder, minilm):
     for task in (None, "query"):
         expected = theirs.encode(texts, prompt_name=task)
         np.testing.assert_allclose(ours.encode(texts, task=task), expected, atol=1e-5, rtol=0)
+
+
+def test_cuda_agrees(folder, cuda):
+    assert_cuda_agrees(folder, cuda)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

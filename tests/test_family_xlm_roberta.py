@@ -5,6 +5,7 @@ import pytest
 from checkpoints import add_sentence_transformers_files, write_json
 from family_checks import (
     VOCABULARY,
+    assert_cuda_agrees,
     assert_independent,
     assert_parity,
     last_hidden_state,
@@ -123,6 +124,10 @@ def test_real_width_and_length_match_transformers(tmp_path):
     model = seeded(XLMRobertaModel(XLMRobertaConfig(**config)))
     engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
+
+
+def test_cuda_agrees(folder, cuda):
+    assert_cuda_agrees(folder, cuda)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
