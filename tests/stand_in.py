@@ -32,7 +32,7 @@ import unpadded_kernels
 
 DEVICES, CAPABILITY = 2, (9, 0)
 OPS = {op._opoverload: op for op in vars(unpadded_kernels).values() if isinstance(op, torch.library.CustomOpDef)}
-WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero")
+WAITS = ("_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave")
 EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 Step = Callable[[], object]
@@ -79,7 +79,8 @@ class OnDevice(Tensor):
                 return op._backend_fns.get("cuda", op._init_fn)(*args, **kwargs)
         if name == "copy_" and not all(isinstance(tensor, OnDevice) for tensor in args[:2]):
             return CUDA.cross(*args, **kwargs)
-        if name in WAITS:
+        places = tree_leaves(args[1:]) if name.startswith("index") else []
+        if name in WAITS or any(isinstance(one, Tensor) and one.dtype == torch.bool for one in places):
             CUDA.wait(name)
         return CUDA.compute(function, name, args, kwargs)
 
@@ -283,6 +284,7 @@ def stand_in() -> Iterator[Cuda]:
     replaced = {
         "is_available": lambda: True,
         "device_count": lambda: DEVICES,
+        "current_device": lambda: CUDA.current,
         "device": current,
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=3),
@@ -316,5 +318,7 @@ def stand_in() -> Iterator[Cuda]:
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(InterpretedFunction, "run", run)
+        # Module.to exchanges its parameters, not their contents only: one on a device is of another class
+        patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         CUDA.__init__()
         yield CUDA

@@ -481,19 +481,18 @@ def test_the_attention_interface_refuses(theirs):
         attend(theirs, q, q, q, None, is_causal=True)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_moved_to_the_gpu_and_back(folder, theirs, ids, dtype):
+def test_moved_to_the_gpu_and_back(folder, theirs, ids, dtype, cuda):
     """UnpaddedModel, an accelerated model and the attention interface, by `to`."""
     mask, tolerance = MASKS["right"], 1e-5 if dtype == torch.float32 else 1e-2
-    given = mask.long().cuda()
+    given = mask.long().to(cuda)
     with torch.no_grad():
         expected = theirs(ids, mask.long())[0]
-        alone = type(theirs).from_pretrained(folder, attn_implementation="unpadded").eval().to("cuda", dtype)
-        kept = (alone(ids.cuda(), given)[0].cpu().double() - expected)[mask].norm() / expected[mask].norm()
+        alone = type(theirs).from_pretrained(folder, attn_implementation="unpadded").eval().to(cuda, dtype)
+        kept = (alone(ids.to(cuda), given)[0].cpu().double() - expected)[mask].norm() / expected[mask].norm()
         assert kept <= tolerance
         for model in (UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))):
-            moved = model.to("cuda", dtype)(ids.cuda(), given)[0]
+            moved = model.to(cuda, dtype)(ids.to(cuda), given)[0]
             assert (moved.device.type, moved.dtype) == ("cuda", dtype)
             assert_same(moved.cpu(), expected, mask, tolerance)
             assert_same(model.to("cpu", torch.float32)(ids, mask.long())[0], expected, mask, tolerance)

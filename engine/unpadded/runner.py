@@ -201,7 +201,7 @@ class Runner:
         return hidden, torch.arange(len(cu_seqlens), dtype=torch.int32, device=hidden.device)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Kernels are launched on CUDA's current device, which need not be this one."""
+        """Streams, events and graphs are of CUDA's current device, which need not be this one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _to_device(self, batch: PackedBatch) -> PackedBatch:

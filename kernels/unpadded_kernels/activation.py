@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import fast_divide, tl, triton
+from unpadded_kernels._triton import device_guard, fast_divide, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 GATED = ("swiglu", "geglu")
@@ -127,7 +127,7 @@ def activation_triton(x: Tensor, kind: str) -> Tensor:
 
 
 activation = torch.library.custom_op("unpadded::activation", activation_reference, mutates_args=())
-activation.register_kernel("cuda", activation_triton)
+activation.register_kernel("cuda", device_guard(activation_triton))
 
 
 @activation.register_fake

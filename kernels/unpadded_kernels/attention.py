@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import TensorDescriptor, triton
+from unpadded_kernels._triton import TensorDescriptor, device_guard, triton
 from unpadded_kernels.attention_bias import attend_biased
 from unpadded_kernels.attention_kernels import _attention_kernel
 from unpadded_kernels.linear import linear_cpu
@@ -216,7 +216,7 @@ def attention_triton(
 
 attention = torch.library.custom_op("unpadded::attention", attention_reference, mutates_args=())
 attention.register_kernel("cpu", attention_cpu)
-attention.register_kernel("cuda", attention_triton)
+attention.register_kernel("cuda", device_guard(attention_triton))
 
 
 @attention.register_fake

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.layer_norm import normalised
 from unpadded_kernels.tiles import row_launch
 
@@ -137,7 +137,7 @@ def embedding_triton(
 
 
 embedding = torch.library.custom_op("unpadded::embedding", embedding_reference, mutates_args=())
-embedding.register_kernel("cuda", embedding_triton)
+embedding.register_kernel("cuda", device_guard(embedding_triton))
 
 
 @embedding.register_fake

@@ -9,7 +9,7 @@
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 E4M3 = torch.float8_e4m3fn
@@ -69,7 +69,7 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 quantize_rows = torch.library.custom_op("unpadded::quantize_rows", quantize_rows_reference, mutates_args=())
-quantize_rows.register_kernel("cuda", quantize_rows_triton)
+quantize_rows.register_kernel("cuda", device_guard(quantize_rows_triton))
 
 
 @quantize_rows.register_fake

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.fp8 import empty_rows, quantize_rows_reference, store_quantized
 from unpadded_kernels.tiles import row_launch
 
@@ -144,13 +144,13 @@ def add_layer_norm_fp8_triton(
 
 
 add_layer_norm = torch.library.custom_op("unpadded::add_layer_norm", add_layer_norm_reference, mutates_args=())
-add_layer_norm.register_kernel("cuda", add_layer_norm_triton)
+add_layer_norm.register_kernel("cuda", device_guard(add_layer_norm_triton))
 pre_layer_norm = torch.library.custom_op("unpadded::pre_layer_norm", pre_layer_norm_reference, mutates_args=())
-pre_layer_norm.register_kernel("cuda", pre_layer_norm_triton)
+pre_layer_norm.register_kernel("cuda", device_guard(pre_layer_norm_triton))
 add_layer_norm_fp8 = torch.library.custom_op(
     "unpadded::add_layer_norm_fp8", add_layer_norm_fp8_reference, mutates_args=()
 )
-add_layer_norm_fp8.register_kernel("cuda", add_layer_norm_fp8_triton)
+add_layer_norm_fp8.register_kernel("cuda", device_guard(add_layer_norm_fp8_triton))
 
 
 @add_layer_norm.register_fake

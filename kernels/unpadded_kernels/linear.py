@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import TensorDescriptor, triton
+from unpadded_kernels._triton import TensorDescriptor, device_guard, triton
 from unpadded_kernels.activation import GATED, KINDS, activation_reference, activation_triton
 from unpadded_kernels.linear_kernels import _linear_kernel
 from unpadded_kernels.tiles import FUSED_ACTIVATION, generation, linear_tile, multiprocessors
@@ -209,10 +209,10 @@ linear = torch.library.custom_op("unpadded::linear", linear_reference, mutates_a
 linear.register_kernel("cpu", linear_cpu)
 linear_activation = torch.library.custom_op("unpadded::linear_activation", linear_activation_reference, mutates_args=())
 linear_activation.register_kernel("cpu", linear_activation_cpu)
-linear_activation.register_kernel("cuda", linear_activation_triton)
+linear_activation.register_kernel("cuda", device_guard(linear_activation_triton))
 linear_invariant = torch.library.custom_op("unpadded::linear_invariant", linear_invariant_reference, mutates_args=())
 linear_invariant.register_kernel("cpu", linear_invariant_cpu)
-linear_invariant.register_kernel("cuda", linear_invariant_triton)
+linear_invariant.register_kernel("cuda", device_guard(linear_invariant_triton))
 
 
 @linear.register_fake

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from unpadded_kernels._triton import device_guard
 from unpadded_kernels.fp8 import E4M3, dequantized
 from unpadded_kernels.linear import linear_invariant_cpu, linear_invariant_reference, scaled_product_triton
 
@@ -68,5 +69,5 @@ linear_fp8 = torch.library.custom_op(
 )
 # Its products keep a row's bits; slower than fp32, since nothing on a CPU multiplies e4m3.
 linear_fp8.register_kernel("cpu", partial(linear_fp8_reference, product=linear_invariant_cpu))
-linear_fp8.register_kernel("cuda", linear_fp8_triton)
+linear_fp8.register_kernel("cuda", device_guard(linear_fp8_triton))
 linear_fp8.register_fake(linear_fp8_reference)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels._triton import device_guard
 from unpadded_kernels.linear import linear_cpu, linear_invariant_triton, product_triton
 from unpadded_kernels.rotary import check_cos_sin, rotary_reference, rotary_triton
 from unpadded_kernels.tiles import FUSED_ROTARY, generation
@@ -60,7 +61,7 @@ def linear_rotary_triton(
 
 linear_rotary = torch.library.custom_op("unpadded::linear_rotary", linear_rotary_reference, mutates_args=())
 linear_rotary.register_kernel("cpu", linear_rotary_cpu)
-linear_rotary.register_kernel("cuda", linear_rotary_triton)
+linear_rotary.register_kernel("cuda", device_guard(linear_rotary_triton))
 
 
 @linear_rotary.register_fake

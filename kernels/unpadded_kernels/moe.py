@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.activation import GATED, KINDS, activate
 from unpadded_kernels.linear import (
     linear_activation_cpu,
@@ -273,7 +273,7 @@ def _expert_products(
 
 expert_mlp = torch.library.custom_op("unpadded::expert_mlp", expert_mlp_reference, mutates_args=())
 expert_mlp.register_kernel("cpu", expert_mlp_cpu)
-expert_mlp.register_kernel("cuda", expert_mlp_triton)
+expert_mlp.register_kernel("cuda", device_guard(expert_mlp_triton))
 
 
 @expert_mlp.register_fake

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.pooling import BLOCK_C, BLOCK_H, CHUNK_T, OF_CHUNK, OF_TEXT, finish, mean_of_chunks
 
 
@@ -120,7 +120,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
 
 
 masked_mean_pool = torch.library.custom_op("unpadded::masked_mean_pool", masked_mean_pool_reference, mutates_args=())
-masked_mean_pool.register_kernel("cuda", masked_mean_pool_triton)
+masked_mean_pool.register_kernel("cuda", device_guard(masked_mean_pool_triton))
 
 
 @masked_mean_pool.register_fake

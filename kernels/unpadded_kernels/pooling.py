@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 
 # A mean is summed in chunks of this many tokens counted from the text's first, then over the chunks in their order.
 CHUNK_T = 128
@@ -229,7 +229,7 @@ def pool_triton(
 
 
 pool = torch.library.custom_op("unpadded::pool", pool_reference, mutates_args=())
-pool.register_kernel("cuda", pool_triton)
+pool.register_kernel("cuda", device_guard(pool_triton))
 
 
 @pool.register_fake

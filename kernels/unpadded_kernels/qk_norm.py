@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.layer_norm import normalised
 from unpadded_kernels.tiles import row_launch
 
@@ -73,7 +73,7 @@ def qk_norm_triton(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Non
 
 
 qk_norm_ = torch.library.custom_op("unpadded::qk_norm_", qk_norm_reference, mutates_args=("qkv",))
-qk_norm_.register_kernel("cuda", qk_norm_triton)
+qk_norm_.register_kernel("cuda", device_guard(qk_norm_triton))
 
 
 @qk_norm_.register_fake

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 
@@ -81,7 +81,7 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 
 
 rms_norm = torch.library.custom_op("unpadded::rms_norm", rms_norm_reference, mutates_args=())
-rms_norm.register_kernel("cuda", rms_norm_triton)
+rms_norm.register_kernel("cuda", device_guard(rms_norm_triton))
 
 
 @rms_norm.register_fake

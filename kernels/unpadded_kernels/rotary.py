@@ -10,7 +10,7 @@ k read and written), 4 * head_dim for the table.
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 # Tokens whose angles one program makes.
@@ -194,8 +194,8 @@ def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
 
 rotary_cos_sin = torch.library.custom_op("unpadded::rotary_cos_sin", rotary_cos_sin_reference, mutates_args=())
 rotary_ = torch.library.custom_op("unpadded::rotary_", rotary_reference, mutates_args=("qkv",))
-rotary_cos_sin.register_kernel("cuda", rotary_cos_sin_triton)
-rotary_.register_kernel("cuda", rotary_triton)
+rotary_cos_sin.register_kernel("cuda", device_guard(rotary_cos_sin_triton))
+rotary_.register_kernel("cuda", device_guard(rotary_triton))
 
 
 @rotary_cos_sin.register_fake
