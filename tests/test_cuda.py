@@ -13,7 +13,6 @@ from transformers import NomicBertModel
 
 import unpadded
 from unpadded import graphs
-from unpadded.batch import pack
 
 LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000) if HAS_CUDA else (1, 2, 7, 19)
 SHAPE = REAL | {"layers": 4} if HAS_CUDA else {}
@@ -115,19 +114,21 @@ def test_experts_in_a_graph(experts, cuda):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_nothing_waits_for_the_gpu_within_a_pass(either, cuda, pooling):
+def test_nothing_waits_for_the_gpu_before_the_vectors_are_asked_for(either, cuda, pooling):
+    """Neither with a batch that no bucket holds, nor with one of a captured graph."""
     engine = unpadded.load(either, device=cuda, dtype="float16", max_length=8192)
-    texts = random_ids((700, 800, 900) if HAS_CUDA else (7, 20))
-    runner = engine.runner
+    runner, shape = engine.runner, {"layer_norm": False, "dimensions": engine.runner.dimensions, "normalize": True}
     runner.pooling = pooling
-    engine.encode(texts)
-    with torch.inference_mode(), runner._on_device():
-        batch = runner._to_device(pack(texts, runner.encoder.spec))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            runner._pooled(batch, layer_norm=False, dimensions=runner.dimensions, normalize=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    batches = [random_ids(lengths) for lengths in (((700, 800, 900), (300,)) if HAS_CUDA else ((7, 10), (8,)))]
+    before = [runner.embed(batch, **shape) for batch in batches]
+    assert len(runner._graphs) == 1
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [runner.launch(batch, **shape) for batch in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for vectors, one in zip(before, launched, strict=True):
+        np.testing.assert_allclose(one.wait(), vectors, atol=1e-3)
 
 
 @pytest.mark.gpu
