@@ -22,8 +22,10 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 tests=(tests/test_kernel_*.py tests/test_ops.py)
+mapfile -t families < <(grep -lE 'def test_.*(cuda\)|gpu)' tests/test_family_*.py tests/test_adapter_transformers.py)
 if [ ${#small[@]} -gt 0 ]; then
     tests=(tests/test_kernel_qk_norm.py)
+    families=(tests/test_family_xlm_roberta.py)
     kernels=(-k "swiglu or rms_norm")
 fi
 export PYTHONPATH=engine:kernels:tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -50,12 +52,14 @@ step() { # step NAME SECONDS COMMAND...; interrupted after so many seconds, and 
 test=(python -m pytest -q -W default -p no:cacheprovider)
 
 step ceilings 30 python bench/ceilings.py --out "$out/ceilings.json"
-step model-correct 70 "${test[@]}" -m gpu tests/test_cuda*.py tests/test_float8.py tests/test_family_jina_v3.py
+step model-correct 70 "${test[@]}" -m gpu tests/test_cuda*.py tests/test_float8.py
 step model 150 python bench/model.py "${small[@]}" "${lengths[@]}" --out "$out/model.json"
 step throughput 80 python bench/throughput.py --rounds 2 "${small[@]}" "${lengths[@]}" --out "$out/throughput.json"
 step kernels 110 "${test[@]}" bench/ops.py "${kernels[@]}" --benchmark-json "$out/kernels.json"
 # Compiling takes longer than testing: a process a file, in what is left of the time.
-step kernels-correct 240 bash -c 'printf "%s\n" "$@" | xargs -P 12 -n 1 '"${test[*]}" - "${tests[@]}"
+each='printf "%s\n" "$@" | xargs -P 12 -n 1 '"${test[*]}"
+step families-correct 60 bash -c "$each -k 'gpu or cuda or captured'" - "${families[@]}"
+step kernels-correct 240 bash -c "$each" - "${tests[@]}"
 end=$((patience * 480))
 step summary 30 python bench/report.py "$out" --write "$out/summary.md"
 exit $failed

@@ -269,10 +269,13 @@ def test_gpu_run_goes_on_after_a_step_that_fails(tmp_path):
     python.chmod(0o755)
     ran = gpu_run(tmp_path, tmp_path / "out")
     steps = [line[3:] for line in ran.stdout.splitlines() if line.startswith("==")]
-    assert steps == ["ceilings", "model-correct", "model", "throughput", "kernels", "kernels-correct", "summary"]
+    correct = ["families-correct", "kernels-correct"]
+    assert steps == ["ceilings", "model-correct", "model", "throughput", "kernels", *correct, "summary"]
     assert ran.returncode == 1 and ran.stdout.count("FAILED") == 1 and "FAILED with 3" in ran.stdout
     logs = (tmp_path / "out/kernels-correct.log").read_text()
     assert all(str(test.relative_to(ROOT)) in logs for test in (ROOT / "tests").glob("test_kernel_*.py"))
+    logs = (tmp_path / "out/families-correct.log").read_text()
+    assert "tests/test_family_gte.py" in logs and "tests/test_adapter_transformers.py" in logs
     assert gpu_run(tmp_path, tmp_path / "out", "--fast").returncode == 2
 
 
