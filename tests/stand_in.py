@@ -239,6 +239,12 @@ def placed(device: Any) -> torch.device | None:
     return torch.device("cuda", CUDA.current) if found.type == "cuda" and found.index is None else found
 
 
+class Stream:
+    """All that is launched runs at once, in order."""
+
+    def wait_stream(self, other: Stream) -> None: ...
+
+
 class Event:
     def __init__(self, **options: Any) -> None:
         self.copies: list[Step] = []
@@ -280,7 +286,7 @@ def current(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def stand_in() -> Iterator[Cuda]:
     """torch.cuda is the stand-in within."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = Stream()
     replaced = {
         "is_available": lambda: True,
         "device_count": lambda: DEVICES,
@@ -294,7 +300,7 @@ def stand_in() -> Iterator[Cuda]:
         "synchronize": lambda device=None: CUDA.wait("synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(CUDA, "may_wait", mode == "default"),
         "Event": Event,
-        "Stream": lambda: stream,
+        "Stream": Stream,
         "current_stream": lambda: stream,
         "stream": contextlib.nullcontext,
         "CUDAGraph": CUDAGraph,
