@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -306,7 +307,7 @@ def stand_in() -> Iterator[Cuda]:
         "CUDAGraph": CUDAGraph,
         "graph": capture,
     }
-    interpret = InterpretedFunction.run
+    interpret, matmul = InterpretedFunction.run, np.matmul
 
     def run(kernel: InterpretedFunction, *args: Any, **kwargs: Any) -> None:
         given = [one.base if isinstance(one, TensorDescriptor) else one for one in (*args, *kwargs.values())]
@@ -320,10 +321,15 @@ def stand_in() -> Iterator[Cuda]:
 
         CUDA.launch(kernel.__name__, tensors, step)
 
+    def exact(*args: Any, dtype: Any, **kwargs: Any) -> Any:
+        return matmul(*args, dtype=np.float64, **kwargs).astype(dtype)
+
     with pytest.MonkeyPatch.context() as patch, Placement():
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(InterpretedFunction, "run", run)
+        # tl.dot; of fp16, exact in fp64, a row's bits do not depend on its place in a tile
+        patch.setattr(np, "matmul", exact)
         # Module.to exchanges its parameters, not their contents only: one on a device is of another class
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         CUDA.__init__()
