@@ -95,7 +95,6 @@ class Cuda:
         self.captured: list[Step] | None = None
         self.under_way: list[Step] = []  # copies to pinned memory
         self.pinned: dict[int, Tensor] = {}  # by the address of its storage
-        self.launched: set[str] = set()
 
     def wait(self, why: str) -> None:
         if self.captured is not None or not self.may_wait:
@@ -168,7 +167,6 @@ class Cuda:
         if {tensor.device for tensor in tensors} != {torch.device("cuda", self.current)}:
             found = [str(tensor.device) for tensor in tensors]
             raise Misuse(f"{kernel} is launched on cuda:{self.current} with tensors of {', '.join(found)}")
-        self.launched.add(kernel)
         run() if self.captured is None else self.captured.append(run)
 
 
@@ -285,7 +283,7 @@ def current(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stand_in() -> Iterator[Cuda]:
+def stand_in() -> Iterator[None]:
     """torch.cuda is the stand-in within."""
     stream = Stream()
     replaced = {
@@ -333,4 +331,4 @@ def stand_in() -> Iterator[Cuda]:
         # Module.to exchanges its parameters, not their contents only: one on a device is of another class
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         CUDA.__init__()
-        yield CUDA
+        yield

@@ -35,8 +35,8 @@ def either(request):
     return request.getfixturevalue(request.param)
 
 
-def exact_hidden(folder, texts, **options):
-    return unpadded.load(folder, device="cpu", max_length=8192, **options).token_embeddings(texts)
+def exact_hidden(folder, texts):
+    return unpadded.load(folder, device="cpu", max_length=8192).token_embeddings(texts)
 
 
 @pytest.mark.parametrize("write", [write_nomic, write_bert])
