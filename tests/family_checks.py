@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from checkpoints import _Draw, _write
 from conftest import HAS_CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,6 +85,13 @@ def seeded(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             is_scale = "norm" in name.lower() and name.endswith("weight")
             parameter.copy_(draw(*parameter.shape) + (1 if is_scale else 0))
     return model.eval()
+
+
+def of_transformers(*names: str) -> list[type]:
+    """Its classes of these names; the test is skipped where it is too old to have them."""
+    if not all(hasattr(transformers, name) for name in names):
+        pytest.skip(f"transformers {transformers.__version__} has no {' or '.join(names)}")
+    return [getattr(transformers, name) for name in names]
 
 
 def write(folder: Path, config: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import MINILM, write_bert, write_nomic
+from family_checks import of_transformers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -16,18 +17,7 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
-    EuroBertConfig,
-    EuroBertModel,
-    GteConfig,
-    GteModel,
-    JinaEmbeddingsV3Config,
-    JinaEmbeddingsV3Model,
-    ModernBertConfig,
-    ModernBertModel,
-    NomicBertConfig,
     NomicBertModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
     pipeline,
 )
 
@@ -251,16 +241,17 @@ def seeded(family):
     """A small transformers model of a family, fp32, with weights large enough to matter beside the residuals."""
     torch.manual_seed(0)
     types = {"type_vocab_size": 3}
-    config, model, own = {
-        "bert": (BertConfig, BertModel, types),
-        "eurobert": (EuroBertConfig, EuroBertModel, {"num_key_value_heads": 2}),
-        "gte": (GteConfig, GteModel, types),
-        "gte without types": (GteConfig, GteModel, {"type_vocab_size": 0}),
-        "jina_v3": (JinaEmbeddingsV3Config, JinaEmbeddingsV3Model, types),
-        "modernbert": (ModernBertConfig, ModernBertModel, {"local_attention": 8}),
-        "nomic_bert": (NomicBertConfig, NomicBertModel, types),
-        "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel, types | {"max_position_embeddings": 514}),
+    name, own = {
+        "bert": ("Bert", types),
+        "eurobert": ("EuroBert", {"num_key_value_heads": 2}),
+        "gte": ("Gte", types),
+        "gte without types": ("Gte", {"type_vocab_size": 0}),
+        "jina_v3": ("JinaEmbeddingsV3", types),
+        "modernbert": ("ModernBert", {"local_attention": 8}),
+        "nomic_bert": ("NomicBert", types),
+        "xlm_roberta": ("XLMRoberta", types | {"max_position_embeddings": 514}),
     }[family]
+    config, model = of_transformers(f"{name}Config", f"{name}Model")
     small = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
     made = model(config(**small, **own, vocab_size=30528, pad_token_id=1)).eval()
     with torch.no_grad():

@@ -11,10 +11,10 @@ from family_checks import (
     assert_independent,
     assert_parity,
     last_hidden_state,
+    of_transformers,
     seeded,
     write,
 )
-from transformers import GteConfig, GteModel
 
 import unpadded
 from unpadded.checkpoint import open_checkpoint
@@ -74,9 +74,10 @@ def published_names(tensors):
     return renamed
 
 
-def model_of(token_types=1, base=160000.0):
+def model_of(token_types=1, base=160000.0, **sizes):
+    config, model = of_transformers("GteConfig", "GteModel")
     rope = {"rope_type": "default", "rope_theta": base}
-    return seeded(GteModel(GteConfig(**SIZES, type_vocab_size=token_types, rope_parameters=rope)))
+    return seeded(model(config(**SIZES | sizes, type_vocab_size=token_types, rope_parameters=rope)))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,8 @@ def test_a_vocabulary_is_padded(model, tmp_path):
 
 @pytest.mark.slow
 def test_real_width_and_length_match_transformers(tmp_path):
-    sizes = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    model = seeded(GteModel(GteConfig(**sizes, type_vocab_size=0, rope_parameters={"rope_theta": 500000.0})))
+    sizes = {key: GTE_BASE[key] for key in SIZES} | {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = model_of(token_types=0, base=500000.0, **sizes)
     config = GTE_BASE | sizes | {"rope_scaling": None}
     engine = unpadded.load(write(tmp_path, config, published_names(model.state_dict())), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
