@@ -102,6 +102,20 @@ def test_texts_are_taken_in_the_callers_thread(engine, monkeypatch):
     assert threads == {threading.get_ident()}
 
 
+def test_texts_of_one_window_start_no_thread(engine, monkeypatch):
+    """Whose start takes three times what a query's tokens do."""
+    expected = engine.encode(["a", "b"])
+
+    def refused(thread):
+        raise AssertionError(thread.name)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert np.array_equal(engine.encode(["a", "b"]), expected)
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    with pytest.raises(AssertionError, match="unpadded-tokenise"):
+        engine.encode(["a", "b", "c"])
+
+
 def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch):
     monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
     blocks = engine.stream(["a", "b", "c", None, "e"])

@@ -234,6 +234,8 @@ async def run_windows(
                 await settle(*behind)
             else:
                 ahead = (window, call)
+            if window.last:
+                break
         if ahead is not None:
             await settle(*ahead)
     finally:

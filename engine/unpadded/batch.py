@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,12 +66,22 @@ def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -
     calls; here L is the text's, so that its embedding depends on nothing else.
     """
     factor, trained = rotary.scaling_factor, rotary.trained_length
-    bases = [rotary.base]
-    if factor is not None and any(length > trained for length in lengths):
-        exponent = head_dim / (head_dim - 2)
-        bases = [
-            rotary.base * (factor * length / trained - (factor - 1)) ** exponent if length > trained else rotary.base
-            for length in lengths
-        ]
+    if factor is None or all(length <= trained for length in lengths):
+        return _unscaled(rotary.base, rotary.frequency_scale, head_dim)
+    exponent = head_dim / (head_dim - 2)
+    bases = [
+        rotary.base * (factor * length / trained - (factor - 1)) ** exponent if length > trained else rotary.base
+        for length in lengths
+    ]
+    return _of_bases(bases, rotary.frequency_scale, head_dim)
+
+
+@functools.lru_cache(maxsize=16)
+def _unscaled(base: float, frequency_scale: float, head_dim: int) -> Tensor:
+    """What nearly every batch has, and takes as long to compute as all else of a query's batch."""
+    return _of_bases([base], frequency_scale, head_dim)
+
+
+def _of_bases(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return rotary.frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers
+    return frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -311,8 +312,11 @@ def _no_texts(plan: Plan) -> Embeddings:
 @contextlib.contextmanager
 def _progress_bar(texts: object, show: bool | None) -> Iterator[Advance]:
     """A bar over texts with tokens per second beside it; `show` None draws it on a terminal only."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda done_texts, done_tokens: None
+        return
     tokens, start = 0, time.perf_counter()
-    with tqdm(total=_expected(texts), unit="text", disable=None if show is None else not show, leave=False) as bar:
+    with tqdm(total=_expected(texts), unit="text", leave=False) as bar:
 
         def advance(done_texts: int, done_tokens: int) -> None:
             nonlocal tokens

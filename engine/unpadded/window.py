@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,14 @@ CHUNK_OVERLAP = 8
 NAMED_TEXTS = 8  # of a batch, in an error's message
 
 
+class Gathered(NamedTuple):
+    """The texts of a window."""
+
+    first_index: int  # of the first, among all
+    texts: list[Text]
+    last: bool  # none follows; where False, one may
+
+
 @dataclass(frozen=True)
 class Window:
     """Consecutive texts as id sequences: one a text, or one a chunk."""
@@ -39,6 +47,7 @@ class Window:
     truncated: np.ndarray  # [texts] bool: the text had more tokens
     distinct: list[int]  # the sequences to run: those of a text that stood before are left out
     copies: np.ndarray  # [sequences], the place in `distinct` of the one that each is equal to
+    last: bool  # as in `Gathered`
 
     def to_run(self) -> list[np.ndarray]:
         """The sequences of `distinct`."""
@@ -76,21 +85,25 @@ class WindowReader:
 
     def windows(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
         """Take texts as they come, a window at a time. InputError names a text by its index."""
-        return (self._tokenise(window, first_index, plan) for first_index, window in _gathered(texts))
+        return (self._tokenise(gathered, plan) for gathered in _gather(texts))
 
     def windows_ahead(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
         """The same, each tokenised in a thread while the one before is used. `texts` is iterated in the caller's."""
         with ThreadPoolExecutor(1, "unpadded-tokenise") as thread:
             behind: Future[Window] | None = None
-            for first_index, window in _gathered(texts):
-                coming = thread.submit(self._tokenise, window, first_index, plan)
+            for gathered in _gather(texts):
+                if gathered.last and behind is None:  # to start a thread takes longer than to tokenise a query
+                    yield self._tokenise(gathered, plan)
+                    return
+                coming = thread.submit(self._tokenise, gathered, plan)
                 if behind is not None:
                     yield behind.result()
                 behind = coming
             if behind is not None:
                 yield behind.result()
 
-    def _tokenise(self, texts: list[Text], first_index: int, plan: Plan) -> Window:
+    def _tokenise(self, gathered: Gathered, plan: Plan) -> Window:
+        first_index, texts, last = gathered
         given = [text if isinstance(text, str) else self._checked(text, i) for i, text in enumerate(texts, first_index)]
         first: dict[str | bytes, int] = {}  # where each distinct text stands
         originals = [
@@ -113,7 +126,7 @@ class WindowReader:
             owners += [place] * len(part)
         truncated = np.array([parts[original][1] for original in originals])
         self._warn_beyond_trained(max(map(len, sequences)))
-        return Window(first_index, sequences, np.array(owners), truncated, distinct, np.array(copies))
+        return Window(first_index, sequences, np.array(owners), truncated, distinct, np.array(copies), last)
 
     def _parts(
         self, texts: dict[int, str | np.ndarray], first_index: int, plan: Plan
@@ -195,8 +208,7 @@ class WindowReader:
         )
 
 
-def _gathered(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
-    """The index of the first text of each window, and its texts."""
+def _gather(texts: Iterable[Text]) -> Iterator[Gathered]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise InputError(f"texts are not a collection: {type(texts).__name__}; pass a list of strings")
     window: list[Text] = []
@@ -205,8 +217,8 @@ def _gathered(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
         window.append(text)
         length += len(text) if hasattr(text, "__len__") else 1
         if len(window) == WINDOW_TEXTS or length >= WINDOW_LENGTH:
-            yield first_index, window
+            yield Gathered(first_index, window, last=False)
             first_index += len(window)
             window, length = [], 0
     if window:
-        yield first_index, window
+        yield Gathered(first_index, window, last=True)
