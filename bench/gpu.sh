@@ -51,15 +51,15 @@ step() { # step NAME SECONDS COMMAND...; interrupted after so many seconds, and 
 # The project turns warnings into errors for its own suite; another machine's libraries may warn as they like.
 test=(python -m pytest -q -W default -p no:cacheprovider)
 
-step ceilings 30 python bench/ceilings.py --out "$out/ceilings.json"
-step model-correct 70 "${test[@]}" -m gpu tests/test_cuda*.py tests/test_float8.py
-step model 150 python bench/model.py "${small[@]}" "${lengths[@]}" --out "$out/model.json"
-step throughput 80 python bench/throughput.py --rounds 2 "${small[@]}" "${lengths[@]}" --out "$out/throughput.json"
-step kernels 110 "${test[@]}" bench/ops.py "${kernels[@]}" --benchmark-json "$out/kernels.json"
-# Compiling takes longer than testing: a process a file, in what is left of the time.
+# A process a file: compiling takes longer than testing.
 each='printf "%s\n" "$@" | xargs -P 12 -n 1 '"${test[*]}"
+step ceilings 30 python bench/ceilings.py --out "$out/ceilings.json"
+step kernels-correct 100 bash -c "$each" - "${tests[@]}"
+step model-correct 70 "${test[@]}" -m gpu tests/test_cuda*.py tests/test_float8.py
+step model 120 python bench/model.py "${small[@]}" "${lengths[@]}" --out "$out/model.json"
+step throughput 60 python bench/throughput.py --rounds 2 "${small[@]}" "${lengths[@]}" --out "$out/throughput.json"
+step kernels 80 "${test[@]}" bench/ops.py "${kernels[@]}" --benchmark-json "$out/kernels.json"
 step families-correct 60 bash -c "$each -k 'gpu or cuda or captured'" - "${families[@]}"
-step kernels-correct 240 bash -c "$each" - "${tests[@]}"
 end=$((patience * 480))
 step summary 30 python bench/report.py "$out" --write "$out/summary.md"
 exit $failed
