@@ -92,6 +92,20 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "cuda:1"
 
 
+@pytest.fixture
+def compiled(cuda: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many kernels have been compiled."""
+    if not HAS_CUDA:
+        from stand_in import CUDA
+
+        return lambda: len(CUDA.compiled)
+    import triton
+
+    names: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **found: names.append(found["repr"]))
+    return lambda: len(names)
+
+
 @pytest.fixture(params=["pointers", "descriptors"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels of sm_80, and those of sm_90 and later wherever they can run."""

@@ -7,7 +7,8 @@ kernels run in Triton's interpreter. As on a GPU
 - what waits for the device is an error in a capture and where `torch.cuda.set_sync_debug_mode("error")` forbids it;
 - a copy to pinned memory has arrived when its event says so;
 - a capture runs nothing, and each replay runs what was captured over what then lies in memory: host code not at all;
-- new memory holds anything: here, NaN.
+- new memory holds anything: here, NaN;
+- a kernel is compiled anew for what its arguments are specialised by: `CUDA.compiled`.
 
 It says nothing of a GPU's arithmetic, speed or amount of memory.
 """
@@ -15,6 +16,7 @@ It says nothing of a GPU's arithmetic, speed or amount of memory.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -95,6 +98,7 @@ class Cuda:
         self.captured: list[Step] | None = None
         self.under_way: list[Step] = []  # copies to pinned memory
         self.pinned: dict[int, Tensor] = {}  # by the address of its storage
+        self.compiled: set[tuple[Any, ...]] = set()
 
     def wait(self, why: str) -> None:
         if self.captured is not None or not self.may_wait:
@@ -171,6 +175,23 @@ class Cuda:
 
 
 CUDA = Cuda()
+
+
+def specialised(kernel: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> tuple[Any, ...]:
+    """What Triton compiles a kernel by: types, constants, and of a number whether it is 1 and whether 16 divides it."""
+    parameters = inspect.signature(kernel.fn).parameters
+    key: list[Any] = [kernel.__name__]
+    for name, value in (dict(zip(parameters, args, strict=False)) | kwargs).items():
+        counted = isinstance(value, int) and name in parameters and parameters[name].annotation is not tl.constexpr
+        if isinstance(value, TensorDescriptor):
+            key.append((name, value.base.dtype, *value.block_shape))
+        elif isinstance(value, Tensor):
+            key.append((name, value.dtype, value.data_ptr() % 16 == 0))
+        elif counted and name in (kernel.kwargs["do_not_specialize"] or ()):
+            key.append(name)
+        else:
+            key.append((name, value == 1, value % 16 == 0) if counted else (name, value))
+    return tuple(key)
 
 
 def wrapped(value: Any, index: int) -> Any:
@@ -311,6 +332,7 @@ def stand_in() -> Iterator[None]:
         given = [one.base if isinstance(one, TensorDescriptor) else one for one in (*args, *kwargs.values())]
         values = [unwrapped(one) for one in args], {name: unwrapped(one) for name, one in kwargs.items()}
         tensors = [one for one in given if isinstance(one, Tensor)]
+        CUDA.compiled.add(specialised(kernel, *args, **kwargs))
 
         def step() -> None:
             with warnings.catch_warnings():

@@ -113,6 +113,18 @@ def test_experts_in_a_graph(experts, cuda):
     assert engine.runner._graphs and not eager.runner._graphs
 
 
+def test_no_batch_compiles_a_kernel_anew(either, cuda, compiled):
+    """Numbers of tokens and texts of every kind: 1, those that 16 divides, others."""
+    engine = unpadded.load(either, device=cuda, dtype="float16", batch_invariant=True)
+    engine.encode(random_ids((9, 9)))  # no bucket of the stand-in's holds it
+    engine.encode(random_ids((5,)))
+    before = compiled()
+    assert before > 0 or HAS_CUDA  # there, the tests above compiled them
+    for lengths in ((1,), (16,), (17,), (1,) * 16):
+        engine.encode(random_ids(lengths))
+    assert compiled() == before
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_nothing_waits_for_the_gpu_before_the_vectors_are_asked_for(either, cuda, pooling):
     """Neither with a batch that no bucket holds, nor with one of a captured graph."""
