@@ -83,11 +83,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return
     from stand_in import stand_in
 
-    from unpadded import graphs, runner
+    from unpadded import graphs
 
-    monkeypatch.setattr(graphs, "BUCKETS", (8, 16))
-    for module in (graphs, runner):
-        monkeypatch.setattr(module, "TEXTS", 6)
+    monkeypatch.setattr(graphs, "TOKENS", (8, 16))
+    monkeypatch.setattr(graphs, "TEXTS", (2, 6))
     with stand_in():
         yield "cuda:1"
 

@@ -325,6 +325,7 @@ def stand_in() -> Iterator[None]:
         "stream": contextlib.nullcontext,
         "CUDAGraph": CUDAGraph,
         "graph": capture,
+        "graph_pool_handle": object,
     }
     interpret, matmul = InterpretedFunction.run, np.matmul
 

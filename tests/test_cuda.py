@@ -93,11 +93,11 @@ def test_graphs_follow_new_contents(folder, cuda, pooling):
     eager.runner._captures = False
     engine.runner.pooling = eager.runner.pooling = pooling
     draw = np.random.default_rng(2)
-    for bucket, _ in itertools.product(graphs.BUCKETS, range(4 if HAS_CUDA else 2)):
-        lengths = draw.integers(1, max(2, bucket // 4), draw.integers(1, 5))
+    for tokens, texts, _ in itertools.product(graphs.TOKENS, graphs.TEXTS, range(2)):
+        lengths = draw.integers(1, max(2, tokens // texts), draw.integers(1, texts + 1))
         texts = random_ids(lengths, seed=int(draw.integers(1 << 30)))
         np.testing.assert_allclose(engine.encode(texts), eager.encode(texts), atol=2e-3 * np.sqrt(768))
-    assert 0 < len(engine.runner._graphs) <= len(graphs.BUCKETS)
+    assert len({bucket for bucket, *_ in engine.runner._graphs}) == len(engine.runner._graphs) > len(graphs.TOKENS)
     assert not eager.runner._graphs
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
 from unpadded.batch import pack
-from unpadded.graphs import BUCKETS, TEXTS, bucket_of, fill
+from unpadded.graphs import TEXTS, TOKENS, Bucket, bucket_of, fill
 from unpadded.memory import bytes_per_token
 from unpadded.runner import FIELDS, Runner, _read, _stage, _views
 from unpadded.weights import plain_weights
@@ -54,9 +54,10 @@ def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
     bucket = bucket_of(batch)
-    assert bucket == min(size for size in BUCKETS if size >= sum(lengths))
-    filled = fill(batch, bucket, TEXTS, tiles=0)
-    assert len(filled.input_ids) == bucket and len(filled.cu_seqlens) == TEXTS + 1
+    assert bucket.tokens == min(most for most in TOKENS if most >= sum(lengths))
+    assert bucket.texts == min(most for most in TEXTS if most >= len(lengths))
+    filled = fill(batch, bucket, 64)
+    assert (len(filled.input_ids), len(filled.cu_seqlens)) == (bucket.tokens, bucket.texts + 1)
     with torch.inference_mode():
         rows = runner._pooled(filled, layer_norm=False, dimensions=128, normalize=True)[: len(texts)]
     alone = np.concatenate([runner.embed([ids], layer_norm=False, dimensions=128, normalize=True) for ids in texts])
@@ -101,18 +102,27 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
 
 def test_tiles_that_fill_a_map_are_of_no_tokens(runner):
     batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=tile_map_of((70, 3), 64))
-    filled = fill(batch, 128, TEXTS, tiles=10)
+    filled = fill(batch, Bucket(128, 8), 64)
     assert filled.tile_map.tolist() == [[0, 70, 0], [0, 70, 1], [70, 3, 0], *[[0, 0, 0]] * 7]
+
+
+def test_a_bucket_has_room_for_the_tiles_of_any_texts(runner):
+    for lengths in ((65,) * 31 + (33,), (1,) * 8, (2048,), (64,) * 64, (65,) * 63 + (1,), (2, 62)):
+        batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=tile_map_of(lengths, 64))
+        bucket = bucket_of(batch)
+        filled = fill(batch, bucket, 64).tile_map
+        assert len(filled) == bucket.tokens // 64 + bucket.texts >= len(batch.tile_map)
+        assert torch.equal(filled[: len(batch.tile_map)], batch.tile_map) and not filled[len(batch.tile_map) :].any()
 
 
 def test_what_no_bucket_holds(runner):
     spec = runner.encoder.spec
-    assert bucket_of(pack(draw([31] * (TEXTS + 1)), spec)) is None  # too many texts
-    assert bucket_of(pack(draw([31] * TEXTS), spec)) == 2048
-    assert bucket_of(pack(draw([99] * 21), spec)) is None  # too many tokens
+    assert bucket_of(pack(draw([3] * (TEXTS[-1] + 1)), spec)) is None  # too many texts
+    assert bucket_of(pack(draw([3] * TEXTS[-1]), spec)) == (1024, TEXTS[-1])
+    assert bucket_of(pack(draw([99] * 42), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
     batch = pack(draw([5]), spec)
-    assert bucket_of(batch) == 64 and bucket_of(replace(batch, token_types=batch.positions)) is None
+    assert bucket_of(batch) == (64, 1) and bucket_of(replace(batch, token_types=batch.positions)) is None
 
 
 class Small:

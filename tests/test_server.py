@@ -20,6 +20,9 @@ from serving import ENVIRONMENT, serving
 from test_aio import PARAGRAPHS
 
 import unpadded
+from unpadded import graphs
+from unpadded.server.options import ServerOptions
+from unpadded.server.service import Service
 
 TEXTS = ["What is TSNE?", "naïve café 漢字 🙂", "", "a b " * 700]
 
@@ -58,6 +61,17 @@ def nomic_server(nomic_folder):
 
 def vectors(response):
     return np.array([item.embedding for item in response.data], np.float32)
+
+
+def test_a_gpu_is_warmed_for_every_bucket_of_its_graphs(engine):
+    service = Service(engine, ServerOptions())
+    assert list(service._sizes()) == [(1, 1), (engine.token_budget, 1)]
+    service.device = "cuda"
+    sizes = set(service._sizes())
+    buckets = {(tokens, texts) for tokens in graphs.TOKENS for texts in graphs.TEXTS if texts <= tokens}
+    assert buckets - sizes == {(tokens, texts) for tokens, texts in buckets if tokens > engine.token_budget}
+    service.warm_up()
+    service.joiner.close()
 
 
 @pytest.mark.parametrize("format", ["base64", "float"])

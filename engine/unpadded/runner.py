@@ -18,7 +18,7 @@ from torch import Tensor
 from unpadded.batch import PackedBatch, pack
 from unpadded.encoder import Encoder
 from unpadded.errors import TooLargeError
-from unpadded.graphs import TEXTS, Graph, bucket_of, fill
+from unpadded.graphs import Bucket, Graph, bucket_of, fill
 from unpadded.memory import fitting_tokens
 from unpadded_kernels import pool
 from unpadded_kernels.attention import attention_block_m, tile_map_of
@@ -49,7 +49,8 @@ class Runner:
         self._most_tokens: float = math.inf  # of a batch; lowered by one that did not fit
         self._one_at_a_time = threading.Lock()  # a graph's buffers are overwritten by the next batch of any thread
         # Captured passes by bucket and shape of the result; library attention takes lengths from the host and has none.
-        self._graphs: dict[tuple[int, bool, int, bool, bool], Graph] = {}
+        self._graphs: dict[tuple[Bucket, bool, int, bool, bool], Graph] = {}
+        self._graph_pool: Any = None
         self._captures = device.type == "cuda" and encoder.attention.name == "unpadded"
 
     @property
@@ -142,7 +143,7 @@ class Runner:
     def _embed(
         self,
         batch: PackedBatch,
-        bucket: int | None,
+        bucket: Bucket | None,
         texts: int,
         layer_norm: bool,
         dimensions: int,
@@ -151,16 +152,17 @@ class Runner:
     ) -> Tensor:
         if bucket is None:
             return self._pooled(self._to_device(batch), layer_norm, dimensions, normalize, adapter)
-        batch = self._with_tile_map(batch)
-        tiles = bucket // self._block_m() + TEXTS
-        batch = fill(batch, bucket, TEXTS, tiles)
+        batch = fill(self._with_tile_map(batch), bucket, self._block_m())
         staged = _stage(batch).pin_memory()
         # one pass for every adapter: each is written into the same memory
         key = (bucket, layer_norm, dimensions, normalize, adapter is not None)
         if key not in self._graphs:
             words = staged.to(self.device)
             captured = _views(words, batch)
-            self._graphs[key] = Graph(words, lambda: self._pooled(captured, layer_norm, dimensions, normalize, adapter))
+            self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = Graph(
+                words, self._graph_pool, lambda: self._pooled(captured, layer_norm, dimensions, normalize, adapter)
+            )
         return self._graphs[key].replay(staged)[:texts]
 
     @torch.inference_mode()

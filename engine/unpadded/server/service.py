@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from unpadded import Embeddings, Engine
+from unpadded import Embeddings, Engine, graphs
 from unpadded.aio import Timing, run_windows
 from unpadded.errors import OptionError
 from unpadded.options import Options
@@ -57,14 +57,22 @@ class Service:
         """Run a small and a full batch on every device; on GPUs also sizes between, each of which they prepare."""
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
         work = self.engine.work(self.engine.plan())
-        budget = self.engine.token_budget
-        for tokens in [2**power for power in range(budget.bit_length())] if self.device == "cuda" else [1, budget]:
+        for tokens, texts in self._sizes():
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
-            texts = [ids[start : start + length] for start in range(0, tokens, length)]
+            sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # side by side, so that each device has one
-            calls = [self.joiner.submit(texts, work) for _ in range(self.engine.at_once)]
+            calls = [self.joiner.submit(sequences, work) for _ in range(self.engine.at_once)]
             for call in calls:
                 call.future.result()
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """Tokens and texts of the batches of `warm_up`."""
+        budget = self.engine.token_budget
+        if self.device != "cuda":
+            yield from ((1, 1), (budget, 1))
+            return
+        for tokens in (2**power for power in range(budget.bit_length())):
+            yield from ((tokens, texts) for texts in graphs.TEXTS if texts == 1 or texts <= tokens <= graphs.TOKENS[-1])
 
     def resolve(self, name: str | None) -> str | None:
         """The task that a model's name asks for, as in nomic-embed-text-v1.5:search_query. 404 for another model."""
