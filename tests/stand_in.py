@@ -96,6 +96,7 @@ class Cuda:
         self.current = 0
         self.may_wait = True
         self.captured: list[Step] | None = None
+        self.made: list[Tensor] = []  # by the capture under way
         self.under_way: list[Step] = []  # copies to pinned memory
         self.pinned: dict[int, Tensor] = {}  # by the address of its storage
         self.compiled: set[tuple[Any, ...]] = set()
@@ -166,6 +167,8 @@ class Cuda:
 
             scramble(*outputs)
             self.captured.append(again)
+        if self.captured is not None:
+            self.made += outputs
 
     def launch(self, kernel: str, tensors: list[Tensor], run: Step) -> None:
         if {tensor.device for tensor in tensors} != {torch.device("cuda", self.current)}:
@@ -277,17 +280,25 @@ class Event:
 
 
 class CUDAGraph:
+    """Captured steps, and what they make; a replay leaves nothing of what the other graphs of its pool made."""
+
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.made: list[Tensor] = []
+        self.pool: list[CUDAGraph] = []
 
     def replay(self) -> None:
+        for other in self.pool:
+            scramble(*other.made)
         for step in self.steps:
             step()
 
 
 @contextlib.contextmanager
-def capture(graph: CUDAGraph, **options: Any) -> Iterator[None]:
-    CUDA.captured = graph.steps
+def capture(graph: CUDAGraph, pool: list[CUDAGraph] | None = None, **options: Any) -> Iterator[None]:
+    pool = [] if pool is None else pool
+    pool.append(graph)
+    graph.pool, CUDA.captured, CUDA.made = pool, graph.steps, graph.made
     try:
         yield
     finally:
@@ -325,7 +336,7 @@ def stand_in() -> Iterator[None]:
         "stream": contextlib.nullcontext,
         "CUDAGraph": CUDAGraph,
         "graph": capture,
-        "graph_pool_handle": object,
+        "graph_pool_handle": list,
     }
     interpret, matmul = InterpretedFunction.run, np.matmul
 

@@ -89,3 +89,15 @@ def test_a_graph_runs_what_it_captured_over_what_memory_holds(cuda):
         graph.replay()
         assert y.tolist() == [2 * value] * 3 and z.tolist() == [2 * value + place for place in range(3)]
     assert count == 5
+
+
+def test_a_replay_overwrites_what_other_graphs_of_its_pool_made(cuda):
+    x, pool = torch.ones(3, device=cuda), torch.cuda.graph_pool_handle()
+    graphs, made = [torch.cuda.CUDAGraph() for _ in range(3)], []
+    for graph, shared in zip(graphs, (pool, pool, None), strict=True):
+        with torch.cuda.graph(graph, pool=shared):
+            made.append(x + 1)
+    for graph in graphs[::-1]:
+        graph.replay()
+    assert made[0].tolist() == made[2].tolist() == [2, 2, 2]
+    assert made[1].isnan().all()
