@@ -84,6 +84,13 @@ def test_aembed(engine, apart, monkeypatch):
     assert len(runner.given) == DISTINCT and len(tokenizer.given) == 4
 
 
+@pytest.mark.parametrize("texts", [3, 4, 5, 8, 11])
+def test_aembed_takes_every_window(engine, apart, monkeypatch, texts):
+    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 4)
+    found = asyncio.run(engine.aembed(TEXTS[:texts], prompt=""))
+    assert np.array_equal(found.vectors, apart[0][:texts])
+
+
 def test_token_embeddings(engine, monkeypatch):
     expected = [engine.token_embeddings([text], prompt="")[0] for text in TEXTS]
     runner, _ = count(engine, monkeypatch, "token_rows")
