@@ -116,6 +116,11 @@ def test_texts_of_one_window_start_no_thread(engine, monkeypatch):
         engine.encode(["a", "b", "c"])
 
 
+def test_without_a_stderr_there_is_no_bar(engine, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert engine.encode(["a"]).shape == (1, engine.dimensions)
+
+
 def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch):
     monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
     blocks = engine.stream(["a", "b", "c", None, "e"])

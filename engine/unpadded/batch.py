@@ -78,10 +78,11 @@ def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -
 
 @functools.lru_cache(maxsize=16)
 def _unscaled(base: float, frequency_scale: float, head_dim: int) -> Tensor:
-    """What nearly every batch has, and takes as long to compute as all else of a query's batch."""
+    """One row, which nearly every batch has. Shared between batches, so nobody may write to it."""
     return _of_bases([base], frequency_scale, head_dim)
 
 
 def _of_bases(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
+    """A row a base: [bases, head_dim / 2] fp32."""
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers

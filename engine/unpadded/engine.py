@@ -312,7 +312,8 @@ def _no_texts(plan: Plan) -> Embeddings:
 @contextlib.contextmanager
 def _progress_bar(texts: object, show: bool | None) -> Iterator[Advance]:
     """A bar over texts with tokens per second beside it; `show` None draws it on a terminal only."""
-    if not (sys.stderr.isatty() if show is None else show):
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not (terminal if show is None else show):
         yield lambda done_texts, done_tokens: None
         return
     tokens, start = 0, time.perf_counter()
