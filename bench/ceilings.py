@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import machine
 import torch
-
-from unpadded.bench.machine import copy_rate, product_rate
+from unpadded.cli.benchmark.machine import copy_rate, product_rate
 
 
 def main() -> None:

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import machine
 import model
 import numpy as np
 import torch
+from support import checkpoints
+from unpadded.cli.benchmark.comparison import forward_alone, in_turns
+from unpadded.cli.benchmark.providers import PROVIDERS, Model
+from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
-from unpadded.bench import half_dtype
-from unpadded.bench.comparison import forward_alone, in_turns
-from unpadded.bench.providers import PROVIDERS, Model
-from unpadded.bench.workloads import Cutter
+from unpadded.cli.benchmark import half_dtype
 
 DROP = 0.15
 PARAGRAPHS = 128

@@ -4,7 +4,7 @@
 
 transformers: a NomicBERT of real width (seeded weights), a batch of 32 paragraphs, its class against UnpaddedModel and
 against itself accelerated. sentence-transformers: all-MiniLM-L6-v2 (real weights), `encode` on paragraphs. nomic: what
-its client's local mode gives against the same by transformers, text by text (the client itself runs a quantised copy of
+its client's local mode gives against the same by transformers, text by text (the client itself runs a quantized copy of
 other weights). Exits with an error where a cosine is below 0.99999. The last line on stdout is JSON.
 """
 
@@ -15,15 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support import checkpoints
+from unpadded.cli.benchmark.comparison import in_turns
+from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
-from unpadded.bench.comparison import in_turns
-from unpadded.bench.workloads import Cutter
 
 LEAST_COSINE = 0.99999
 BATCH = 32
@@ -54,7 +54,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
     """The model card's example: tokenizer, forward, mean pooling, F.normalize."""
     from transformers import AutoModel, AutoTokenizer
 
-    from unpadded.adapters.transformers import UnpaddedModel
+    from unpadded.integrations.transformers import UnpaddedModel
 
     encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
 
@@ -83,7 +83,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
 def sentence_transformers_encode(texts: list[str], rounds: int) -> dict[str, Any]:
     import sentence_transformers
 
-    from unpadded.adapters.sentence_transformers import SentenceTransformer
+    from unpadded.integrations.sentence_transformers import SentenceTransformer
 
     folder = str(checkpoints.MINILM)
     theirs, ours = (

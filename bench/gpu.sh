@@ -22,7 +22,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 tests=(tests/test_kernel_*.py tests/test_ops.py)
-mapfile -t families < <(grep -lE 'def test_.*(cuda\)|gpu)' tests/test_family_*.py tests/test_adapter_transformers.py)
+mapfile -t families < <(grep -lE 'def test_.*(cuda\)|gpu)' tests/test_family_*.py tests/test_integration_transformers.py)
 if [ ${#small[@]} -gt 0 ]; then
     tests=(tests/test_kernel_qk_norm.py)
     families=(tests/test_family_xlm_roberta.py)

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import machine
 import torch
+from support import checkpoints
 
 DTYPES = ("float16", "bfloat16", "float32")
 MEMORY_LIMIT = 1.3  # x the file, for fp32 as fp16
@@ -40,8 +40,8 @@ def read_and_cast(folder: Path, dtype: torch.dtype) -> object:
 
 
 def load(folder: Path, dtype: torch.dtype, *, prepack: bool = False) -> object:
-    from unpadded.checkpoint import open_checkpoint
-    from unpadded.weights import load_weights
+    from unpadded.checkpoint.reader import open_checkpoint
+    from unpadded.model.weights import load_weights
 
     return load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, prepack=prepack)
 
@@ -49,7 +49,7 @@ def load(folder: Path, dtype: torch.dtype, *, prepack: bool = False) -> object:
 def measure(what: str, folder: Path, dtype: str) -> dict[str, float]:
     """Seconds, and the growth of the peak resident memory over the file's size; in this process."""
     work = {"read and cast": read_and_cast, "load": load, "load and prepack": partial(load, prepack=True)}[what]
-    import unpadded.weights  # noqa: F401  its import is not loading
+    import unpadded.model.weights  # noqa: F401  its import is not loading
 
     torch.ones(1 << 20).to(getattr(torch, dtype))  # starts the threads
     before = machine.peak_memory()
@@ -76,8 +76,8 @@ def check(folder: Path) -> None:
     """What is loaded is what was written, before it is timed."""
     from safetensors.torch import load_file
 
-    from unpadded.checkpoint import open_checkpoint
-    from unpadded.weights import load_weights
+    from unpadded.checkpoint.reader import open_checkpoint
+    from unpadded.model.weights import load_weights
 
     stored = load_file(folder / "model.safetensors")
     weights = load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=torch.float16)

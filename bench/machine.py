@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unpadded.bench import machine
+from unpadded.cli.benchmark import machine
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import checkpoints
 import machine
 import numpy as np
+from support import checkpoints
 
 BOUND = 1.5 * 2**30
 

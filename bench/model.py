@@ -19,20 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support import checkpoints
 from torch import Tensor
+from unpadded.cli.benchmark.comparison import flops, in_turns
+from unpadded.cli.benchmark.machine import product_rate
 
 import unpadded
-from unpadded.batch import PackedBatch, pack
-from unpadded.bench.comparison import flops, in_turns
-from unpadded.bench.machine import product_rate
 from unpadded.engine import Engine
-from unpadded.runner import Runner
-from unpadded.weights import EncoderWeights, plain_weights
+from unpadded.execution.runner import Runner
+from unpadded.model.batch import PackedBatch, pack
+from unpadded.model.weights import EncoderWeights, plain_weights
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.layer_norm import add_layer_norm_reference

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unpadded.bench import machine
+from unpadded.cli.benchmark import machine
 from unpadded_kernels import (
     activation,
     add_layer_norm,

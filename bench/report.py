@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unpadded import charts
+from unpadded.cli.benchmark import charts
 
 BEGIN, END = "<!-- made by bench/report.py -->", "<!-- end -->"
 Result = dict[str, Any]
@@ -122,7 +122,7 @@ def throughput(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-STAGES, KEY = ("tokenise", "copy", "forward", "output"), "share_of_forward_alone"
+STAGES, KEY = ("tokenize", "copy", "forward", "output"), "share_of_forward_alone"
 
 
 def drop_in(result: Result) -> str:

@@ -30,13 +30,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import checkpoints
 import machine
 import numpy as np
-from serving import Server, serving
+from support import checkpoints
+from support.serving import Server, serving
+from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
-from unpadded.bench.workloads import Cutter
 
 SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts of a request: most are queries
 LARGE = 64
@@ -83,7 +83,7 @@ def steady(load: Load, engine: unpadded.Engine, args: Any) -> tuple[dict[str, An
     before = encode_rate(engine, load)
     with serving(args.model) as server:
         row = load.run(server, args.clients, args.seconds, SIZES)
-        writing = server.metric('unpadded_request_seconds_sum{stage="serialise"}') / processor_seconds(server)
+        writing = server.metric('unpadded_request_seconds_sum{stage="serialize"}') / processor_seconds(server)
     rate = statistics.mean([before, encode_rate(engine, load)])
     compared = {"engine.encode, tokens/s": round(rate), "share of engine.encode": round(row["tokens/s"] / rate, 3)}
     return row | {"share of time in answers": round(writing, 4)} | compared, rate

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import checkpoints
 import machine
 from safetensors.torch import load_file, save_file
+from support import checkpoints
 
 FILES = (
     "base/test_model.py",
@@ -57,7 +57,7 @@ DIFFERENT = {
 REPLACE = """
 import sentence_transformers
 from sentence_transformers import sentence_transformer
-from unpadded.adapters.sentence_transformers import SentenceTransformer
+from unpadded.integrations.sentence_transformers import SentenceTransformer
 for module in (sentence_transformers, sentence_transformer, sentence_transformer.model):
     module.SentenceTransformer = SentenceTransformer
 """
@@ -121,7 +121,7 @@ def write_hub_cache(hub: Path) -> None:
         folder = snapshot(hub, TINY, commit)
         checkpoints.write_bert(folder, heads=2, seed=seed)
         checkpoints.add_sentence_transformers_files(folder, normalize=False)
-        # a trained model's vectors are not centred: by their means the tests tell those that are normalised
+        # a trained model's vectors are not centered: by their means the tests tell those that are normalized
         tensors = load_file(folder / "model.safetensors")
         tensors["encoder.layer.1.output.LayerNorm.bias"] += 0.05
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,15 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import machine
 import numpy as np
 import torch
 import wordpiece
+from support import checkpoints
 
 import unpadded
-from unpadded import bench
-from unpadded.bench.workloads import Cutter
+from unpadded.cli import benchmark
+from unpadded.cli.benchmark.workloads import Cutter
 
 LONGEST = 8192
 AGAINST = ("sentence-transformers", "sentence-transformers-best")  # of the NomicBERT; the others pad alike
@@ -44,14 +44,16 @@ def main() -> None:
             result["models"].append(found := {"model": "all-MiniLM-L6-v2"})
             engines = load(checkpoints.MINILM, device)
             both = dict.fromkeys(("queries", "paragraphs"))
-            bench.measure(str(checkpoints.MINILM), engines, both, rounds=args.rounds, growing=args.growth, into=found)
+            benchmark.measure(
+                str(checkpoints.MINILM), engines, both, rounds=args.rounds, growing=args.growth, into=found
+            )
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         checkpoints.write_nomic(Path(folder), names="transformers", tokenizer=False, **shape)
         wordpiece.write_tokenizer(Path(folder), LONGEST)
         engines = load(folder, device)
         workloads = texts(engines, device, args.lengths, args.small)
         result["models"].append(found := {"model": f"NomicBERT, {shape['layers']} layers"})
-        bench.measure(folder, engines, workloads, against=AGAINST, rounds=args.rounds, into=found)
+        benchmark.measure(folder, engines, workloads, against=AGAINST, rounds=args.rounds, into=found)
 
 
 def load(model: str | Path, device: torch.device) -> dict[str, unpadded.Engine]:

@@ -1,23 +1,13 @@
 """Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import MINILM
-
-HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any import of unpadded_kernels
-
-DEVICE = "cuda" if HAS_CUDA else "cpu"
-# The interpreter stores bfloat16 as uint16 and computes on the bit pattern.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-# Absolute and relative, against the fp32 reference of the same inputs: a few units in the last place.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+from support.checkpoints import MINILM, checkpoint_folder
+from support.devices import DEVICE, HAS_CUDA
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     file = session.config.getoption("families")
     if file and exitstatus == 0:
-        from family_checks import write_parity  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
+        from support.family_checks import (
+            write_parity,  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
+        )
 
         passed = session.config.pluginmanager.get_plugin("terminalreporter").stats["passed"]
         write_parity(file, [report.nodeid.split("::")[0] for report in passed])
@@ -46,16 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if not HAS_CUDA and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def assert_matches(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = TOLERANCE[actual.dtype]
-    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
-
-
-def packed(lengths: list[int]) -> torch.Tensor:
-    """cu_seqlens of texts of these lengths."""
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
 
 
 @pytest.fixture
@@ -81,12 +63,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if HAS_CUDA:
         yield "cuda"
         return
-    from stand_in import stand_in
+    from support.stand_in import stand_in
 
-    from unpadded import graphs
+    from unpadded.execution import cuda_graphs
 
-    monkeypatch.setattr(graphs, "TOKENS", (8, 16))
-    monkeypatch.setattr(graphs, "TEXTS", (2, 6))
+    monkeypatch.setattr(cuda_graphs, "TOKENS", (8, 16))
+    monkeypatch.setattr(cuda_graphs, "TEXTS", (2, 6))
     with stand_in():
         yield "cuda:1"
 
@@ -95,7 +77,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def compiled(cuda: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many kernels have been compiled."""
     if not HAS_CUDA:
-        from stand_in import CUDA
+        from support.stand_in import CUDA
 
         return lambda: len(CUDA.compiled)
     import triton
@@ -137,13 +119,6 @@ def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2."""
     assert MINILM.is_dir(), MINILM
     return MINILM
-
-
-def checkpoint_folder(root: Path, name: str) -> Path | None:
-    """The folder of a hub id under `root`: owner/name, owner--name, or a snapshot in the hub's cache."""
-    flat = name.replace("/", "--")
-    found = [root / name, root / flat, *(root / f"models--{flat}" / "snapshots").glob("*")]
-    return next((folder for folder in found if folder.is_dir()), None)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_nomic
 from safetensors.torch import load_file, save_file
+from support.checkpoints import write_nomic
 
 import unpadded
 from unpadded.errors import CheckpointError, InputError, OutputError, WeightsError

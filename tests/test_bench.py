@@ -13,15 +13,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from checkpoints import add_sentence_transformers_files, write_bert
+from support.checkpoints import add_sentence_transformers_files, write_bert
+from unpadded.cli.benchmark.comparison import flops
+from unpadded.cli.benchmark.providers import Model, make_providers
+from unpadded.cli.benchmark.workloads import DOCUMENTS, Cutter
 
 import unpadded
-from unpadded import charts
-from unpadded.bench import PROVIDERS, TEXTS, comparison
-from unpadded.bench.comparison import flops
-from unpadded.bench.providers import Model, make_providers
-from unpadded.bench.workloads import DOCUMENTS, Cutter
-from unpadded.cli import main
+from unpadded.cli.benchmark import PROVIDERS, TEXTS, charts, comparison
+from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # the benches import each other by name
@@ -95,7 +94,7 @@ def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys)
         assert row["least_cosine"] >= (0.999 if row["provider"] == "unpadded, bfloat16" else 0.99999)
     for own in found["ours"].values():
         assert sum(own["stages"].values()) == pytest.approx(1) and min(own["stages"].values()) > 0
-        assert list(own["stages"]) == ["tokenise", "copy", "forward", "output"]
+        assert list(own["stages"]) == ["tokenize", "copy", "forward", "output"]
     assert [row["texts"] for row in result["growth"]] == [3, 5]
     printed = capsys.readouterr().out
     assert f"your texts: 3 texts, {found['tokens']:,} tokens" in printed and "of the forward pass alone" in printed
@@ -193,7 +192,7 @@ def test_check_fails_where_a_ratio_is_down_twice(run_check, tmp_path):
     run_check([2.1])
 
 
-def test_check_takes_the_median_of_neighbours(monkeypatch):
+def test_check_takes_the_median_of_neighbors(monkeypatch):
     slow = iter([1, 1, 5, 5, 1, 1, 1, 1])  # a noise that lasts two runs stretches both sides
     clock = [0.0]
 
@@ -275,7 +274,7 @@ def test_gpu_run_goes_on_after_a_step_that_fails(tmp_path):
     logs = (tmp_path / "out/kernels-correct.log").read_text()
     assert all(str(test.relative_to(ROOT)) in logs for test in (ROOT / "tests").glob("test_kernel_*.py"))
     logs = (tmp_path / "out/families-correct.log").read_text()
-    assert "tests/test_family_gte.py" in logs and "tests/test_adapter_transformers.py" in logs
+    assert "tests/test_family_gte.py" in logs and "tests/test_integration_transformers.py" in logs
     assert gpu_run(tmp_path, tmp_path / "out", "--fast").returncode == 2
 
 

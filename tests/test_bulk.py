@@ -24,10 +24,10 @@ import pytest
 
 import unpadded
 from unpadded.bulk import Broken, Row, read_rows
-from unpadded.bulk.dataset import open_dataset
-from unpadded.bulk.sources import Place, expand_inputs
+from unpadded.bulk.dataset_output import open_dataset
+from unpadded.bulk.readers import Place, expand_inputs
 from unpadded.bulk.writers import Columns
-from unpadded.cli import main
+from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -311,9 +311,9 @@ def test_resuming_after_a_stop_at_every_step_gives_the_same_bytes(engine: unpadd
 RUNS = """
 import json, os, sys
 import torch
-import pyarrow.parquet, unpadded.bulk, unpadded.loading, unpadded.window
-from unpadded.cli import main
-unpadded.window.WINDOW_TEXTS = 16
+import pyarrow.parquet, unpadded.bulk, unpadded.loading, unpadded.tokenization.windows
+from unpadded.cli.main import main
+unpadded.tokenization.windows.WINDOW_TEXTS = 16
 for line in sys.stdin:
     run = os.fork()
     if run == 0:
@@ -451,7 +451,7 @@ def test_what_was_mended_is_gone_on_with_by_skipping(
     engine: unpadded.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stopped at a broken row keeps its parts; --on-error may change, as it changes no row before."""
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:20], {17: b"{"})
     assert embed(source, "-o", "parts/", "--part-rows", "4") == 2
     assert sorted(os.listdir("parts"))[:2] == ["_manifest.json", "part-000000.parquet"]

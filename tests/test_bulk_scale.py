@@ -21,8 +21,8 @@ from tqdm import tqdm
 import unpadded
 from unpadded.bulk import Row, read_rows
 from unpadded.bulk.progress import Meter, Metered
-from unpadded.bulk.sources import Place
-from unpadded.cli import main
+from unpadded.bulk.readers import Place
+from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}

@@ -9,13 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import add_sentence_transformers_files, change_json, write_bert, write_json, write_nomic
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from support.checkpoints import add_sentence_transformers_files, change_json, write_bert, write_json, write_nomic
 
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import CheckpointError, ConfigError, OptionError, UnpaddedError, WeightsError
-from unpadded.spec import Rotary
 
 NOMIC_PROMPTS = {
     "search_query": "search_query: ",

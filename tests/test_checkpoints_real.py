@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkpoints import write_bert
-from conftest import checkpoint_folder
-from family_checks import relative_error
+from support.checkpoints import checkpoint_folder, write_bert
+from support.family_checks import relative_error
 
 import unpadded
 
@@ -53,7 +52,7 @@ SIMILARITIES = {
     "thenlper/gte-large": [0.81096, 0.93641, 0.88447, 0.89547],
 }
 
-# text-embeddings-inference, backends/candle/tests/snapshots: pooled as the model says and not normalised, fp32, of
+# text-embeddings-inference, backends/candle/tests/snapshots: pooled as the model says and not normalized, fp32, of
 # "What is Deep Learning?" without a prompt. Its GELU is an approximation, which moves values by 0.1%.
 POOLED = {
     "Alibaba-NLP/gte-base-en-v1.5": [0.4415129, 0.61066884, 0.06948684, -0.59306145, 0.8815817, -0.10978132],

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 import unpadded
 from unpadded import bulk
-from unpadded.cli import main
+from unpadded.cli.main import main
 from unpadded.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -283,7 +283,7 @@ def test_bad_files_are_named(
 
 DISK_FULL = """
 import resource, sys, test_cli, unpadded
-from unpadded.cli import main
+from unpadded.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 unpadded.load = test_cli.FakeEngine().load
 sys.exit(main(["embed", "-m", "fake", *sys.argv[1:]]))
@@ -397,7 +397,8 @@ def test_info_describes_what_would_be_loaded(minilm: Path, capsys: pytest.Captur
 
 
 def test_info_loads_no_tensors(minilm: Path) -> None:
-    code = f"import sys; from unpadded.cli import main; main(['info', {str(minilm)!r}]); print('torch' in sys.modules)"
+    code = "import sys; from unpadded.cli.main import main\n"
+    code += f"main(['info', {str(minilm)!r}]); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     *described, imported = ran.stdout.splitlines()
     assert imported == "False"

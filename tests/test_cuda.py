@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import test_family_nomic_moe
 import torch
-from checkpoints import REAL, write_bert, write_nomic
-from conftest import DEVICE, DTYPES, HAS_CUDA
-from family_checks import assert_cuda_agrees, random_ids, relative_error, write
+from support.checkpoints import REAL, write_bert, write_nomic
+from support.devices import DEVICE, DTYPES, HAS_CUDA
+from support.family_checks import assert_cuda_agrees, random_ids, relative_error, write
 from transformers import NomicBertModel
 
 import unpadded
-from unpadded import graphs
+from unpadded.execution import cuda_graphs
 
 LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000) if HAS_CUDA else (1, 2, 7, 19)
 SHAPE = REAL | {"layers": 4} if HAS_CUDA else {}
@@ -93,11 +93,11 @@ def test_graphs_follow_new_contents(folder, cuda, pooling):
     eager.runner._captures = False
     engine.runner.pooling = eager.runner.pooling = pooling
     draw = np.random.default_rng(2)
-    for tokens, texts, _ in itertools.product(graphs.TOKENS, graphs.TEXTS, range(2)):
+    for tokens, texts, _ in itertools.product(cuda_graphs.TOKENS, cuda_graphs.TEXTS, range(2)):
         lengths = draw.integers(1, max(2, tokens // texts), draw.integers(1, texts + 1))
         texts = random_ids(lengths, seed=int(draw.integers(1 << 30)))
         np.testing.assert_allclose(engine.encode(texts), eager.encode(texts), atol=2e-3 * np.sqrt(768))
-    assert len({bucket for bucket, *_ in engine.runner._graphs}) == len(engine.runner._graphs) > len(graphs.TOKENS)
+    assert len({bucket for bucket, *_ in engine.runner._graphs}) == len(engine.runner._graphs) > len(cuda_graphs.TOKENS)
     assert not eager.runner._graphs
 
 

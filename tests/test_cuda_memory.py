@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import REAL, write_nomic
-from family_checks import random_ids
+from support.checkpoints import REAL, write_nomic
+from support.family_checks import random_ids
 
 import unpadded
-from unpadded.memory import bytes_per_token
+from unpadded.execution.memory import bytes_per_token
 
 pytestmark = pytest.mark.gpu
 

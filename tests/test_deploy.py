@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from unpadded.commands import serve
+from unpadded.cli import serve
 from unpadded.server.app import ENDPOINTS
 from unpadded.server.options import KEYS_VARIABLE, ServerOptions, read_options
 

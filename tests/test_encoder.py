@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from checkpoints import REAL, VOCABULARY, write_bert, write_nomic
-from family_checks import assert_parity, last_hidden_state, random_ids
+from support.checkpoints import REAL, VOCABULARY, write_bert, write_nomic
+from support.family_checks import assert_parity, last_hidden_state, random_ids
 from transformers import BertModel, NomicBertModel
 
 import unpadded

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from checkpoints import add_sentence_transformers_files, change_json, write_nomic
 from sentence_transformers import SentenceTransformer
+from support.checkpoints import add_sentence_transformers_files, change_json, write_nomic
 
 import unpadded
 
@@ -80,7 +80,7 @@ def test_no_texts(engine):
 
 
 def test_an_endless_stream_is_not_collected(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 50)
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 50)
     texts = (f"text number {index}" for index in itertools.count())
     blocks = engine.stream(texts)
     first, second = next(blocks), next(blocks)
@@ -90,7 +90,7 @@ def test_an_endless_stream_is_not_collected(engine, monkeypatch):
 
 
 def test_texts_are_taken_in_the_callers_thread(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     threads = set()
 
     def texts():
@@ -111,8 +111,8 @@ def test_texts_of_one_window_start_no_thread(engine, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refused)
     assert np.array_equal(engine.encode(["a", "b"]), expected)
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
-    with pytest.raises(AssertionError, match="unpadded-tokenise"):
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    with pytest.raises(AssertionError, match="unpadded-tokenize"):
         engine.encode(["a", "b", "c"])
 
 
@@ -122,7 +122,7 @@ def test_without_a_stderr_there_is_no_bar(engine, monkeypatch):
 
 
 def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     blocks = engine.stream(["a", "b", "c", None, "e"])
     assert len(next(blocks).vectors) == 2
     with pytest.raises(unpadded.InputError, match="text 3 is neither"):
@@ -131,7 +131,7 @@ def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch
 
 
 def test_what_is_interrupted_frees_its_threads(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.window.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     before = threading.active_count()
     blocks = engine.stream(str(index) for index in itertools.count())
     next(blocks)

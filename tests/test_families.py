@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import test_family_xlm_roberta
 import torch
-from checkpoints import VOCABULARY, nomic_tensors, transformers_names, write_bert, write_nomic
+from support.checkpoints import VOCABULARY, nomic_tensors, transformers_names, write_bert, write_nomic
 from test_family_eurobert import EUROBERT_210M
 from test_family_gte import GTE_BASE
 from test_family_jina_bert import CODE_MAP, JINA_BASE
@@ -17,12 +17,12 @@ from test_family_modernbert import MODERNBERT_EMBED
 from test_family_xlm_roberta import BGE_M3
 from transformers import BertModel, NomicBertModel
 
-from unpadded import families
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint import families
+from unpadded.checkpoint.families import FAMILIES, bert, nomic_bert, xlm_roberta
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import EncoderSpec, Rotary
 from unpadded.errors import ConfigError
-from unpadded.families import FAMILIES, bert, nomic_bert, xlm_roberta
-from unpadded.spec import EncoderSpec, Rotary
-from unpadded.weights import load_weights
+from unpadded.model.weights import load_weights
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from checkpoints import change_json
-from family_checks import (
+from support.checkpoints import change_json
+from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
     assert_independent,
@@ -18,10 +18,10 @@ from family_checks import (
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
 
 import unpadded
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import eurobert
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import ConfigError
-from unpadded.families import eurobert
-from unpadded.spec import Rotary
 
 EUROBERT_2B = {  # the published keys of EuroBERT-2.1B
     "architectures": ["EuroBertForMaskedLM"],

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from checkpoints import change_json
-from family_checks import (
+from support.checkpoints import change_json
+from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
     assert_independent,
@@ -17,10 +17,10 @@ from family_checks import (
 )
 
 import unpadded
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import gte
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import ConfigError
-from unpadded.families import gte
-from unpadded.spec import Rotary
 
 GTE_BASE = {  # the published keys of gte-base-en-v1.5
     "model_type": "new",

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import _Draw, change_json
-from family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity, write
+from support.checkpoints import _Draw, change_json
+from support.family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity, write
 
 import unpadded
-from unpadded.adapters.transformers import UnpaddedModel
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import jina_bert, jina_code
+from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.errors import ConfigError
-from unpadded.families import jina_bert, jina_code
+from unpadded.integrations.transformers import UnpaddedModel
 
 JINA_BASE = {  # the published keys of jina-embeddings-v2-base-en
     "model_type": "bert",

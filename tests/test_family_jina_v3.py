@@ -1,4 +1,4 @@
-"""jina-embeddings-v3 against transformers, and its adapters against the published parametrisation, W + scale * B A."""
+"""jina-embeddings-v3 against transformers, and its adapters against the published parametrization, W + scale * B A."""
 
 import asyncio
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import add_sentence_transformers_files, write_json
-from conftest import HAS_CUDA
-from family_checks import (
+from support.checkpoints import add_sentence_transformers_files, write_json
+from support.devices import HAS_CUDA
+from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
     assert_independent,
@@ -26,12 +26,12 @@ from test_family_xlm_roberta import write_tokenizer
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 import unpadded
-from unpadded.adapters.sentence_transformers import SentenceTransformer
-from unpadded.batch import pack
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import jina_v3
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import ConfigError, OptionError, WeightsError
-from unpadded.families import jina_v3
-from unpadded.spec import Rotary
+from unpadded.integrations.sentence_transformers import SentenceTransformer
+from unpadded.model.batch import pack
 
 TASKS = ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
 PROMPTS = {
@@ -129,7 +129,7 @@ def modern_names(tensors):
 
 
 def with_adapters(tensors, seed=7):
-    """Each matrix of the published names parametrised, with factors large enough to matter."""
+    """Each matrix of the published names parametrized, with factors large enough to matter."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -214,7 +214,7 @@ def test_real_width_and_length_match_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_adapter_is_the_published_parametrisation(folder, adapted, task):
+def test_an_adapter_is_the_published_parametrization(folder, adapted, task):
     reference = last_hidden_state(model_of(tensors=modern_names(merged(adapted, task))))
     engine = unpadded.load(folder, device="cpu")
     assert_parity(engine, reference, (1, 7, 65, 130), task=task)
@@ -410,8 +410,8 @@ def test_langchain_and_mteb_choose_the_adapters(folder, minilm):
     from mteb.mocks.mock_tasks.sts import MockSTSTask
     from mteb.types import PromptType
 
-    from unpadded.adapters.langchain import UnpaddedEmbeddings
-    from unpadded.adapters.mteb import UnpaddedEncoder
+    from unpadded.integrations.langchain import UnpaddedEmbeddings
+    from unpadded.integrations.mteb import UnpaddedEncoder
 
     lines = ["What is a tide?", "How is bread made?"]
     write_tokenizer(folder, (minilm / "README.md").read_text().splitlines())

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import add_sentence_transformers_files, change_json, write_json
-from family_checks import (
+from sentence_transformers import SentenceTransformer
+from support.checkpoints import add_sentence_transformers_files, change_json, write_json
+from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
     assert_independent,
@@ -14,15 +15,14 @@ from family_checks import (
     seeded,
     write,
 )
-from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ModernBertConfig, ModernBertModel
 
 import unpadded
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import modernbert
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.spec import Local, Rotary
 from unpadded.errors import ConfigError
-from unpadded.families import modernbert
-from unpadded.spec import Local, Rotary
 
 MODERNBERT_EMBED = {  # the published keys of modernbert-embed-base
     "model_type": "modernbert",

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import _Draw
-from family_checks import VOCABULARY, assert_independent, assert_parity, write
+from support.checkpoints import _Draw
+from support.family_checks import VOCABULARY, assert_independent, assert_parity, write
 
 import unpadded
+from unpadded.checkpoint.families import nomic_bert
+from unpadded.checkpoint.spec import Experts, Rotary
 from unpadded.errors import ConfigError, WeightsError
-from unpadded.families import nomic_bert
-from unpadded.spec import Experts, Rotary
 
 V2_MOE = {  # the published keys
     "model_type": "nomic_bert",

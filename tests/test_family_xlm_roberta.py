@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from checkpoints import add_sentence_transformers_files, write_json
-from family_checks import (
+from sentence_transformers import SentenceTransformer
+from support.checkpoints import add_sentence_transformers_files, write_json
+from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
     assert_independent,
@@ -13,14 +14,13 @@ from family_checks import (
     seeded,
     write,
 )
-from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
 
 import unpadded
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.families import xlm_roberta
+from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.errors import ConfigError, OptionError
-from unpadded.families import xlm_roberta
 
 BGE_M3 = {  # the published keys
     "model_type": "xlm-roberta",

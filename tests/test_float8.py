@@ -8,13 +8,13 @@ import test_family_jina_v3 as jina_v3
 import test_family_modernbert as modernbert
 import test_family_nomic_moe as nomic_moe
 import torch
-from checkpoints import REAL, write_bert, write_nomic
-from family_checks import assert_independent, random_ids, relative_error, write
+from support.checkpoints import REAL, write_bert, write_nomic
+from support.family_checks import assert_independent, random_ids, relative_error, write
 
 import unpadded
-from unpadded.adapters.transformers import UnpaddedModel
 from unpadded.errors import OptionError
-from unpadded.weights import plain_weights
+from unpadded.integrations.transformers import UnpaddedModel
+from unpadded.model.weights import plain_weights
 
 E4M3 = torch.float8_e4m3fn
 FAMILIES = {

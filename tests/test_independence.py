@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checkpoints import write_bert, write_nomic
+from support.checkpoints import write_bert, write_nomic
 
 import unpadded
 

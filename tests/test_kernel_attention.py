@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, assert_matches, packed
 
 from unpadded_kernels.attention import (
     attention,
@@ -55,7 +55,7 @@ def test_head_dims(head_dim, dtype, kernel):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 20, 64, 500])
-def test_window(window, dtype, kernel):
+def test_windows(window, dtype, kernel):
     arguments = *inputs([1, 0, 260, 30], 1, 16, dtype), window
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
@@ -97,9 +97,9 @@ def test_values_added_during_the_next_softmax_have_the_same_bits(lengths, dtype,
     assert torch.equal(*results)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the neighbours' own rows
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the neighbors' own rows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_stands_in_the_neighbours_does_not_matter(dtype, kernel):
+def test_what_stands_in_the_neighbors_does_not_matter(dtype, kernel):
     qkv, cu_seqlens, max_seqlen, scale = inputs([20, 70, 20], 2, 32, dtype)
     clean = attention_triton(qkv, cu_seqlens, max_seqlen, scale)
     qkv[:20], qkv[90:] = float("inf"), float("nan")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches
 
 from unpadded_kernels.embedding import embedding, embedding_reference, embedding_triton
 

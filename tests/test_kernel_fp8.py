@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, HAS_CUDA, assert_matches
+from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
 from unpadded_kernels._triton import tl
 from unpadded_kernels.activation import GATED, KINDS

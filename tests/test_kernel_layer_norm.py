@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches
 
 from unpadded_kernels.layer_norm import (
     add_layer_norm,

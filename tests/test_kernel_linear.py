@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, DTYPES, HAS_CUDA, assert_matches
+from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
 from unpadded_kernels.activation import GATED, KINDS
 from unpadded_kernels.linear import (

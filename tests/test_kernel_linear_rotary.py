@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, HAS_CUDA, assert_matches
+from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
 from unpadded_kernels import linear, rotary_
 from unpadded_kernels.linear_rotary import linear_rotary, linear_rotary_reference, linear_rotary_triton

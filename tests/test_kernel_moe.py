@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, HAS_CUDA, TOLERANCE, assert_matches
+from support.devices import DEVICE, DTYPES, HAS_CUDA, TOLERANCE, assert_matches
 
 from unpadded_kernels.activation import GATED, activation_reference
 from unpadded_kernels.moe import expert_mlp, expert_mlp_reference, expert_mlp_triton

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, assert_matches, packed
 
 from unpadded_kernels.padded_pooling import masked_mean_pool, masked_mean_pool_reference, masked_mean_pool_triton
 from unpadded_kernels.pooling import pool, pool_reference, pool_triton
@@ -117,7 +117,7 @@ def test_padded_takes_any_mask():
         assert_matches(masked_mean_pool_triton(hidden, mask.to(kind), False), expected)
 
 
-def test_padded_reads_nothing_of_masked_tokens_and_depends_on_no_neighbour():
+def test_padded_reads_nothing_of_masked_tokens_and_depends_on_no_neighbor():
     hidden, mask = padded([40, 260], 260, 96, torch.float32)
     expected = masked_mean_pool_triton(hidden[:1, :40].contiguous(), mask[:1, :40], True)
     hidden[0, 40:] = float("nan")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches
 
 from unpadded_kernels.qk_norm import qk_norm_, qk_norm_reference, qk_norm_triton
 

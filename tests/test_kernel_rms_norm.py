@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches
 
 from unpadded_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_triton
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, assert_matches, packed
 
 from unpadded_kernels.rotary import (
     rotary_,

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import CHROMIUM, Page, open_browser
+from support.browser import CHROMIUM, Page, open_browser
 
 import unpadded
-from unpadded.cli import main
-from unpadded.map.colors import color_points
-from unpadded.map.projection import project
-from unpadded.map.sample import read_sample
+from unpadded.cli.main import main
+from unpadded.cli.map_page.colors import color_points
+from unpadded.cli.map_page.projection import project
+from unpadded.cli.map_page.sample import read_sample
 
 EVIL = '</script><script>document.title = "owned"</script><img src=x onerror=alert(1)> {{script}} <!-- & "quoted"'
 TEXTS = [
@@ -62,7 +62,7 @@ def vectors_column(vectors: np.ndarray) -> pa.Array:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset of six texts in two parts, beside names that are none of its parts."""
-    monkeypatch.setattr("unpadded.map.project", flat)
+    monkeypatch.setattr("unpadded.cli.map_page.project", flat)
     monkeypatch.chdir(tmp_path)
     places = np.array([[0, 0, 1], [4, 0, 1], [4, 4, 1], [0, 4, 1], [2, 2, 1], [2, 0, 1]], np.float32)
     table = pa.table({"id": [f"d{i}" for i in range(6)], "embedding": vectors_column(places), "tokens": [3] * 6})
@@ -141,7 +141,7 @@ def test_few_vectors_have_places(count: int) -> None:
     assert places.shape == (count, 2) and np.isfinite(places).all()
 
 
-def test_colours_follow_the_values() -> None:
+def test_colors_follow_the_values() -> None:
     numbers = color_points(pa.array([*map(str, range(20)), None]), "n")
     assert (numbers.counts, numbers.labels, numbers.rest) == (None, ["0", "19"], 1)
     assert numbers.codes.tolist()[:2] == [0, 3] and numbers.codes.tolist()[-2:] == [63, 64]

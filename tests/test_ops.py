@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, packed
+from support.devices import DEVICE, packed
 
 import unpadded_kernels as kernels
 from unpadded_kernels.fp8 import quantize_rows_reference

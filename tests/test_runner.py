@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import write_bert, write_nomic
+from support.checkpoints import write_bert, write_nomic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
-from unpadded.batch import pack
-from unpadded.graphs import TEXTS, TOKENS, Bucket, bucket_of, fill
-from unpadded.memory import bytes_per_token
-from unpadded.runner import FIELDS, Runner, _read, _stage, _views
-from unpadded.weights import plain_weights
+from unpadded.execution.cuda_graphs import TEXTS, TOKENS, Bucket, bucket_of, fill
+from unpadded.execution.memory import bytes_per_token
+from unpadded.execution.runner import FIELDS, Runner, _read, _stage, _views
+from unpadded.model.batch import pack
+from unpadded.model.weights import plain_weights
 from unpadded_kernels import activation
 from unpadded_kernels.attention import tile_map_of
 
@@ -95,7 +95,7 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
     *earlier, last = closed
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
     assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
-    for row, hidden in zip(rows, runner.token_rows(draw(lengths)), strict=True):
+    for row, hidden in zip(rows, runner.hidden_states(draw(lengths)), strict=True):
         assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
     assert not runner.embed(draw((0, 0)), **shape).any()
 
@@ -228,7 +228,7 @@ def test_the_bytes_of_a_token(tmp_path, write, dtype):
 
 def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr("unpadded.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("unpadded.execution.memory.MEMINFO", meminfo)
 
     def budget(kibibytes, **options):
         meminfo.write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {kibibytes} kB\n")

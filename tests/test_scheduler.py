@@ -1,11 +1,11 @@
-"""Every index once, never over the budget, neighbours of equal length, no hole that a waiting text would fill."""
+"""Every index once, never over the budget, neighbors of equal length, no hole that a waiting text would fill."""
 
 import random
 from pathlib import Path
 
 import pytest
 
-from unpadded.scheduler import schedule
+from unpadded.execution.scheduler import schedule
 
 
 @pytest.mark.parametrize("seed", range(20))

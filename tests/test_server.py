@@ -13,14 +13,14 @@ import openai
 import pyarrow.parquet
 import pytest
 import zstandard
-from checkpoints import add_sentence_transformers_files, change_json, write_nomic
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from langchain_huggingface import HuggingFaceEndpointEmbeddings
-from serving import ENVIRONMENT, serving
-from test_aio import PARAGRAPHS
+from support.checkpoints import add_sentence_transformers_files, change_json, write_nomic
+from support.corpus import PARAGRAPHS
+from support.serving import ENVIRONMENT, serving
 
 import unpadded
-from unpadded import graphs
+from unpadded.execution import cuda_graphs
 from unpadded.server.options import ServerOptions
 from unpadded.server.service import Service
 
@@ -68,10 +68,10 @@ def test_a_gpu_is_warmed_for_every_bucket_of_its_graphs(engine):
     assert list(service._sizes()) == [(1, 1), (engine.token_budget, 1)]
     service.device = "cuda"
     sizes = set(service._sizes())
-    buckets = {(tokens, texts) for tokens in graphs.TOKENS for texts in graphs.TEXTS if texts <= tokens}
+    buckets = {(tokens, texts) for tokens in cuda_graphs.TOKENS for texts in cuda_graphs.TEXTS if texts <= tokens}
     assert buckets - sizes == {(tokens, texts) for tokens, texts in buckets if tokens > engine.token_budget}
     service.warm_up()
-    service.joiner.close()
+    service.batcher.close()
 
 
 @pytest.mark.parametrize("format", ["base64", "float"])

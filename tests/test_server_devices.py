@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import serving
-from test_aio import PARAGRAPHS
+from support.corpus import PARAGRAPHS
+from support.serving import serving
 
 import unpadded
 

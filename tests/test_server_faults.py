@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from serving import ENVIRONMENT, serving
-from test_aio import PARAGRAPHS
+from support.corpus import PARAGRAPHS
+from support.serving import ENVIRONMENT, serving
 
 import unpadded
 

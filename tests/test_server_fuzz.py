@@ -15,10 +15,10 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import schemathesis
-from checkpoints import add_sentence_transformers_files, write_nomic
 from schemathesis import GenerationMode
-from serving import serving
-from test_aio import PARAGRAPHS
+from support.checkpoints import add_sentence_transformers_files, write_nomic
+from support.corpus import PARAGRAPHS
+from support.serving import serving
 
 import unpadded
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HAS_CUDA
+from support.devices import HAS_CUDA
 
 from unpadded_kernels import add_layer_norm
 from unpadded_kernels.layer_norm import add_layer_norm_triton
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(HAS_CUDA, reason="a GPU needs no stand-in")
 
 @pytest.fixture
 def refused():
-    from stand_in import Misuse  # needs the interpreter, which is off where there is a GPU
+    from support.stand_in import Misuse  # needs the interpreter, which is off where there is a GPU
 
     return lambda why: pytest.raises(Misuse, match=why)
 

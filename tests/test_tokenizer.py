@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from transformers import AutoTokenizer
 
 from unpadded.errors import CheckpointError, InputError, OptionError
-from unpadded.tokenizer import Tokenizer
+from unpadded.tokenization.tokenizer import Tokenizer
 
 PROSE = (
     "Whether I shall turn out to be the hero of my own life, or whether that station will be held by anybody else, "
@@ -54,7 +54,7 @@ def awkward_text(rng: random.Random, pieces: int) -> str:
 
 
 def whole_ids(backend: tokenizers.Tokenizer, text: str, prompt: str, max_length: int, truncation: str) -> list[int]:
-    """The definition: tokenise everything, then drop tokens."""
+    """The definition: tokenize everything, then drop tokens."""
     full = backend.encode(prompt + text)
     if len(full) <= max_length or truncation == "right":
         return [full.ids[0], *full.ids[1:-1][: max_length - 2], full.ids[-1]]
@@ -64,7 +64,7 @@ def whole_ids(backend: tokenizers.Tokenizer, text: str, prompt: str, max_length:
 
 
 def add_tokens(backend: tokenizers.Tokenizer) -> None:
-    """Added tokens of every sort: taking the spaces around, of many words, matched after normalisation."""
+    """Added tokens of every sort: taking the spaces around, of many words, matched after normalization."""
     backend.add_special_tokens([AddedToken("<m>", lstrip=True, rstrip=True), AddedToken("<|-+-|>")])
     backend.add_tokens([AddedToken("tik-tok", normalized=True)])
 
@@ -159,7 +159,7 @@ def test_settings_are_transformers(minilm: Path, tmp_path: Path, kept: str, sett
     assert ids_of(Tokenizer.from_folder(tmp_path).encode(AWKWARD, max_length=512)) == reference(AWKWARD)["input_ids"]
 
 
-def test_lower_case_comes_before_the_tokenizers_own_normalisation(minilm: Path, tmp_path: Path) -> None:
+def test_lower_case_comes_before_the_tokenizers_own_normalization(minilm: Path, tmp_path: Path) -> None:
     shutil.copy(minilm / "vocab.txt", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     texts = ["The Été of ZÜRICH", "ÀÉ"]
@@ -175,7 +175,7 @@ def test_lower_case_comes_before_the_tokenizers_own_normalisation(minilm: Path, 
 def test_slices_change_nothing(
     kind: str, prompt: str, truncation: str, bert_backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.tokenizer.CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr("unpadded.tokenization.tokenizer.CHARACTERS_PER_TOKEN", 1)
     backend = bert_backend
     if kind == "bert with added tokens":
         backend = tokenizers.Tokenizer.from_str(bert_backend.to_str())
@@ -197,7 +197,7 @@ def test_slices_change_nothing(
 def test_a_cut_at_every_place_of_a_fragment(
     fragment: str, truncation: str, bert_backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.tokenizer.CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr("unpadded.tokenization.tokenizer.CHARACTERS_PER_TOKEN", 1)
     backend = tokenizers.Tokenizer.from_str(bert_backend.to_str())
     add_tokens(backend)
     tokenizer = Tokenizer(backend, Path("added"))
@@ -300,7 +300,7 @@ def test_str_subclasses_and_any_sequence_are_texts(bert: Tokenizer) -> None:
 def test_blocks_change_nothing(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*AWKWARD, PROSE * 30, *AWKWARD]
     expected = ids_of(bert.encode(texts, max_length=50))
-    monkeypatch.setattr("unpadded.tokenizer.BLOCK_CHARACTERS", 40)
+    monkeypatch.setattr("unpadded.tokenization.tokenizer.BLOCK_CHARACTERS", 40)
     assert ids_of(bert.encode(texts, max_length=50)) == expected
 
 

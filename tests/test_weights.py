@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import load_file, save_file
+from support.checkpoints import (
     add_sentence_transformers_files,
     change_json,
     nomic_tensors,
@@ -18,13 +19,12 @@ from checkpoints import (
     write_bert,
     write_nomic,
 )
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unpadded import weights as weights_module
-from unpadded.checkpoint import open_checkpoint
+from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.errors import WeightsError
-from unpadded.weights import MATRICES, EncoderWeights, load_dense, load_weights, plain_weights, prepacked
+from unpadded.model import weights as weights_module
+from unpadded.model.weights import MATRICES, EncoderWeights, load_dense, load_weights, plain_weights, prepacked
 from unpadded_kernels.linear_prepacked import PrepackedWeight, prepacks
 
 CPU = torch.device("cpu")
@@ -306,8 +306,8 @@ def test_dense_modules(tmp_path: Path) -> None:
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from unpadded.checkpoint import open_checkpoint
-from unpadded.weights import load_weights
+from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.model.weights import load_weights
 checkpoint = open_checkpoint(sys.argv[1])
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -26,9 +26,9 @@ from unpadded.errors import (
 )
 
 if TYPE_CHECKING:
-    from unpadded.adapters import nomic as embed
-    from unpadded.adapters.accelerate import accelerate, restore
     from unpadded.engine import Embeddings, Engine
+    from unpadded.integrations import nomic as embed
+    from unpadded.integrations.accelerate import accelerate, restore
     from unpadded.loading import load
 
 __version__ = "0.1.0"
@@ -59,11 +59,11 @@ __all__ = [
 _HOMES = {
     "Embeddings": "unpadded.engine",
     "Engine": "unpadded.engine",
-    "accelerate": "unpadded.adapters.accelerate",
+    "accelerate": "unpadded.integrations.accelerate",
     "load": "unpadded.loading",
-    "restore": "unpadded.adapters.accelerate",
+    "restore": "unpadded.integrations.accelerate",
 }
-_MODULES = {"embed": "unpadded.adapters.nomic"}
+_MODULES = {"embed": "unpadded.integrations.nomic"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """`python -m unpadded`."""
 
-from unpadded.cli import main
+from unpadded.cli.main import main
 
 raise SystemExit(main())

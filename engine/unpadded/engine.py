@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unpadded.aio import Joiner, Observe, Rows, Work, run_windows
-from unpadded.checkpoint import Checkpoint
+from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, OptionError, OutputError
+from unpadded.execution.batcher import Batcher, Observe, Rows, Work, run_windows
+from unpadded.execution.runner import OnTheWay, Runner
+from unpadded.execution.scheduler import schedule
+from unpadded.execution.worker_pool import Coming, Workers
 from unpadded.options import Options, Plan, check_offered, make_plan
-from unpadded.output import quantize
-from unpadded.runner import OnTheWay, Runner
-from unpadded.scheduler import schedule
-from unpadded.tokenizer import Tokenizer
-from unpadded.window import Text, Window, WindowReader
-from unpadded.workers import Coming, Workers
+from unpadded.quantization import quantize
+from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded.tokenization.windows import Text, Window, WindowReader
 
 Output = Literal["numpy", "torch", "list"]
 Item = TypeVar("Item")
@@ -54,7 +54,7 @@ class Engine:
         self.token_budget = token_budget
         self._reader = WindowReader(checkpoint, tokenizer)
         self._runner = runner
-        self._joiner: Joiner | None = None  # set by the first call of aembed
+        self._joiner: Batcher | None = None  # set by the first call of aembed
 
     @property
     def runner(self) -> Runner:
@@ -67,13 +67,13 @@ class Engine:
         return self._runner
 
     @property
-    def at_once(self) -> int:
+    def parallelism(self) -> int:
         """Batches that run side by side: one a device."""
-        return self._runner.at_once
+        return self._runner.parallelism
 
     @property
     def ready(self) -> int:
-        """Devices that take batches: fewer than `at_once` while a process that died is started again."""
+        """Devices that take batches: fewer than `parallelism` while a process that died is started again."""
         return self._runner.ready
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Engine:
         """
         plan = self.plan(**options)
         windows = self.read([texts] if isinstance(texts, str) else texts, plan)
-        self._joiner = self._joiner or self.joiner()
+        self._joiner = self._joiner or self.batcher()
         try:
             async with asyncio.timeout(deadline):
                 done = await run_windows(self._joiner, windows, self.work(plan))
@@ -185,7 +185,7 @@ class Engine:
             found: dict[int, np.ndarray] = {}
             for batch in schedule([len(ids) for ids in sequences], self.token_budget):
                 with window.naming(batch):
-                    hidden = self._runner.token_rows([sequences[i] for i in batch], adapter=plan.adapter)
+                    hidden = self._runner.hidden_states([sequences[i] for i in batch], adapter=plan.adapter)
                     found |= zip(batch, hidden, strict=True)
             rows += [found[i] for i in window.copies]
         return rows
@@ -200,23 +200,23 @@ class Engine:
         return make_plan(self.checkpoint, self.dimensions, **options)
 
     def read(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
-        """Tokenise, a window of texts at a time."""
+        """Tokenize, a window of texts at a time."""
         return self._reader.windows(texts, plan)
 
     def work(self, plan: Plan) -> Work:
-        """What a `Joiner` does with the sequences of `read`."""
+        """What a `Batcher` does with the sequences of `read`."""
         return Work(tuple(plan.shape.values()), partial(self._runner.embed, **plan.shape))
 
     def token_work(self, plan: Plan) -> Work:
         """The same for `token_embeddings`."""
-        return Work(("tokens", plan.adapter), partial(self._runner.token_rows, adapter=plan.adapter))
+        return Work(("tokens", plan.adapter), partial(self._runner.hidden_states, adapter=plan.adapter))
 
-    def joiner(self, observe: Observe | None = None) -> Joiner:
+    def batcher(self, observe: Observe | None = None) -> Batcher:
         """What runs the calls of many callers in shared batches; `observe` is called after each batch."""
-        return Joiner(self.token_budget, observe, at_once=self.at_once)
+        return Batcher(self.token_budget, observe, parallelism=self.parallelism)
 
     def collect(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Embeddings:
-        """What a `Joiner` made of the windows of `read`; OutputError names a text whose vector is not finite."""
+        """What a `Batcher` made of the windows of `read`; OutputError names a text whose vector is not finite."""
         blocks = []
         for window, rows in done:
             vectors = np.stack(list(rows))
@@ -225,7 +225,7 @@ class Engine:
         return _collect(blocks, plan)
 
     def _blocks(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
-        """fp32 vectors, a window of texts at a time; the next is tokenised, and its batches are launched, meanwhile."""
+        """fp32 vectors, a window of texts at a time; the next is tokenized, and its batches are launched, meanwhile."""
         rows = np.empty((0, plan.dimensions), np.float32)  # of the sequences that the window runs
         done = 0
         for window, batch, launched in _held_back(self._launched(texts, plan), self._runner.depth):
@@ -297,7 +297,7 @@ def _check_finite(vectors: np.ndarray, window: Window, batch: Sequence[int]) -> 
 
 
 def _mean_of_chunks(rows: np.ndarray, owners: np.ndarray, normalize: bool) -> np.ndarray:
-    """[chunks, dimensions] -> [texts, dimensions]: the mean of each text's chunks, L2-normalised where asked."""
+    """[chunks, dimensions] -> [texts, dimensions]: the mean of each text's chunks, L2-normalized where asked."""
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     means = np.add.reduceat(rows, starts, axis=0) / np.diff(starts, append=len(owners))[:, None].astype(np.float32)
     if normalize:

@@ -9,16 +9,16 @@ from typing import Literal, TypeAlias, cast
 
 import torch
 
-from unpadded.backends import Attention, attention_backend
-from unpadded.checkpoint import Checkpoint, open_checkpoint
-from unpadded.encoder import Encoder
+from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
+from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
-from unpadded.runner import Runner
-from unpadded.spec import EncoderSpec
-from unpadded.tokenizer import Tokenizer
-from unpadded.weights import EncoderWeights, load_dense, load_weights, quantized
-from unpadded.workers import Workers
+from unpadded.execution.runner import Runner
+from unpadded.execution.worker_pool import Workers
+from unpadded.model.attention import Attention, attention_backend
+from unpadded.model.encoder import Encoder
+from unpadded.model.weights import EncoderWeights, load_dense, load_weights, quantized
+from unpadded.tokenization.tokenizer import Tokenizer
 
 Device: TypeAlias = str | torch.device
 
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CPU_BLOCK_BYTES = 6 * 2**20
 # Tokens of a batch where the caller names none: enough to keep the processor busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
-# Cores of torch that one which tokenises keeps up with, with room to spare: it took 0.9 million tokens/s, where a core
+# Cores of torch that one which tokenizes keeps up with, with room to spare: it took 0.9 million tokens/s, where a core
 # of torch embedded 7 to 10 thousand with MiniLM (EPYC, 2026-11).
 CORES_A_TOKENIZER = 16
 
@@ -48,7 +48,7 @@ def load(
 ) -> Engine:
     """Load a checkpoint: its configuration, safetensors and tokenizer; never a pickle, never its code.
 
-    model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honoured), at `revision`.
+    model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honored), at `revision`.
     device: "auto" takes CUDA where there is one, else the CPU; "all" every CUDA device. Each of several
     ("cuda:0,cuda:1", or a list) gets a process of its own, which ends with `Engine.close`.
     dtype: "auto" is float16 on CUDA, float32 on a CPU. "float8" is the same with the products that follow a LayerNorm
@@ -83,7 +83,7 @@ def load(
             f"dtype='float8' is not for adapters, which change the weights, and {checkpoint.name} has some for "
             f"{', '.join(checkpoint.spec.adapters.tasks)}; use dtype='float16'"
         )
-    # On a CPU torch has the cores, and tokenising takes the few that keep up with it.
+    # On a CPU torch has the cores, and tokenizing takes the few that keep up with it.
     cores = max(1, torch.get_num_threads() // CORES_A_TOKENIZER) if kind == "cpu" else None
     tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
     make = partial(
@@ -152,7 +152,7 @@ def _token_budget(given: int | str | None, kind: str, runner: Runner | Workers) 
     if isinstance(given, int):
         return given
     most = TOKEN_BUDGET.get(kind, 8192)
-    fitting = runner.fitting_tokens() if given == "auto" or kind == "cuda" else None
+    fitting = runner.max_batch_tokens() if given == "auto" or kind == "cuda" else None
     return most if fitting is None else min(most, fitting)
 
 

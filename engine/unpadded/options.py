@@ -8,10 +8,10 @@ from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
-from unpadded.checkpoint import Checkpoint
+from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError
-from unpadded.output import Precision
-from unpadded.tokenizer import Truncation
+from unpadded.quantization import Precision
+from unpadded.tokenization.tokenizer import Truncation
 
 logger = logging.getLogger("unpadded")
 
@@ -26,7 +26,7 @@ class Options(TypedDict, total=False):
     prompt: the words themselves, put before every text; beside a task that has an adapter, instead of its own. With
     neither, the checkpoint's default, most often none.
     dimensions: matryoshka: layer norm without affine where the model was trained so, cut, L2. None keeps all.
-    normalize: L2. None does what the checkpoint says, and normalises what was cut or averaged.
+    normalize: L2. None does what the checkpoint says, and normalizes what was cut or averaged.
     precision: float32, float16, int8, uint8, binary or ubinary, with sentence-transformers' meanings.
     ranges: [2, dimensions], the lowest and the highest value of each dimension, for int8 and uint8.
     truncation: of a text beyond max_length keep the first tokens ("right") or the last ("left"), or raise ("error").

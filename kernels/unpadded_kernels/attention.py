@@ -72,7 +72,7 @@ def attention_cpu(
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
 ) -> Tensor:
-    """Neighbours of equal length together, without masks; each text's bits depend on its own rows and length alone.
+    """Neighbors of equal length together, without masks; each text's bits depend on its own rows and length alone.
 
     tile_map counts for long texts, which go block by block.
     """

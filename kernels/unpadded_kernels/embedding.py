@@ -1,4 +1,4 @@
-"""Embedding: the word row of every token, plus its token-type and position rows, normalised.
+"""Embedding: the word row of every token, plus its token-type and position rows, normalized.
 
     y[t] = LayerNorm(word[input_ids[t]] + token_type[token_types[t]] + position[positions[t]])
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.layer_norm import normalised
+from unpadded_kernels.layer_norm import normalized
 from unpadded_kernels.tiles import row_launch
 
 
@@ -25,7 +25,7 @@ def embedding_reference(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """Gather and normalise.
+    """Gather and normalize.
 
     input_ids, positions, token_types: [total_tokens] int32, or no token_types where every token is of type 0; word:
     [vocabulary, hidden]; token_type: [types, hidden] or None; position: [position_rows, hidden] or None; weight, bias:
@@ -75,7 +75,7 @@ def _embedding_kernel(
     if HAS_POSITION:
         row = tl.load(positions_ptr + token).to(tl.int64)
         x += tl.load(position_ptr + row * stride_pp + h, mask=mask, other=0.0).to(tl.float32)
-    y = normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
+    y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
     tl.store(y_ptr + token * stride_yt + h, y, mask=mask)
 
 

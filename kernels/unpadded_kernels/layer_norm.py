@@ -23,7 +23,7 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: 
 def pre_layer_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns x + residual, normalised and as it is."""
+    """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns x + residual, normalized and as it is."""
     h = x.float() + residual.float()
     return F.layer_norm(h, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), h.to(x.dtype)
 
@@ -37,16 +37,16 @@ def add_layer_norm_fp8_reference(
 
 
 @triton.jit
-def normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
+def normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
     """LayerNorm of one fp32 row, whose masked lanes hold 0 and get 0."""
     # before the sums, whose barriers no load passes
     weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=0) / HIDDEN
     # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
-    centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + eps)
-    return centred * rstd * weight + bias
+    centered = tl.where(mask, x - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=0) / HIDDEN + eps)
+    return centered * rstd * weight + bias
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _add_layer_norm_kernel(
     x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_SUM:
         tl.store(sum_ptr + token * HIDDEN + h, x, mask=mask)
-    y = normalised(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN).to(y_ptr.dtype.element_ty)
+    y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
     if HAS_ROWS:
         store_quantized(y.to(tl.float32), rows_ptr + token * HIDDEN + h, scale_ptr + token, mask)

@@ -2,7 +2,7 @@
 
     y[t] = bias + sum over the top experts e of p[t, e] * down_e @ activation(up_e @ x[t]),   p = softmax(router @ x[t])
 
-The chosen weights are not renormalised, and the bias is added once. A token's `top` choices are sorted by expert, so
+The chosen weights are not renormalized, and the bias is added once. A token's `top` choices are sorted by expert, so
 that each expert is one product over the tokens that chose it; on CUDA nothing of that waits for the host. Bound by
 arithmetic: 4 * top * hidden * intermediate flops per token.
 """

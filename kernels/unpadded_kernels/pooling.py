@@ -69,8 +69,8 @@ def finish(
     h = tl.arange(0, BLOCK)
     if LAYER_NORM:
         mean = tl.sum(pooled, axis=0) / HIDDEN
-        centred = tl.where(h < HIDDEN, pooled - mean, 0.0)
-        pooled = centred * (1 / tl.sqrt(tl.sum(centred * centred, axis=0) / HIDDEN + 1e-5))
+        centered = tl.where(h < HIDDEN, pooled - mean, 0.0)
+        pooled = centered * (1 / tl.sqrt(tl.sum(centered * centered, axis=0) / HIDDEN + 1e-5))
     pooled = tl.where(h < DIMENSIONS, pooled, 0.0)
     if NORMALIZE:
         pooled = pooled / tl.maximum(tl.sqrt(tl.sum(pooled * pooled, axis=0)), 1e-12)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.layer_norm import normalised
+from unpadded_kernels.layer_norm import normalized
 from unpadded_kernels.tiles import row_launch
 
 
 def qk_norm_reference(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """Normalise q and k in place.
+    """Normalize q and k in place.
 
     qkv: [total_tokens, 3, heads, head_dim]; weight, bias: [2 * heads * head_dim], q's then k's.
     """
@@ -42,7 +42,7 @@ def _qk_norm_kernel(
     mask = h < HIDDEN
     row_ptrs = qkv_ptr + token * stride_qt + part * stride_qs + h
     x = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
-    y = normalised(x, mask, weight_ptr + part * HIDDEN, bias_ptr + part * HIDDEN, h, eps, HIDDEN)
+    y = normalized(x, mask, weight_ptr + part * HIDDEN, bias_ptr + part * HIDDEN, h, eps, HIDDEN)
     tl.store(row_ptrs, y, mask=mask)
 
 

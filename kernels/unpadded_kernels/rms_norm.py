@@ -1,4 +1,4 @@
-"""Residual add + RMSNorm of a pre-norm layer, whose residual goes on unnormalised.
+"""Residual add + RMSNorm of a pre-norm layer, whose residual goes on unnormalized.
 
     h = x + residual;  y = h * rsqrt(mean(h ** 2) + eps) * weight;  (y, h)
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from unpadded.bulk.dataset import PART_ROWS, Dataset, open_dataset
+from unpadded.bulk.dataset_output import PART_ROWS, Dataset, open_dataset
+from unpadded.bulk.file_output import OUTPUT_ENDINGS, Single, import_pyarrow, open_single, output_ending
 from unpadded.bulk.manifest import describe_run
 from unpadded.bulk.progress import Meter, Metered
-from unpadded.bulk.single import OUTPUT_ENDINGS, Single, import_pyarrow, open_single, output_ending
-from unpadded.bulk.sources import (
+from unpadded.bulk.readers import (
     DEFAULT_COLUMN,
     STDIN,
     TABLES,

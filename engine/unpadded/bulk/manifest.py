@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import unpadded
-from unpadded.bulk.files import atomic_file
+from unpadded.bulk.atomic_files import atomic_file
 from unpadded.bulk.writers import Columns
 from unpadded.errors import InputError, OptionError, OutputError
 

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from unpadded.bulk.files import unwritable
-from unpadded.bulk.sources import Row
+from unpadded.bulk.atomic_files import unwritable
+from unpadded.bulk.readers import Row
 from unpadded.errors import OptionError
 
 GROUP_ROWS = 4096  # rows of a Parquet row group: small groups make slow files

@@ -15,10 +15,10 @@ from starlette.responses import Response as StarletteResponse
 from starlette.routing import Route
 
 import unpadded
-from unpadded.server import nomic, openai, tei
-from unpadded.server.bodies import JSON
+from unpadded.server.api import nomic, openai, tei
 from unpadded.server.endpoint import Application, Endpoint, State
-from unpadded.server.problems import Interface, Problem, body, status
+from unpadded.server.errors import Interface, Problem, body, status
+from unpadded.server.responses import JSON
 
 ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *tei.ENDPOINTS]
 KINDS = {404: "not_found", 405: "method_not_allowed"}

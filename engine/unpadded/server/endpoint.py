@@ -16,9 +16,9 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from unpadded.errors import WorkerError
-from unpadded.server.bodies import JSON, Response
-from unpadded.server.limits import Keys, decompress, read_body
-from unpadded.server.problems import Interface, Problem, as_problem, body, status
+from unpadded.server.errors import Interface, Problem, as_problem, body, status
+from unpadded.server.request_body import Keys, decompress, read_body
+from unpadded.server.responses import JSON, Response
 from unpadded.server.service import Service, Usage
 from unpadded.server.traces import Traces
 
@@ -99,7 +99,7 @@ class Application:
         finally:
             work.cancel()
         error = work.exception()
-        serialise = 0.0
+        serialize = 0.0
         if error is not None:
             code, payload, headers = self._explain(error)
         elif (response := work.result()) is None:
@@ -108,12 +108,12 @@ class Application:
         else:
             began = time.perf_counter()
             payload = await self._off_loop(response.encode, usage.tokens > SMALL_TOKENS)
-            serialise = time.perf_counter() - began
+            serialize = time.perf_counter() - began
             code = 200
             headers = {"content-type": response.media_type} | response.headers | self._usage_headers(usage, start)
         request_id = exchange.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
         await _send(send, code, payload, {"x-request-id": request_id} | headers)
-        metrics.observe_request(self.endpoint.path, code, usage.timing, serialise, start)
+        metrics.observe_request(self.endpoint.path, code, usage.timing, serialize, start)
         if not self.endpoint.open:
             fields = {
                 "id": request_id,
@@ -127,7 +127,7 @@ class Application:
             quoted = {} if exchange.quoted is None else {"request": exchange.quoted}
             logger.info("request", extra={"fields": fields | quoted})
             timing = usage.timing
-            stages = {"tokenise": timing.tokenise, "queue": timing.queue, "inference": timing.inference}
+            stages = {"tokenize": timing.tokenize, "queue": timing.queue, "inference": timing.inference}
             self.state.traces.record(
                 f"{self.endpoint.method} {self.endpoint.path}",
                 exchange.headers,
@@ -185,7 +185,7 @@ class Application:
     async def _off_loop(self, function: Callable[[], Any], large: bool) -> Any:
         if not large:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self.state.service.joiner.readers, function)
+        return await asyncio.get_running_loop().run_in_executor(self.state.service.batcher.readers, function)
 
     def _explain(self, error: BaseException) -> tuple[int, bytes, dict[str, str]]:
         problem = as_problem(error)
@@ -219,7 +219,7 @@ class Application:
             "x-compute-characters": str(usage.characters),
             "x-compute-tokens": str(usage.tokens),
             "x-total-time": total,
-            "x-tokenization-time": str(round(timing.tokenise * 1000)),
+            "x-tokenization-time": str(round(timing.tokenize * 1000)),
             "x-queue-time": str(round(timing.queue * 1000)),
             "x-inference-time": str(round(timing.inference * 1000)),
             "x-truncated": str(usage.truncated),

@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from unpadded import Engine
-from unpadded.aio import Joiner, Timing
+from unpadded.execution.batcher import Batcher, Timing
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = tuple(2**power for power in range(4, 18))
@@ -38,17 +38,17 @@ class Metrics:
         self.batch_texts = Histogram("unpadded_batch_texts", "texts of a batch", buckets=TOKENS, registry=registry)
         self.tokens_per_second = 0.0  # of the model, lately
 
-    def watch(self, engine: Engine, joiner: Joiner) -> None:
-        """Read an engine's devices and a joiner's queue whenever somebody asks."""
+    def watch(self, engine: Engine, batcher: Batcher) -> None:
+        """Read an engine's devices and a batcher's queue whenever somebody asks."""
         devices = Gauge("unpadded_devices", "devices that take batches", registry=self._registry)
         devices.set_function(lambda: engine.ready)
-        if engine.at_once == 1 and engine.runner.device.type == "cuda":  # of several, other processes hold it
+        if engine.parallelism == 1 and engine.runner.device.type == "cuda":  # of several, other processes hold it
             memory = Gauge("unpadded_gpu_memory_bytes", "GPU memory held by tensors", registry=self._registry)
             memory.set_function(partial(torch.cuda.memory_allocated, engine.runner.device))
         calls = Gauge("unpadded_queued_requests", "requests that wait for a batch", registry=self._registry)
-        calls.set_function(lambda: joiner.queued_calls)
+        calls.set_function(lambda: batcher.queued_calls)
         tokens = Gauge("unpadded_queued_tokens", "tokens that wait for a batch", registry=self._registry)
-        tokens.set_function(lambda: joiner.queued_tokens)
+        tokens.set_function(lambda: batcher.queued_tokens)
 
     def observe_batch(self, texts: int, tokens: int, seconds: float) -> None:
         self.batch_texts.observe(texts)
@@ -57,11 +57,11 @@ class Metrics:
         rate = tokens / max(seconds, 1e-6)
         self.tokens_per_second += RATE_MEMORY * (rate - self.tokens_per_second) if self.tokens_per_second else rate
 
-    def observe_request(self, path: str, status: int, timing: Timing, serialise: float, start: float) -> None:
+    def observe_request(self, path: str, status: int, timing: Timing, serialize: float, start: float) -> None:
         self.requests.labels(path, status).inc()
         if status == 200:
-            stages = {"tokenise": timing.tokenise, "queue": timing.queue, "inference": timing.inference}
-            for stage, seconds in (stages | {"serialise": serialise, "total": time.perf_counter() - start}).items():
+            stages = {"tokenize": timing.tokenize, "queue": timing.queue, "inference": timing.inference}
+            for stage, seconds in (stages | {"serialize": serialize, "total": time.perf_counter() - start}).items():
                 self.seconds.labels(stage).observe(seconds)
 
     def text(self) -> bytes:

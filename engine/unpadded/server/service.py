@@ -11,14 +11,15 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from unpadded import Embeddings, Engine, graphs
-from unpadded.aio import Timing, run_windows
+from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
+from unpadded.execution import cuda_graphs
+from unpadded.execution.batcher import Timing, run_windows
 from unpadded.options import Options
+from unpadded.server.errors import Problem
 from unpadded.server.metrics import Metrics
 from unpadded.server.options import ServerOptions
-from unpadded.server.problems import Problem
-from unpadded.window import Text, Window
+from unpadded.tokenization.windows import Text, Window
 
 # Token vectors of one /embed_all, which are as many floats as dimensions each: 32768 x 768 is 96 MiB before JSON.
 MAX_TOKEN_VECTORS = 32_768
@@ -45,8 +46,8 @@ class Service:
         self.engine = engine
         self.options = options
         self.metrics = Metrics()
-        self.joiner = engine.joiner(self.metrics.observe_batch)
-        self.metrics.watch(engine, self.joiner)
+        self.batcher = engine.batcher(self.metrics.observe_batch)
+        self.metrics.watch(engine, self.batcher)
         self.name = engine.checkpoint.name
         self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
@@ -61,7 +62,7 @@ class Service:
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # side by side, so that each device has one
-            calls = [self.joiner.submit(sequences, work) for _ in range(self.engine.at_once)]
+            calls = [self.batcher.submit(sequences, work) for _ in range(self.engine.parallelism)]
             for call in calls:
                 call.future.result()
 
@@ -72,7 +73,11 @@ class Service:
             yield from ((1, 1), (budget, 1))
             return
         for tokens in (2**power for power in range(budget.bit_length())):
-            yield from ((tokens, texts) for texts in graphs.TEXTS if texts == 1 or texts <= tokens <= graphs.TOKENS[-1])
+            yield from (
+                (tokens, texts)
+                for texts in cuda_graphs.TEXTS
+                if texts == 1 or texts <= tokens <= cuda_graphs.TOKENS[-1]
+            )
 
     def resolve(self, name: str | None) -> str | None:
         """The task that a model's name asks for, as in nomic-embed-text-v1.5:search_query. 404 for another model."""
@@ -86,7 +91,7 @@ class Service:
     def retry_after(self) -> int:
         """Seconds in which the model can have done what is queued."""
         rate = self.metrics.tokens_per_second
-        return max(1, min(LONGEST_WAIT, math.ceil(self.joiner.queued_tokens / rate) if rate else 1))
+        return max(1, min(LONGEST_WAIT, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
 
     async def embed(
         self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[Options]
@@ -98,7 +103,7 @@ class Service:
         plan = self.engine.plan(**options)
         windows = self._windows(self.engine.read(texts, plan), usage, self._refuses(refuse_long))
         done = await run_windows(
-            self.joiner,
+            self.batcher,
             windows,
             self.engine.work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
@@ -116,7 +121,7 @@ class Service:
             self.engine.read(texts, plan), usage, self._refuses(refuse_long), max_tokens=MAX_TOKEN_VECTORS
         )
         done = await run_windows(
-            self.joiner,
+            self.batcher,
             windows,
             self.engine.token_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
@@ -141,7 +146,7 @@ class Service:
     def _windows(
         self, windows: Iterator[Window], usage: Usage, refuse_long: bool, max_tokens: int | None = None
     ) -> Iterator[Window]:
-        """Judge and count windows as they are tokenised."""
+        """Judge and count windows as they are tokenized."""
         for window in windows:
             truncated = np.flatnonzero(window.truncated)
             if refuse_long and len(truncated):

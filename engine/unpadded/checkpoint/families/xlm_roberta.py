@@ -1,0 +1,37 @@
+"""XLM-RoBERTa and RoBERTa, BERT with other positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2.0."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from unpadded.checkpoint.families import bert
+from unpadded.checkpoint.json_config import integer
+from unpadded.checkpoint.spec import EncoderSpec, Slot
+
+PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "roberta.")
+IGNORED: tuple[str, ...] = (*bert.IGNORED, "lm_head.*")
+MAX_LENGTH: int | None = None
+PROMPTS: Mapping[str, str] = {}
+MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
+MATRYOSHKA_LAYER_NORM: bool = False
+
+MODEL_TYPES = ("xlm-roberta", "roberta")
+PADDING_ID = 1
+
+
+def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """By model_type alone: the tensors have BERT's names. jina-embeddings-v3 bears it too."""
+    return config.get("model_type") in MODEL_TYPES and config.get("position_embedding_type") != "rotary"
+
+
+def read_config(config: Mapping[str, Any]) -> EncoderSpec:
+    """ConfigError for what BERT refuses."""
+    padding_id = PADDING_ID if config.get("pad_token_id") is None else integer(config, "pad_token_id", least=0)
+    return replace(bert.read_config(config), family="xlm_roberta", padding_id=padding_id)
+
+
+def slots(spec: EncoderSpec) -> dict[str, Slot]:
+    """BERT's."""
+    return bert.slots(spec)

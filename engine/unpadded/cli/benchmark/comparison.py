@@ -1,0 +1,172 @@
+"""Providers in turns on the same texts, where our own time goes, and whether it grows with the number of texts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unpadded.checkpoint.spec import EncoderSpec
+from unpadded.cli.benchmark.machine import PeakMemory
+from unpadded.cli.benchmark.providers import REFERENCE, Encode, Model
+from unpadded.engine import Engine
+from unpadded.execution.scheduler import schedule
+from unpadded.model.batch import pack
+from unpadded.tokenization.windows import Window
+
+WARM_UP = 16  # texts
+FORWARD_ALONE = "forward pass alone"
+
+
+def compare(
+    workload: str,
+    texts: Sequence[str],
+    model: Model,
+    providers: dict[str, Encode],
+    rates: dict[str, float],
+    rounds: int,
+) -> dict[str, Any]:
+    """One workload: a row a provider, and of ours its stages and the share of the forward pass alone.
+
+    rates: flop/s of a matrix product by dtype, this machine's ceiling.
+    """
+    windows = {dtype: list(_windows(engine, texts)) for dtype, engine in model.engines.items()}
+    lengths = np.array([len(ids) for window in next(iter(windows.values())) for ids in window.sequences])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "texts.jsonl"
+        file.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        runs = {name: partial(_from_disk, encode, file) for name, encode in providers.items()}
+        for dtype, engine in model.engines.items():
+            runs[f"{FORWARD_ALONE}, {dtype}"] = partial(forward_alone, engine, windows[dtype])
+        for encode in providers.values():
+            encode(texts[:WARM_UP])
+        seconds, results, grown = in_turns(runs, rounds, model.device)
+    tokens, work = int(lengths.sum()), flops(model.engine.checkpoint.spec, lengths)
+    exact = _unit(results.get(REFERENCE, results[next(iter(providers))]))
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = []
+    for name in providers:
+        dtype = name.removeprefix("unpadded, ")
+        rows.append(
+            {
+                "provider": name,
+                "seconds": seconds[name],
+                "texts_per_second": len(texts) / median[name],
+                "tokens_per_second": tokens / median[name],
+                "to_reference": median[REFERENCE] / median[name] if REFERENCE in median else None,
+                "share_of_product_rate": work / median[name] / rates[dtype] if dtype in rates else None,
+                "least_cosine": float((_unit(results[name]) * exact).sum(1).min()),
+                "peak_bytes": grown[name],
+            }
+        )
+    ours = {}
+    for dtype, engine in model.engines.items():
+        alone = f"{FORWARD_ALONE}, {dtype}"
+        ours[dtype] = {
+            "stages": stages(engine, texts),
+            "forward_alone_seconds": seconds[alone],
+            "share_of_forward_alone": median[alone] / median[f"unpadded, {dtype}"],
+        }
+    return {"workload": workload, "texts": len(texts), "tokens": tokens, "rows": rows, "ours": ours}
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, int | None]]:
+    """Of each run: seconds of every round, its last result, and the memory that its first took."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    grown: dict[str, int | None] = {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            memory = None if name in grown else PeakMemory(device)
+            start = time.perf_counter()
+            results[name] = run()  # ends on the host, so it has waited for the device
+            seconds[name].append(time.perf_counter() - start)
+            if memory is not None:
+                grown[name] = memory.grown()
+    return seconds, results, grown
+
+
+def growth(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, float]]:
+    """tokens/s of `stream`, which holds one window, over the first of ever more texts."""
+    engine.encode(texts[:WARM_UP], prompt="")
+    for count in counts:
+        start = time.perf_counter()
+        tokens = sum(int(block.token_counts.sum()) for block in engine.stream(texts[:count], prompt=""))
+        yield {"texts": count, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - start)}
+
+
+def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
+    """Share of each stage of our own way when nothing overlaps; copy: packed, and brought to the device."""
+    plan, runner = engine.plan(prompt=""), engine.runner
+    seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+        seconds[name] += time.perf_counter() - start
+
+    with stage("tokenize"):
+        windows = list(engine.read(texts, plan))
+    with torch.inference_mode():
+        for window in windows:
+            rows = np.empty((len(window.sequences), plan.dimensions), np.float32)
+            for batch in schedule([len(ids) for ids in window.sequences], engine.token_budget):
+                with stage("copy"):
+                    packed = runner._to_device(pack([window.sequences[i] for i in batch], runner.encoder.spec))
+                with stage("forward"):
+                    pooled = runner._pooled(packed, **plan.shape)
+                with stage("output"):
+                    rows[batch] = pooled.cpu().numpy()
+            with stage("output"):
+                engine.collect([(window, rows)], plan)
+    return {name: spent / sum(seconds.values()) for name, spent in seconds.items()}
+
+
+def forward_alone(engine: Engine, windows: Sequence[Window]) -> np.ndarray:
+    """The batches that `encode` runs, from token ids: what the whole way is held to."""
+    plan = engine.plan(prompt="")
+    launched = [
+        engine.runner.launch([window.sequences[i] for i in batch], **plan.shape)
+        for window in windows
+        for batch in schedule([len(ids) for ids in window.sequences], engine.token_budget)
+    ]
+    return np.concatenate([rows.wait() for rows in launched])
+
+
+def flops(spec: EncoderSpec, lengths: np.ndarray) -> int:
+    """Of the products and attention of texts of these lengths, a window counted as if it saw all."""
+    mlp = (spec.up_rows + spec.intermediate) * spec.hidden
+    sparse = len(spec.experts.layers) * (spec.experts.top - 1) if spec.experts else 0
+    per_token = 2 * (spec.layers * (4 * spec.hidden**2 + mlp) + sparse * mlp)
+    squares = int((lengths.astype(np.int64) ** 2).sum())
+    return int(lengths.sum()) * per_token + 4 * spec.layers * spec.hidden * squares
+
+
+def _windows(engine: Engine, texts: Sequence[str]) -> Iterator[Window]:
+    return engine.read(texts, engine.plan(prompt=""))
+
+
+def _from_disk(encode: Encode, file: Path) -> np.ndarray:
+    with file.open() as lines:
+        return encode([json.loads(line) for line in lines])
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, np.float64)
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

@@ -1,0 +1,146 @@
+"""What turns texts into vectors: this package, and what people use today, each as its own documentation says."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from unpadded.checkpoint.reader import Checkpoint
+from unpadded.engine import Engine
+
+Encode: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> [texts, dimensions]
+
+BATCH = 32  # texts, the default of sentence-transformers and of most examples
+REFERENCE = "sentence-transformers"  # in fp32: what every ratio and cosine is taken to
+
+
+@dataclass(frozen=True)
+class Model:
+    """What each provider is made for."""
+
+    name: str  # as the user gave it: a folder or a hub id
+    engines: dict[str, Engine]  # ours, by dtype
+    half: torch.dtype  # the 16-bit type that is fast here
+
+    @property
+    def engine(self) -> Engine:
+        return next(iter(self.engines.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.runner.device
+
+
+def make_providers(model: Model, names: Sequence[str]) -> tuple[dict[str, Encode], dict[str, str]]:
+    """Ours in each dtype and the others by name, and of those that cannot run here the reason."""
+    made = {f"unpadded, {dtype}": _ours(engine) for dtype, engine in model.engines.items()}
+    reasons = {}
+    for name in names:
+        try:
+            encode = PROVIDERS[name](model)
+            encode(["some text"])
+            made[name] = encode
+        except Exception as error:  # whatever another library raises, the others still run
+            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
+    return made, reasons
+
+
+def _ours(engine: Engine) -> Encode:
+    return lambda texts: engine.embed(texts, prompt="").vectors
+
+
+def _sentence_transformers(model: Model, **options: Any) -> Encode:
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(model.name, device=str(model.device), model_kwargs=options or None)
+    loaded.max_seq_length = model.engine.checkpoint.max_length
+    return partial(loaded.encode, prompt="", show_progress_bar=False)
+
+
+def _sentence_transformers_best(model: Model) -> Encode:
+    return _sentence_transformers(model, dtype=model.half, attn_implementation="sdpa")
+
+
+def _transformers(model: Model) -> Encode:
+    """The model cards' example: batches in the order given, padded, pooled over the mask."""
+    from transformers import AutoModel, AutoTokenizer
+
+    checkpoint = _without_dense(model.engine.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    encoder = AutoModel.from_pretrained(checkpoint.folder).to(model.device).eval()
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        rows = []
+        for start in range(0, len(texts), BATCH):
+            batch = tokenizer(
+                list(texts[start : start + BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=checkpoint.max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            if checkpoint.pooling == "mean":
+                pooled = (hidden * mask).sum(1) / mask.sum(1)
+            else:
+                last = batch["attention_mask"].sum(1) - 1 if checkpoint.pooling == "last" else 0
+                pooled = hidden[torch.arange(len(hidden)), last]
+            rows.append((F.normalize(pooled, dim=1) if checkpoint.normalize else pooled).cpu())
+        return torch.cat(rows).numpy()
+
+    return encode
+
+
+def _fastembed(model: Model) -> Encode:
+    """ONNX Runtime on the checkpoint's own export."""
+    fastembed = importlib.import_module("fastembed")
+    description = importlib.import_module("fastembed.common.model_description")
+    checkpoint = _without_dense(model.engine.checkpoint)
+    file = next((name for name in ("onnx/model.onnx", "model.onnx") if (checkpoint.folder / name).exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"{checkpoint.folder} has no onnx/model.onnx; export one")
+    fastembed.TextEmbedding.add_custom_model(
+        model=f"bench/{checkpoint.name}",
+        pooling=getattr(description.PoolingType, checkpoint.pooling.upper()),
+        normalization=checkpoint.normalize,
+        sources=description.ModelSource(hf=f"bench/{checkpoint.name}"),
+        dim=model.engine.dimensions,
+        model_file=file,
+    )
+    loaded = fastembed.TextEmbedding(
+        f"bench/{checkpoint.name}", specific_model_path=str(checkpoint.folder), threads=torch.get_num_threads()
+    )
+    return lambda texts: np.array(list(loaded.embed(texts)))
+
+
+def _infinity(model: Model) -> Encode:
+    infinity = importlib.import_module("infinity_emb")
+    options = infinity.EngineArgs(
+        model_name_or_path=model.name, engine="torch", device=model.device.type, bettertransformer=False
+    )
+    array = infinity.SyncEngineArray.from_args([options])
+    return lambda texts: np.array(array.embed(model=model.name, sentences=list(texts)).result()[0])
+
+
+def _without_dense(checkpoint: Checkpoint) -> Checkpoint:
+    """What a provider that pools by itself can stand for."""
+    if checkpoint.dense:
+        raise ValueError(f"{checkpoint.name} has Dense modules after its pooling, which this provider does not run")
+    return checkpoint
+
+
+PROVIDERS: dict[str, Callable[[Model], Encode]] = {
+    REFERENCE: _sentence_transformers,
+    "sentence-transformers-best": _sentence_transformers_best,
+    "transformers": _transformers,
+    "fastembed": _fastembed,
+    "infinity": _infinity,
+}

@@ -1,0 +1,49 @@
+"""`unpadded info`: what a checkpoint is, without reading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+from unpadded.cli.load_flags import Commands
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+VALUE_COLUMN = 22  # of what `info` prints
+
+
+def add_command(commands: Commands) -> None:
+    """The flags of `unpadded info`."""
+    info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
+    info.set_defaults(command=run)
+    info.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
+    info.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the description."""
+    from unpadded.checkpoint.families import FAMILIES
+    from unpadded.checkpoint.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(args.model, revision=args.revision)
+    slots = FAMILIES[checkpoint.spec.family].slots(checkpoint.spec)
+    parameters = sum(math.prod(slot.shape) for slot in slots.values())
+    memory = {dtype: parameters * item_bytes for dtype, item_bytes in ITEM_BYTES.items()}
+    description = {**checkpoint.describe(), "parameters": parameters, "memory": memory}
+    if args.json:
+        print(json.dumps(description, indent=2))
+    else:
+        mebibytes = {dtype: f"{size / 2**20:,.1f} MiB" for dtype, size in memory.items()}
+        _print_nested({**description, "parameters": f"{parameters:,}", "memory": mebibytes})
+
+
+def _print_nested(values: dict[str, Any], indent: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            print(f"{indent}{name}")
+            _print_nested(value, indent + "  ")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{indent}{name}".ljust(VALUE_COLUMN) + str("none" if shown in (None, "", {}) else shown))

@@ -1,0 +1,1 @@
+"""A checkpoint as tensors: weights, packed batches, attention and the encoder."""

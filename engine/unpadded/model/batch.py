@@ -1,0 +1,88 @@
+"""PackedBatch: the one thing that crosses from the host to the encoder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unpadded.checkpoint.spec import EncoderSpec, Rotary
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Texts end to end, nothing between them."""
+
+    input_ids: Tensor  # [total_tokens] int32
+    positions: Tensor  # [total_tokens] int32, counted anew in every text
+    cu_seqlens: Tensor  # [batch + 1] int32, where each text starts; the last is total_tokens
+    inv_freq: Tensor | None  # fp32 [rotaries, 1 or batch, head_dim / 2]: a row a text where any is scaled
+    lengths: tuple[int, ...]  # of each text in tokens; stays on the host
+    token_types: Tensor | None = None  # [total_tokens] int32; None: all of type 0
+    tile_map: Tensor | None = None  # [tiles, 3] int32, what attention runs over on CUDA; set by the runner
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+
+def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
+    """Lay id sequences (each [tokens], int32) end to end, on the CPU."""
+    lengths = tuple(len(ids) for ids in sequences)
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    input_ids = np.concatenate(sequences)
+    if spec.padding_id is None:
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    else:
+        positions = _positions_after_padding(input_ids, cu_seqlens, spec.padding_id)
+    inv_freq = [inverse_frequencies(rotary, spec.head_dim, lengths) for rotary in spec.rotaries]
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        inv_freq=torch.stack(torch.broadcast_tensors(*inv_freq)) if inv_freq else None,
+        lengths=lengths,
+    )
+
+
+def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padding_id: int) -> np.ndarray:
+    """From padding_id + 1 in every text, past tokens of padding_id, which stay at it: RoBERTa's count."""
+    counted = input_ids != padding_id
+    count = np.concatenate(([0], counted.cumsum(dtype=np.int32)))
+    before = np.repeat(count[cu_seqlens[:-1]], np.diff(cu_seqlens))
+    return np.where(counted, count[1:] - before, 0).astype(np.int32) + np.int32(padding_id)
+
+
+def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> Tensor:
+    """1 / base ** (2j / head_dim) for j < head_dim / 2, fp32: one row, or one a text where any is scaled.
+
+    A text of L tokens beyond the trained length M has the dynamic-NTK base of its own length (see `Rotary`); the
+    formula is the published reference's, which takes the padded batch's length for L and keeps its tables between
+    calls; here L is the text's, so that its embedding depends on nothing else.
+    """
+    factor, trained = rotary.scaling_factor, rotary.trained_length
+    if factor is None or all(length <= trained for length in lengths):
+        return _unscaled(rotary.base, rotary.frequency_scale, head_dim)
+    exponent = head_dim / (head_dim - 2)
+    bases = [
+        rotary.base * (factor * length / trained - (factor - 1)) ** exponent if length > trained else rotary.base
+        for length in lengths
+    ]
+    return _of_bases(bases, rotary.frequency_scale, head_dim)
+
+
+@functools.lru_cache(maxsize=16)
+def _unscaled(base: float, frequency_scale: float, head_dim: int) -> Tensor:
+    """One row, which nearly every batch has. Shared between batches, so nobody may write to it."""
+    return _of_bases([base], frequency_scale, head_dim)
+
+
+def _of_bases(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
+    """A row a base: [bases, head_dim / 2] fp32."""
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers

@@ -1,0 +1,1 @@
+"""Text to token ids, in windows of texts."""

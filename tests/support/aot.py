@@ -1,0 +1,225 @@
+"""Compile every kernel as its launcher would launch it on a GPU generation, without a GPU, and read what came out.
+
+    python tests/aot.py 80 89 90 100     JSON on stdout: one object for each kernel, dtype, case and generation
+
+The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder: tiles, flags and alignments are theirs.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from unpadded_kernels.activation import KINDS, activation_triton
+from unpadded_kernels.attention import attention_block_m, attention_triton, tile_map_of
+from unpadded_kernels.embedding import embedding_triton
+from unpadded_kernels.fp8 import E4M3, quantize_rows_triton
+from unpadded_kernels.layer_norm import add_layer_norm_fp8_triton, add_layer_norm_triton, pre_layer_norm_triton
+from unpadded_kernels.linear import linear_invariant_triton
+from unpadded_kernels.linear_fp8 import linear_fp8_triton
+from unpadded_kernels.linear_rotary import linear_rotary_triton
+from unpadded_kernels.moe import expert_mlp_triton
+from unpadded_kernels.padded_pooling import masked_mean_pool_triton
+from unpadded_kernels.pooling import pool_triton
+from unpadded_kernels.qk_norm import qk_norm_triton
+from unpadded_kernels.rms_norm import rms_norm_triton
+from unpadded_kernels.rotary import rotary_cos_sin_triton, rotary_triton
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    E4M3: "fp8e4nv",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE")
+WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
+REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one multiprocessor
+TOKENS = 256
+
+Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
+def launches(call: Callable[[], object]) -> list[Launch]:
+    """What `call` launches: kernel, grid, positional and keyword arguments."""
+    recorded: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        recorded.append((kernel, grid, args, kwargs))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return recorded
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call of a launcher) for the dimensions of the models that are served."""
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    if dtype == E4M3:
+        yield from fp8_cases()
+        return
+    cu_seqlens = torch.tensor([0, 100, TOKENS], dtype=torch.int32)
+    ids = torch.zeros(TOKENS, dtype=torch.int32)
+    for hidden in (384, 768, 1024):
+        x, row = rows(TOKENS, hidden), rows(hidden)
+        yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_triton(x, x, row, row, 1e-5)
+        yield f"hidden {hidden}, sum too", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
+    for hidden in (768, 1152, 2304):
+        x, row = rows(TOKENS, hidden), rows(hidden)
+        for residual in (None, x):
+            name = f"rms, hidden {hidden}" + (", sum" if residual is x else "")
+            yield name, lambda x=x, residual=residual, row=row: rms_norm_triton(x, residual, row, 1e-5)
+    x, row = rows(TOKENS, 768), rows(768)
+    for types in (None, ids):
+        name = "word, type, position" + (", types" if types is ids else "")
+        yield name, lambda types=types: embedding_triton(ids, ids, types, x, x, x, row, row, 1e-5)
+    for kind in KINDS:
+        yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
+    yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)
+    yield "12 heads of 64", lambda: rotary_triton(rows(TOKENS, 3, 12, 64), torch.empty(TOKENS, 64))
+    if dtype == torch.float32:
+        yield "frequencies a text", lambda: rotary_cos_sin_triton(ids, torch.empty(2, 32), cu_seqlens)
+    for mode in ("mean", "last"):
+        yield mode, lambda mode=mode: pool_triton(x, cu_seqlens, mode, True, 256, True)
+    yield "int64 mask", lambda: masked_mean_pool_triton(rows(2, TOKENS, 768), ids.view(2, -1).long().repeat(1, 2), True)
+    for head_dim in (16, 32, 64, 96, 128):
+        variants = ((None, False), (128, False), (None, True))
+        for window, alibi in variants if dtype == torch.float16 or head_dim == 64 else variants[:1]:
+            qkv, slopes = rows(TOKENS, 3, 12, head_dim), torch.empty(12) if alibi else None
+            tile_map = tile_map_of([100, TOKENS - 100], attention_block_m(dtype, head_dim, qkv.device))
+            arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map
+            flags = ", window" * (window is not None) + ", alibi" * alibi
+            yield f"head_dim {head_dim}{flags}", lambda arguments=arguments: attention_triton(*arguments)
+    for inner, outer, kind in ((768, 2304, None), (3072, 768, None), (768, 6144, "swiglu"), (768, 3072, "gelu")):
+        arguments = rows(TOKENS, inner), rows(outer, inner), rows(outer), kind
+        name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
+        yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
+    for head_dim in (32, 64, 128) if dtype == torch.float16 else (64,):
+        arguments = rows(TOKENS, 768), rows(2304, 768), rows(2304), torch.empty(TOKENS, head_dim), 768 // head_dim, True
+        yield f"rotary, head_dim {head_dim}", lambda arguments=arguments: linear_rotary_triton(*arguments)
+    for kind, up_rows in (("gelu", 3072), ("swiglu", 6144)) if dtype == torch.float16 else (("gelu", 3072),):
+        arguments = rows(TOKENS, 768), rows(8, 768), rows(8, up_rows, 768), rows(8, 768, 3072), rows(768), 2, kind
+        yield f"8 experts, {kind}", lambda arguments=arguments: expert_mlp_triton(*arguments)
+
+
+def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What makes e4m3 rows of fp16, and the products of such rows."""
+    for hidden in (384, 768, 1024):
+        x, row = torch.empty(TOKENS, hidden, dtype=torch.float16), torch.empty(hidden, dtype=torch.float16)
+        yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_fp8_triton(x, x, row, row, 1e-5)
+        yield f"rows of {hidden}", lambda x=x: quantize_rows_triton(x)
+    for inner, outer, kind in ((768, 2304, None), (768, 6144, "swiglu"), (384, 1536, "gelu")):
+        x, weight = (torch.empty(rows, inner, dtype=E4M3) for rows in (TOKENS, outer))
+        scales, bias = (torch.empty(TOKENS), torch.empty(outer)), torch.empty(outer, dtype=torch.float16)
+        arguments = x, scales[0], weight, scales[1], bias, kind, torch.float16
+        name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
+        yield name, lambda arguments=arguments: linear_fp8_triton(*arguments)
+
+
+def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """The kernel specialized as the JIT specializes it for these arguments, and the launch options left over."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value, key = values.pop(parameter.name), (index,)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[key] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{NAMES[value.dtype]}"
+            attributes[key] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if is_int and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[key] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), values
+
+
+def resources(compiled: Any, capability: int) -> dict[str, Any]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        ran = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    sass = ran.stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", ran.stdout + ran.stderr)
+    registers, stack = int(match[1]), int(match[2])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    per_multiprocessor = min(by_registers, SHARED[capability] // (shared + 1024), 32, 64 // warps)
+    return {
+        "warps": warps,
+        "registers": registers,
+        "stack": stack,
+        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass[: sass.rindex("EXIT")], re.M)),
+        "shared": shared,
+        "programs_per_multiprocessor": per_multiprocessor,
+        "wide_loads": len(WIDE_LOAD.findall(sass)),
+        "exponentials_between_wgmmas": exponentials_between_wgmmas(sass),
+        **{name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS},
+    }
+
+
+def exponentials_between_wgmmas(sass: str) -> int:
+    """MUFU.EX2 that stand within a group of wgmmas, whose last one says gsb0."""
+    open_group, result = False, 0
+    for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2).*", sass):
+        if line.startswith("HGMMA"):
+            open_group = "gsb0" not in line
+        else:
+            result += open_group
+    return result
+
+
+def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
+    dtype, capability = job
+    for op in ("attention", "linear", "moe"):
+        sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
+    result = []
+    for case, call in cases(DTYPES[dtype]):
+        for kernel, grid, args, kwargs in launches(call):
+            row = {"kernel": kernel.__name__, "case": case, "dtype": dtype, "capability": capability}
+            specialized, options = source(kernel, args, kwargs)
+            compiled = triton.compile(specialized, target=GPUTarget("cuda", capability, 32), options=options)
+            rows = [arg for arg in args if isinstance(arg, torch.Tensor) and len(arg) == TOKENS]
+            row |= {"programs": math.prod(grid), "bytes": sum(arg.nbytes for arg in rows)}
+            result.append(row | resources(compiled, capability))
+    return result
+
+
+def main() -> None:
+    assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing: unset TRITON_INTERPRET"
+    # sm_80 has no e4m3; sm_89 has, and otherwise runs what sm_80 does
+    dtypes = {80: ("fp32", "fp16", "bf16"), 89: ("fp8",)}
+    jobs = [(dtype, capability) for capability in map(int, sys.argv[1:]) for dtype in dtypes.get(capability, DTYPES)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for rows in pool.map(compiled_rows, jobs) for row in rows]
+    json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

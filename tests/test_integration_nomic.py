@@ -1,0 +1,121 @@
+"""`embed.text` against nomic's local mode, written down once more from its published description."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import add_sentence_transformers_files, change_json, write_nomic
+from tokenizers import Tokenizer
+from transformers import NomicBertModel
+
+import unpadded
+from unpadded import embed
+from unpadded.integrations.nomic import free_embedding_model
+
+TEXTS = ["Nomic AI introduces Nomic Embed", "a longer text " * 1500, "", "tokens of a text that is longer still " * 700]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model trained for matryoshka, under the names of transformers so that transformers loads it too."""
+    folder = add_sentence_transformers_files(
+        write_nomic(tmp_path_factory.mktemp("matryoshka"), names="transformers"), normalize=False
+    )
+    change_json(folder / "config_sentence_transformers.json", matryoshka_dimensions=[128, 64])
+    yield folder
+    free_embedding_model()
+
+
+def reference(folder, text, task_type, dimensionality, long_text_mode):
+    """Chunks of 2048 with 8 shared; layer norm (n - 1), cut, L2 of each; mean; L2. The vector, and its tokens."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    model = NomicBertModel.from_pretrained(folder).eval()
+    start = tokenizer.encode(f"{task_type}:").ids[:-1]
+    ids = tokenizer.encode(text or "24df574ea1c998de59d5be15e769658e", add_special_tokens=False).ids
+    room = 2048 - len(start) - 1
+    vectors, tokens, at = [], 0, 0
+    while at < len(ids):
+        at -= 8 if at else 0
+        chunk = ids[at : at + room]
+        tokens += len(chunk)
+        with torch.inference_mode():
+            vector = model(torch.tensor([[*start, *chunk, 102]])).last_hidden_state[0].mean(0).double()
+        vector = (vector - vector.mean()) / (vector.var() + 1e-5).sqrt()
+        vector = vector[:dimensionality]
+        vectors.append(vector / vector.norm())
+        at += room
+        if long_text_mode == "truncate":
+            break
+    mean = torch.stack(vectors).mean(0)
+    return (mean / mean.norm()).numpy(), tokens
+
+
+@pytest.mark.parametrize("long_text_mode", ["truncate", "mean"])
+@pytest.mark.parametrize(("task_type", "dimensionality"), [("search_document", None), ("search_query", 64)])
+def test_matches_the_local_mode(folder, task_type, dimensionality, long_text_mode):
+    output = embed.text(
+        TEXTS,
+        model=str(folder),
+        task_type=task_type,
+        dimensionality=dimensionality,
+        long_text_mode=long_text_mode,
+        device="cpu",
+    )
+    total = 0
+    for text, row in zip(TEXTS, output["embeddings"], strict=True):
+        expected, tokens = reference(folder, text, task_type, dimensionality, long_text_mode)
+        total += tokens
+        assert np.abs(np.array(row) - expected).max() <= 1e-5
+    assert output["usage"] == {"prompt_tokens": total, "total_tokens": total}
+    assert (output["model"], output["inference_mode"]) == (str(folder), "local")
+
+
+def test_the_card_example_runs(folder, monkeypatch, tmp_path):
+    """Word for word, the model found by its name."""
+    (tmp_path / "nomic-embed-text-v1").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    output = embed.text(
+        texts=["Nomic Embedding API", "#keepAIOpen"], model="nomic-embed-text-v1", task_type="search_document"
+    )
+    assert np.array(output["embeddings"]).shape == (2, 128)
+    assert isinstance(output["embeddings"][0][0], float)
+
+
+def test_no_texts(folder):
+    expected = {"embeddings": [], "usage": {}, "model": str(folder), "inference_mode": "local"}
+    assert embed.text([], model=str(folder), inference_mode="dynamic") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        ({"texts": "one text"}, TypeError, "must be list"),
+        ({"task_type": "search"}, ValueError, "task_type is unknown: 'search'"),
+        ({"long_text_mode": "cut"}, ValueError, "long_text_mode is unknown: 'cut'"),
+        ({"inference_mode": "remote"}, ValueError, "inference_mode is not offered: 'remote'"),
+        ({"dimensionality": 0}, ValueError, "dimensionality is not offered: 0"),
+        ({"dimensionality": 129}, ValueError, "dimensionality is not offered: 129"),
+        ({"texts": ["word " * 8193], "long_text_mode": "mean"}, ValueError, "text 0 is too long: 8193 tokens"),
+        ({"model": "nomic-embed/text/none"}, unpadded.CheckpointError, "no folder"),
+        ({"texts": ["fine", 3]}, unpadded.InputError, "text 1"),
+    ],
+    ids=["string", "task", "mode", "remote", "zero", "too wide", "too long", "model", "not text"],
+)
+def test_checks(folder, arguments, error, reason):
+    with pytest.raises(error, match=reason):
+        embed.text(**{"texts": ["some text"], "model": str(folder), "device": "cpu"} | arguments)
+
+
+def test_a_model_without_matryoshka_is_not_cut(tmp_path, caplog):
+    with pytest.raises(unpadded.OptionError, match="gives 128"):
+        embed.text(["text"], model=str(write_nomic(tmp_path)), dimensionality=64)
+    free_embedding_model()
+
+
+def test_few_dimensions_are_warned_of(folder, caplog):
+    with caplog.at_level(logging.WARNING, "unpadded"):
+        embed.text(["text"], model=str(folder), dimensionality=32, device="cpu")
+    assert "dimensionality 32 is below 64" in caplog.text

@@ -1,0 +1,118 @@
+"""Lists of devices, in sentence-transformers' own pools of processes: our SentenceTransformer beside theirs, and alone.
+
+Its processes share the model's memory as it is at that moment, casts and changed modules included, so they are left to
+do the work for ours too.
+"""
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import sentence_transformers
+import torch
+from support.checkpoints import MINILM, add_sentence_transformers_files, write_json
+from support.family_checks import write
+from test_family_jina_v3 import SMALL, model_of, published_names, with_adapters
+from test_family_xlm_roberta import write_tokenizer
+from test_integration_sentence_transformers import TEXTS, assert_same
+
+from unpadded.integrations.sentence_transformers import SentenceTransformer
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:multiprocessing")]
+
+CONVERSIONS = (
+    {},
+    {"convert_to_tensor": True},
+    {"convert_to_numpy": False},
+    {"convert_to_numpy": False, "convert_to_tensor": True},
+)
+CUT = {"normalize_embeddings": True, "truncate_dim": 64, "prompt": "query: "}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [
+        kind(str(MINILM), device="cpu") for kind in (SentenceTransformer, sentence_transformers.SentenceTransformer)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pools(models):
+    pools = [
+        model.start_multi_process_pool(["cpu"] * processes) for model, processes in zip(models, (2, 1), strict=True)
+    ]
+    yield pools
+    for model, pool in zip(models, pools, strict=True):
+        model.stop_multi_process_pool(pool)
+
+
+def assert_theirs(models, pools, inputs, atol=1e-5, **options):
+    pairs = zip(models, pools, strict=True)
+    assert_same(*(model.encode(inputs, pool=pool, chunk_size=2, **options) for model, pool in pairs), atol=atol)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "uint8", "binary", "ubinary"])
+def test_sentences_are_theirs(models, pools, precision):
+    integers = precision in ("int8", "uint8")  # whose ranges are those of several; a value may lie between two buckets
+    for inputs, options in itertools.product([TEXTS, [], *([] if integers else [TEXTS[0]])], [*CONVERSIONS, CUT]):
+        assert_theirs(models, pools, inputs, atol=1 if integers else 1e-5, precision=precision, **options)
+
+
+@pytest.mark.parametrize("output_value", ["token_embeddings", None])
+def test_other_outputs_are_theirs(models, pools, output_value):
+    for inputs, options in itertools.product([TEXTS, [], TEXTS[0]], CONVERSIONS):
+        assert_theirs(models, pools, inputs, output_value=output_value, **options)
+
+
+@pytest.mark.parametrize("options", [{"output_value": None, "precision": "int8"}, {"chunk_size": 0}], ids=str)
+def test_the_same_is_refused(models, pools, options):
+    refused = []
+    for model, pool in zip(models, pools, strict=True):
+        with pytest.raises(Exception) as error:
+            model.encode(TEXTS, pool=pool, **options)
+        refused.append(error.type)
+    assert refused[0] is refused[1]
+
+
+def test_order_and_bits_are_those_of_one_process(models, pools):
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(["tide", "bread", "moon", "stadium"], size)) for size in draw.integers(1, 250, 31)]
+    ours = models[0]
+    expected = ours.encode(texts)
+    for size in (None, 1, 7):
+        assert np.array_equal(ours.encode(texts, pool=pools[0], chunk_size=size), expected)
+    with pytest.warns(DeprecationWarning):
+        assert np.array_equal(ours.encode_multi_process(texts, pools[0]), expected)
+    assert np.array_equal(ours.encode(texts, device=["cpu", "cpu"]), expected)
+    assert np.array_equal(ours.encode_query(texts, device=["cpu"]), ours.encode_query(texts))
+
+
+def test_a_changed_model_is_what_the_processes_have(models):
+    changed = [copy.deepcopy(model) for model in models]
+    for model in changed:
+        model.to(torch.bfloat16)
+        model[1].pooling_mode = "cls"
+        model.max_seq_length = 16
+    ours, theirs = (
+        model.encode(TEXTS, device=["cpu"], convert_to_tensor=True, chunk_size=len(TEXTS)) for model in changed
+    )
+    assert_same(ours, theirs, atol=1e-2)
+    assert torch.equal(ours, changed[0].encode(TEXTS, convert_to_tensor=True))
+
+
+def test_a_task_chooses_the_adapter_there_too(tmp_path):
+    folder = write(tmp_path, SMALL, with_adapters(published_names(model_of().state_dict())))
+    write_tokenizer(folder, (MINILM / "README.md").read_text().splitlines())
+    add_sentence_transformers_files(folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0] |= {"type": "custom_st.Transformer", "kwargs": ["task"]}
+    write_json(folder / "modules.json", modules)
+    model = SentenceTransformer(str(folder), device="cpu")
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        for task in ("separation", None, "text-matching"):
+            assert np.array_equal(model.encode(TEXTS, pool=pool, task=task), model.encode(TEXTS, task=task))
+    finally:
+        model.stop_multi_process_pool(pool)
