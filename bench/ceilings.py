@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import machine
 import torch
+
 from unpadded.cli.benchmark.machine import copy_rate, product_rate
 
 

@@ -23,12 +23,12 @@ import model
 import numpy as np
 import torch
 from support import checkpoints
-from unpadded.cli.benchmark.comparison import forward_alone, in_turns
-from unpadded.cli.benchmark.providers import PROVIDERS, Model
-from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
 from unpadded.cli.benchmark import half_dtype
+from unpadded.cli.benchmark.comparison import forward_alone, in_turns
+from unpadded.cli.benchmark.providers import PROVIDERS, Model
+from unpadded.cli.benchmark.workloads import Cutter
 
 DROP = 0.15
 PARAGRAPHS = 128

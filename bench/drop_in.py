@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from support import checkpoints
-from unpadded.cli.benchmark.comparison import in_turns
-from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
+from unpadded.cli.benchmark.comparison import in_turns
+from unpadded.cli.benchmark.workloads import Cutter
 
 LEAST_COSINE = 0.99999
 BATCH = 32

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from support import checkpoints
 from torch import Tensor
-from unpadded.cli.benchmark.comparison import flops, in_turns
-from unpadded.cli.benchmark.machine import product_rate
 
 import unpadded
+from unpadded.cli.benchmark.comparison import flops, in_turns
+from unpadded.cli.benchmark.machine import product_rate
 from unpadded.engine import Engine
 from unpadded.execution.runner import Runner
 from unpadded.model.batch import PackedBatch, pack

@@ -34,9 +34,9 @@ import machine
 import numpy as np
 from support import checkpoints
 from support.serving import Server, serving
-from unpadded.cli.benchmark.workloads import Cutter
 
 import unpadded
+from unpadded.cli.benchmark.workloads import Cutter
 
 SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts of a request: most are queries
 LARGE = 64

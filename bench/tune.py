@@ -25,8 +25,8 @@ from typing import Any
 import machine
 import ops
 import torch
-from unpadded.cli.benchmark.machine import seconds
 
+from unpadded.cli.benchmark.machine import seconds
 from unpadded_kernels import tiles
 from unpadded_kernels.tiles import Tile
 

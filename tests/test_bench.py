@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from support.checkpoints import add_sentence_transformers_files, write_bert
-from unpadded.cli.benchmark.comparison import flops
-from unpadded.cli.benchmark.providers import Model, make_providers
-from unpadded.cli.benchmark.workloads import DOCUMENTS, Cutter
 
 import unpadded
 from unpadded.cli.benchmark import PROVIDERS, TEXTS, charts, comparison
+from unpadded.cli.benchmark.comparison import flops
+from unpadded.cli.benchmark.providers import Model, make_providers
+from unpadded.cli.benchmark.workloads import DOCUMENTS, Cutter
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]

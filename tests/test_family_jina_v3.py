@@ -229,7 +229,7 @@ def test_an_adapter_with_the_words_rows_given(folder):
     batch = pack(random_ids((7, 65), vocabulary=VOCABULARY), encoder.spec)
     with torch.inference_mode():
         expected = encoder(batch, adapter=TASKS[1])
-        rows = F.embedding(batch.input_ids, encoder._weights(TASKS[1]).word)
+        rows = F.embedding(batch.input_ids, encoder.weights_of(TASKS[1]).word)
         in_order = replace(batch, input_ids=torch.arange(72, dtype=torch.int32))
         assert torch.equal(encoder(in_order, adapter=TASKS[1], embeds=rows), expected)
         assert not torch.equal(encoder(in_order, adapter=TASKS[2], embeds=rows), expected)

@@ -154,8 +154,7 @@ def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):
     """q, k and v of a layer, to the bit."""
     encoder = unpadded.load(folder, device="cpu").runner.encoder
     for task in (TASKS[3], TASKS[0]):
-        encoder.prepare(task)
-        for index, layer in enumerate(encoder._adapted.of(task).layers):
+        for index, layer in enumerate(encoder.weights_of(task).layers):
             parts = []
             for part in "qkv":
                 name = f"layers.{index}.self_attn.{part}_proj"

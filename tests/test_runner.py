@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import unpadded
 from unpadded.execution.cuda_graphs import TEXTS, TOKENS, Bucket, bucket_of, fill
 from unpadded.execution.memory import bytes_per_token
-from unpadded.execution.runner import FIELDS, Runner, _read, _stage, _views
+from unpadded.execution.runner import FIELDS, Runner, _select_pooled_tokens, _stage, _views
 from unpadded.model.batch import pack
 from unpadded.model.weights import plain_weights
 from unpadded_kernels import activation
@@ -68,12 +68,12 @@ def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
 def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
     lengths = (0, 1, 129, 300, 128, 0)
     cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-    rows, tile_map = _read(cu_seqlens, pooling, 128)
+    selected = _select_pooled_tokens(cu_seqlens, pooling, 128)
     starts = cu_seqlens[:-1].tolist()
-    assert rows.tolist() == [min(start + place, 557) for start, place in zip(starts, places, strict=True)]
-    assert tile_map.dtype == torch.int32
+    assert selected.indices.tolist() == [min(start + place, 557) for start, place in zip(starts, places, strict=True)]
+    assert selected.tile_map.dtype == torch.int32
     own = tile_map_of(lengths, 128).tolist()
-    for tile, start, length, place in zip(tile_map.tolist(), starts, lengths, places, strict=True):
+    for tile, start, length, place in zip(selected.tile_map.tolist(), starts, lengths, places, strict=True):
         assert tile == [start, length, place // 128] and (tile in own or length == 0)
 
 

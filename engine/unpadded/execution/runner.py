@@ -18,7 +18,7 @@ from torch import Tensor
 from unpadded.errors import TooLargeError
 from unpadded.execution.cuda_graphs import Bucket, Graph, bucket_of, fill
 from unpadded.execution.memory import max_batch_tokens
-from unpadded.model.batch import PackedBatch, pack
+from unpadded.model.batch import PackedBatch, SelectedTokens, pack
 from unpadded.model.encoder import Encoder
 from unpadded_kernels import pool
 from unpadded_kernels.attention import attention_block_m, tile_map_of
@@ -198,7 +198,9 @@ class Runner:
         cu_seqlens = batch.cu_seqlens
         if self.pooling == "mean" or len(batch.input_ids) == 0:
             return self.encoder(batch, adapter=adapter), cu_seqlens
-        hidden = self.encoder(batch, adapter=adapter, read=_read(cu_seqlens, self.pooling, self._block_m()))
+        hidden = self.encoder(
+            batch, adapter=adapter, selected=_select_pooled_tokens(cu_seqlens, self.pooling, self._block_m())
+        )
         hidden = hidden.masked_fill((cu_seqlens.diff() == 0)[:, None], 0)
         return hidden, torch.arange(len(cu_seqlens), dtype=torch.int32, device=hidden.device)
 
@@ -219,15 +221,15 @@ class Runner:
         return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)
 
 
-def _read(cu_seqlens: Tensor, pooling: str, block_m: int) -> tuple[Tensor, Tensor]:
-    """The tokens that pooling reads, [batch] int32, and the tile map of attention that holds them, [batch, 3] int32.
+def _select_pooled_tokens(cu_seqlens: Tensor, pooling: str, block_m: int) -> SelectedTokens:
+    """Return the token of each text that pooling reads; for a text without tokens, a token of another text.
 
-    cu_seqlens: [batch + 1] int32. Of a text of no tokens it is another's.
+    cu_seqlens: [batch + 1] int32.
     """
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     places = torch.zeros_like(lengths) if pooling == "cls" else (lengths - 1).clamp(min=0)
     rows = (starts + places).minimum(cu_seqlens[-1] - 1)
-    return rows, torch.stack((starts, lengths, places // block_m), dim=1)
+    return SelectedTokens(rows, torch.stack((starts, lengths, places // block_m), dim=1))
 
 
 FIELDS = ("input_ids", "positions", "token_types", "cu_seqlens", "inv_freq", "tile_map")

@@ -30,6 +30,14 @@ class PackedBatch:
         return max(self.lengths, default=0)
 
 
+@dataclass(frozen=True)
+class SelectedTokens:
+    """The tokens whose last hidden states are needed, where pooling reads one token per text."""
+
+    indices: Tensor  # [n] int32, positions in the packed batch
+    tile_map: Tensor  # [n, 3] int32, the attention tiles that contain them
+
+
 def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
     """Lay id sequences (each [tokens], int32) end to end, on the CPU."""
     lengths = tuple(len(ids) for ids in sequences)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
-from unpadded.model.batch import PackedBatch
+from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.lora import AdaptedWeights
 from unpadded.model.weights import EncoderWeights, LayerWeights, Matrix
 from unpadded_kernels import (
@@ -65,7 +65,7 @@ class Encoder:
         self.spec = spec
         self.weights = weights
         self.float8 = weights.layers[0].qkv_scale is not None
-        self._adapted = AdaptedWeights(spec.adapters, weights) if spec.adapters and weights.adapters else None
+        self._adapted = AdaptedWeights(spec.adapters, weights) if spec.adapters and weights.lora else None
         self.attention = attention
         self.row_block = row_block
         self.batch_invariant = batch_invariant
@@ -77,7 +77,7 @@ class Encoder:
     def prepare(self, adapter: str | None) -> None:
         """Write the weights of a task's adapter, which calls with another one overwrite. `__call__` does it too."""
         if adapter is not None:
-            self._weights(adapter)
+            self.weights_of(adapter)
 
     def __call__(
         self,
@@ -86,16 +86,16 @@ class Encoder:
         *,
         adapter: str | None = None,
         embeds: Tensor | None = None,
-        read: tuple[Tensor, Tensor] | None = None,
+        selected: SelectedTokens | None = None,
     ) -> Tensor:
         """The last hidden state of every token: [total_tokens, hidden] in the weights' dtype.
 
         states: takes the embeddings and what each layer gives, each of the same shape. adapter: a task of the
         checkpoint's adapters; None leaves them out. embeds: [rows, hidden] in the weights' dtype, the rows that
-        input_ids point to in place of the word table's. read: the tokens whose states alone are asked for, [n] int,
-        and the tile map of attention that holds them; without `states`; the result is [n, hidden].
+        input_ids point to in place of the word table's. selected: return the states of these tokens only, [n, hidden];
+        not together with `states`.
         """
-        weights = self._weights(adapter)
+        weights = self.weights_of(adapter)
         if embeds is not None:
             weights = replace(weights, word=embeds)
         x, residual = self._embed(batch, weights)
@@ -105,9 +105,9 @@ class Encoder:
         tables = [rotary_cos_sin(batch.positions, inv_freq, batch.cu_seqlens) for inv_freq in inv_freqs]
         for layer, (window, rotary) in zip(weights.layers, self.spec.scopes, strict=True):
             rows = None
-            if read is not None and layer is weights.layers[-1]:
-                rows, tile_map = read
-                batch = replace(batch, tile_map=tile_map)
+            if selected is not None and layer is weights.layers[-1]:
+                rows = selected.indices
+                batch = replace(batch, tile_map=selected.tile_map)
             attended = self._attend(x, layer, batch, window, tables[rotary] if tables else None)
             if rows is not None:
                 attended, residual = attended[rows], residual[rows]
@@ -119,7 +119,8 @@ class Encoder:
             states[-1] = x  # a pre-norm encoder's own differs from its residual
         return x
 
-    def _weights(self, adapter: str | None) -> EncoderWeights:
+    def weights_of(self, adapter: str | None) -> EncoderWeights:
+        """Return the weights with a task's LoRA applied, valid until another task is asked for; None: without LoRA."""
         if adapter is None:
             return self.weights
         assert self._adapted is not None, adapter

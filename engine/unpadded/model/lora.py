@@ -33,7 +33,7 @@ class AdaptedWeights:
         if task != self._task:
             self._task = None  # so that what is left half written by an error is written anew
             index = self._adapters.tasks.index(task)
-            for slot, (rows, columns) in self._base.adapters.items():
+            for slot, (rows, columns) in self._base.lora.items():
                 # of matrices that are stacked, q, k and v, each may have factors of its own
                 stacked = columns.shape[1] // self._adapters.rank
                 whole = (_tensor(self._base, slot), rows[index], columns[index], _tensor(self._adapted, slot))
@@ -52,7 +52,7 @@ def _tensor(weights: EncoderWeights, slot: str) -> Tensor:
 
 def _with_copies(base: EncoderWeights) -> EncoderWeights:
     """Every slot that has an adapter in memory of its own, not yet written."""
-    copies = {slot: torch.empty_like(_tensor(base, slot)) for slot in base.adapters}
+    copies = {slot: torch.empty_like(_tensor(base, slot)) for slot in base.lora}
 
     def under(start: str) -> dict[str, Any]:
         return {slot.removeprefix(start): copy for slot, copy in copies.items() if slot.startswith(start)}

@@ -75,7 +75,7 @@ class EncoderWeights:
     layers: tuple[LayerWeights, ...]
     # slot -> the factors of its change, of every task: rows [tasks, rows, rank], columns [tasks, n * rank, columns], of
     # the n matrices that lie stacked in the slot where each has factors of its own, else n = 1
-    adapters: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lora: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def load_weights(
@@ -135,7 +135,7 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, prepack: bool = F
         norm=tensors["norm"],
         norm_bias=tensors["norm_bias"],
         layers=tuple(layer(index) for index in range(spec.layers)),
-        adapters={
+        lora={
             slot.removeprefix("adapters.").removesuffix(".rows"): (rows, tensors[slot.removesuffix("rows") + "columns"])
             for slot, rows in tensors.items()
             if slot.startswith("adapters.") and slot.endswith(".rows")
