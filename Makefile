@@ -1,19 +1,27 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= -r .ci/requirements.txt
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-check format clean
+.PHONY: demo test test-all lint bench bench-check format clean
 
 demo: $(READY)
 	@echo "demo: embedding real questions and passages with all-MiniLM-L6-v2"
 	@$(BIN)/python bench/demo.py
 
+# One thread per worker: two workers whose OpenMP threads compete for the same cores are slower than one.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=20
+
 test: $(READY)
-	@echo "test: the whole suite"
-	@$(BIN)/python -m pytest -q
+	@echo "test: all tests but the slow ones"
+	@$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	@echo "test-all: every test, with coverage"
+	@$(PYTEST) --cov --cov-report=term
 
 lint: $(READY)
 	@echo "lint: ruff check, ruff format, mypy --strict"
@@ -47,7 +55,7 @@ format: $(READY)
 
 clean:
 	@echo "clean: removing $(VENV), caches and outputs"
-	@rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) .coverage demo-output dist build .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that only it looks at PyTorch's own index. On a GPU machine: make TORCH=torch test

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import model
 import numpy as np
 import torch
 from support import checkpoints
 
 import unpadded
-from unpadded.cli.benchmark import half_dtype
-from unpadded.cli.benchmark.comparison import forward_alone, in_turns
+from unpadded.cli.benchmark import half_dtype, machine
+from unpadded.cli.benchmark.comparison import forward_alone, interleave
 from unpadded.cli.benchmark.providers import PROVIDERS, Model
-from unpadded.cli.benchmark.workloads import Cutter
+from unpadded.cli.benchmark.workloads import TextSampler
 
 DROP = 0.15
 PARAGRAPHS = 128
@@ -38,13 +38,13 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, the baseline
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
-    parser.add_argument("--ratios", type=Path, default=machine.ROOT / "bench" / "results" / "ratios.json")
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--ratios", type=Path, default=harness.ROOT / "bench" / "results" / "ratios.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--update", action="store_true", help="store what is measured")
     parser.add_argument("--small", action="store_true", help="tiny models and texts, to try every line of it")
     args = parser.parse_args()
-    card = machine.card()
+    card = machine.card(harness.ROOT)
     name = f"{card['cpu']}, {card['threads']} threads"
     stored = json.loads(args.ratios.read_text()) if args.ratios.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,8 +77,8 @@ def down(measured: dict[str, float], before: dict[str, float]) -> list[str]:
 def ratio(pair: Pair, rounds: int) -> float:
     for run in pair:
         run()
-    seconds, _, _ = in_turns(dict(zip(("ours", "theirs"), pair, strict=True)), rounds, DEVICE)
-    return statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
+    seconds, _, _ = interleave(dict(zip(("unpadded", "baseline"), pair, strict=True)), rounds, DEVICE)
+    return statistics.median(b / own for own, b in zip(seconds["unpadded"], seconds["baseline"], strict=True))
 
 
 def pairs(folder: Path, small: bool) -> dict[str, Pair]:
@@ -91,7 +91,7 @@ def pairs(folder: Path, small: bool) -> dict[str, Pair]:
     draw = np.random.default_rng(0)
     for dtype, other in (("float32", "sentence-transformers"), (half, "sentence-transformers-best")):
         engine = unpadded.load(checkpoints.MINILM, device="cpu", dtype=dtype)
-        texts = Cutter(engine).workload("paragraphs", 8 if small else PARAGRAPHS)
+        texts = TextSampler(engine).workload("paragraphs", 8 if small else PARAGRAPHS)
         theirs = PROVIDERS[other](Model(str(checkpoints.MINILM), {dtype: engine}, getattr(torch, half)))
         windows = list(engine.read(texts, engine.plan()))
         ours = partial(engine.encode, texts)

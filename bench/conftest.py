@@ -1,9 +1,11 @@
-"""pytest-benchmark's results carry the same card as every other bench's."""
+"""Put the machine card of the other benchmarks into pytest-benchmark's results."""
 
 from typing import Any
 
-import machine
+import harness
+
+from unpadded.cli.benchmark import machine
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["card"] = machine.card()
+    machine_info["card"] = machine.card(harness.ROOT)

@@ -15,28 +15,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
 from support import checkpoints
 
 import unpadded
-from unpadded.cli.benchmark.comparison import in_turns
-from unpadded.cli.benchmark.workloads import Cutter
+from unpadded.cli.benchmark.comparison import interleave
+from unpadded.cli.benchmark.workloads import TextSampler
 
-LEAST_COSINE = 0.99999
+MIN_COSINE = 0.99999
 BATCH = 32
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--texts", type=int, default=512, help="paragraphs for sentence-transformers (default: 512)")
     parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    texts = Cutter(unpadded.load(checkpoints.MINILM, device="cpu")).workload("paragraphs", args.texts)
+    texts = TextSampler(unpadded.load(checkpoints.MINILM, device="cpu")).workload("paragraphs", args.texts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints.write_nomic(folder, names="transformers", **checkpoints.REAL | {"layers": args.layers})
@@ -45,9 +45,9 @@ def main() -> None:
             sentence_transformers_encode(texts, args.rounds),
             nomic_text(folder, texts[:BATCH], args.rounds),
         ]
-    machine.report({"rows": rows}, args.out)
-    if any(row["least_cosine"] < LEAST_COSINE for row in rows):
-        raise SystemExit(f"a cosine is below {LEAST_COSINE}")
+    harness.report({"rows": rows}, args.out)
+    if any(row["min_cosine"] < MIN_COSINE for row in rows):
+        raise SystemExit(f"a cosine is below {MIN_COSINE}")
 
 
 def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
     return [
         compare(
             f"transformers, {line} ({shape})",
-            {"theirs": lambda: embeddings(theirs), "ours": lambda model=model: embeddings(model)},
+            {"original": lambda: embeddings(theirs), "unpadded": lambda model=model: embeddings(model)},
             rounds,
         )
         for line, model in (("UnpaddedModel.from_pretrained(...)", ours), ("unpadded.accelerate(model)", accelerated))
@@ -91,7 +91,7 @@ def sentence_transformers_encode(texts: list[str], rounds: int) -> dict[str, Any
     )
     return compare(
         f"sentence-transformers, SentenceTransformer(...).encode ({len(texts)} paragraphs)",
-        {"theirs": lambda: theirs.encode(texts), "ours": lambda: ours.encode(texts)},
+        {"original": lambda: theirs.encode(texts), "unpadded": lambda: ours.encode(texts)},
         rounds,
     )
 
@@ -115,20 +115,22 @@ def nomic_text(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
         output = embed.text(texts, model=str(folder), task_type="search_document", device="cpu")
         return np.array(output["embeddings"])
 
-    return compare(f"nomic, embed.text ({len(texts)} paragraphs)", {"theirs": one_by_one, "ours": ours}, rounds)
+    return compare(f"nomic, embed.text ({len(texts)} paragraphs)", {"original": one_by_one, "unpadded": ours}, rounds)
 
 
 def compare(drop_in: str, providers: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Print and return one row."""
     for run in providers.values():
         run()
-    times, results, _ = in_turns(providers, rounds, torch.device("cpu"))
+    times, results, _ = interleave(providers, rounds, torch.device("cpu"))
     rows = {name: result / np.linalg.norm(result, axis=1, keepdims=True) for name, result in results.items()}
-    least = float((rows["theirs"].astype(np.float64) * rows["ours"]).sum(1).min())
+    least = float((rows["original"].astype(np.float64) * rows["unpadded"]).sum(1).min())
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    ratio = seconds["theirs"] / seconds["ours"]
-    print(f"{drop_in}: least cosine {least:.7f}; {seconds['theirs']:.3f} s -> {seconds['ours']:.3f} s, {ratio:.2f} x")
-    return {"drop_in": drop_in, "least_cosine": least, "ratio": ratio, "seconds": times}
+    ratio = seconds["original"] / seconds["unpadded"]
+    print(
+        f"{drop_in}: min cosine {least:.7f}; {seconds['original']:.3f} s -> {seconds['unpadded']:.3f} s, {ratio:.2f} x"
+    )
+    return {"drop_in": drop_in, "min_cosine": least, "ratio": ratio, "seconds": times}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if [ ${#small[@]} -gt 0 ]; then
     families=(tests/test_family_xlm_roberta.py)
     kernels=(-k "swiglu or rms_norm")
 fi
+unset "${!PYTEST_@}" # those of a pytest-xdist worker that runs this script would change the runs below
 export PYTHONPATH=engine:kernels:tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 failed=0

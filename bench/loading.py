@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import torch
 from support import checkpoints
+
+from unpadded.cli.benchmark.machine import process_memory
 
 DTYPES = ("float16", "bfloat16", "float32")
 MEMORY_LIMIT = 1.3  # x the file, for fp32 as fp16
@@ -52,11 +54,11 @@ def measure(what: str, folder: Path, dtype: str) -> dict[str, float]:
     import unpadded.model.weights  # noqa: F401  its import is not loading
 
     torch.ones(1 << 20).to(getattr(torch, dtype))  # starts the threads
-    before = machine.peak_memory()
+    before = process_memory("VmHWM")
     started = time.perf_counter()
     loaded = work(folder, getattr(torch, dtype))
     seconds = time.perf_counter() - started
-    grown = machine.peak_memory() - before
+    grown = process_memory("VmHWM") - before
     del loaded
     return {"seconds": seconds, "memory": grown / (folder / "model.safetensors").stat().st_size}
 
@@ -113,7 +115,7 @@ def compare(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +141,7 @@ def main() -> None:
         )
     met = all(row["times_bound"] <= TIME_LIMIT for row in rows) and rows[0]["memory"] < MEMORY_LIMIT
     print(f"limits: ratio <= {TIME_LIMIT}, memory < {MEMORY_LIMIT} as float16: {'met' if met else 'NOT met'}")
-    machine.report({"bytes": size, "met": met, "rows": rows}, args.out)
+    harness.report({"bytes": size, "met": met, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

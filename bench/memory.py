@@ -15,15 +15,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import machine
+import harness
 import numpy as np
 from support import checkpoints
+
+from unpadded.cli.benchmark.machine import process_memory
 
 BOUND = 1.5 * 2**30
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -40,7 +42,7 @@ def main() -> None:
             row = json.loads(run.stdout)
             rows.append(row)
             print(f"{texts} x 8192 tokens, {args.dtype}: {row['over_weights'] / 2**30:.2f} GiB over the weights")
-    machine.report({"rows": rows}, args.out)
+    harness.report({"rows": rows}, args.out)
     if any(row["over_weights"] > BOUND for row in rows):
         sys.exit(f"more than {BOUND / 2**30} GiB over the weights")
 
@@ -51,11 +53,11 @@ def measure(folder: Path, texts: int, dtype: str) -> dict[str, float]:
 
     ids = np.random.default_rng(0).integers(5, 30000, (texts, 8192), dtype=np.int32)
     unpadded.load  # noqa: B018  imports everything; what that takes is not counted
-    before = machine.peak_memory()
+    before = process_memory("VmHWM")
     engine = unpadded.load(folder, device="cpu", dtype=dtype, max_length=8192)
     weights = (folder / "model.safetensors").stat().st_size * (4 if dtype == "float32" else 2) // 4
     engine.encode(list(ids))
-    return {"texts": texts, "weights": weights, "over_weights": machine.peak_memory() - before - weights}
+    return {"texts": texts, "weights": weights, "over_weights": process_memory("VmHWM") - before - weights}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from support import checkpoints
 from torch import Tensor
 
 import unpadded
-from unpadded.cli.benchmark.comparison import flops, in_turns
-from unpadded.cli.benchmark.machine import product_rate
+from unpadded.cli.benchmark.comparison import flops, interleave
+from unpadded.cli.benchmark.machine import matmul_rate
 from unpadded.engine import Engine
 from unpadded.execution.runner import Runner
 from unpadded.model.batch import PackedBatch, pack
@@ -50,10 +50,10 @@ Run = Callable[[Ids], np.ndarray]
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", action="append", help="default: float16 on CUDA, float32 and bfloat16 on a CPU")
-    parser.add_argument("--lengths", type=Path, default=machine.ROOT / "bench" / "lengths.txt")
+    parser.add_argument("--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny model and the shapes of CUDA, cut short")
@@ -63,10 +63,17 @@ def main() -> None:
     workloads = cuda_workloads(args.lengths, draw) if device.type == "cuda" or args.small else cpu_workloads(draw)
     if args.small:
         workloads = {name: [min(length, 100) for length in lengths[:5]] for name, lengths in workloads.items()}
-    with machine.reporting(args.out) as result, tempfile.TemporaryDirectory() as name:
+    with harness.reporting(args.out) as result, tempfile.TemporaryDirectory() as name:
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         folder = checkpoints.write_nomic(Path(name), names="transformers", tokenizer=False, **shape)
-        result |= {"layers": shape["layers"], "product_rate": {}, "rows": [], "not run": {}, "latency": {}, "price": {}}
+        result |= {
+            "layers": shape["layers"],
+            "matmul_rate": {},
+            "rows": [],
+            "not run": {},
+            "latency": {},
+            "batch_invariant_cost": {},
+        }
         exact = unpadded.load(folder, device=device, dtype="float32", max_length=LONGEST)
         dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
         for dtype in args.dtype or dtypes[: 1 if args.small else 2]:
@@ -100,8 +107,8 @@ def bench(
 ) -> None:
     """Fill the result for one dtype."""
     device, draw = exact.runner.device, np.random.default_rng(0)
-    rate = product_rate(device, getattr(torch, dtype))
-    result["product_rate"][dtype] = rate
+    rate = matmul_rate(device, getattr(torch, dtype))
+    result["matmul_rate"][dtype] = rate
     print(f"{dtype}: matrix products alone reach {rate / 1e12:.3g} TFLOP/s")
     providers: dict[str, Run] = {}
     for name, make in makers(folder, device, dtype, small).items():
@@ -240,7 +247,7 @@ def compare(
             runs[name] = partial(run, ids)
         except Exception as error:
             not_run(result, f"{name}, {dtype}, {workload}", error)
-    seconds, vectors, grown = in_turns(runs, rounds, device)
+    seconds, vectors, grown = interleave(runs, rounds, device)
     for name in runs:
         median = statistics.median(seconds[name])
         row = {
@@ -251,20 +258,20 @@ def compare(
             "seconds": seconds[name],
             "tokens_per_second": tokens / median,
             "flop_per_second": work / median,
-            "share_of_floor": work / median / rate,
-            "least_cosine": float(cosines(vectors[name], expected).min()),
+            "share_of_matmul_rate": work / median / rate,
+            "min_cosine": float(cosines(vectors[name], expected).min()),
             "relative_error": float(np.linalg.norm(vectors[name] - expected) / np.linalg.norm(expected)),
             "peak_bytes": grown[name],
         }
         print(
             f"  {workload}, {name}: {tokens / median:,.0f} tokens/s, {work / median / 1e12:.3g} TFLOP/s, "
-            f"{row['share_of_floor']:.0%} of the floor, least cosine to fp32 {row['least_cosine']:.6f}"
+            f"{row['share_of_matmul_rate']:.0%} of the floor, min cosine to fp32 {row['min_cosine']:.6f}"
         )
         result["rows"].append(row)
     here = [row for row in result["rows"] if (row["workload"], row["dtype"]) == (workload, dtype)]
     rates = {row["provider"]: row["tokens_per_second"] for row in here}
     if INVARIANT in runs and "unpadded" in runs:
-        result["price"][workload] = 1 - rates[INVARIANT] / rates["unpadded"]
+        result["batch_invariant_cost"][workload] = 1 - rates[INVARIANT] / rates["unpadded"]
         print(f"  {workload}: batch_invariant costs {result['price'][workload]:.1%} of the tokens/s")
 
 

@@ -298,8 +298,8 @@ def copy_rate() -> float:
 
 
 @pytest.fixture(scope="session")
-def product_rate() -> float:
-    return machine.product_rate(DEVICE, DTYPE)
+def matmul_rate() -> float:
+    return machine.matmul_rate(DEVICE, DTYPE)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ NAMES = (
 @pytest.mark.parametrize("provider", NAMES)
 @pytest.mark.parametrize("case", CASES, indirect=True, ids=str)
 def test_kernel(
-    benchmark, request: pytest.FixtureRequest, case: Case, provider: str, copy_rate: float, product_rate: float
+    benchmark, request: pytest.FixtureRequest, case: Case, provider: str, copy_rate: float, matmul_rate: float
 ) -> None:
     if provider not in case.providers:
         pytest.skip("not a provider of this op here")
@@ -341,7 +341,7 @@ def test_kernel(
     benchmark.pedantic(run, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
     rate = case.work / benchmark.stats.stats.median
     text = f"{rate / 1e9:,.0f} GB/s" if case.memory else f"{rate / 1e12:.3g} TFLOP/s"
-    share = rate / (copy_rate if case.memory else product_rate)
+    share = rate / (copy_rate if case.memory else matmul_rate)
     kernel = request.node.callspec.params["case"]
     benchmark.extra_info |= {"kernel": kernel, "provider": provider, "rate": text, "share": share}
 

@@ -100,8 +100,8 @@ def throughput(result: Result) -> str:
             row
             | {
                 "workload": found["workload"],
-                "ratio": row["to_reference"],
-                "share_of_floor": row["share_of_product_rate"],
+                "ratio": row["speedup"],
+                "share_of_matmul_rate": row["share_of_matmul_rate"],
             }
             for found in model["workloads"]
             for row in found["rows"]
@@ -113,11 +113,11 @@ def throughput(result: Result) -> str:
         own = [
             (found["workload"], dtype, *(f"{share:.1%}" for share in ours["stages"].values()), f"{ours[KEY]:.1%}")
             for found in model["workloads"]
-            for dtype, ours in found["ours"].items()
+            for dtype, ours in found["unpadded"].items()
         ]
         parts.append(table(("where the time goes", "dtype", *STAGES, "speed, of the forward pass alone"), own))
-        if model["growth"]:
-            grown = ((f"{row['texts']:,}", f"{row['tokens_per_second']:,.0f}") for row in model["growth"])
+        if model["scaling"]:
+            grown = ((f"{row['texts']:,}", f"{row['tokens_per_second']:,.0f}") for row in model["scaling"])
             parts.append(table(("paragraphs embedded at once", "tokens/s"), grown))
     return "\n\n".join(parts)
 
@@ -126,8 +126,8 @@ STAGES, KEY = ("tokenize", "copy", "forward", "output"), "share_of_forward_alone
 
 
 def drop_in(result: Result) -> str:
-    rows = ((row["drop_in"], f"**{row['ratio']:.2f} x**", f"{row['least_cosine']:.7f}") for row in result["rows"])
-    return table(("one line changed", "speed", "least cosine to the original"), rows)
+    rows = ((row["drop_in"], f"**{row['ratio']:.2f} x**", f"{row['min_cosine']:.7f}") for row in result["rows"])
+    return table(("one line changed", "speed", "min cosine to the original"), rows)
 
 
 def server(result: Result) -> str:
@@ -197,8 +197,8 @@ def model(result: Result) -> str:
         f"NomicBERT, {result['layers']} layers, ids to vectors: tokens/s, share of the matrix-product rate and the "
         "ratio to transformers' padded batches.\n\n" + grid(rows, lambda row: f"{row['provider']}, {row['dtype']}")
     ]
-    if result["price"]:
-        price = ((workload, f"{share:.1%}") for workload, share in result["price"].items())
+    if result["batch_invariant_cost"]:
+        price = ((workload, f"{share:.1%}") for workload, share in result["batch_invariant_cost"].items())
         parts.append(table(("price of batch_invariant", "of tokens/s"), price))
     if result["latency"]:
         latency = ((name, f"{found['median'] * 1e3:.2f} ms") for name, found in result["latency"].items())
@@ -218,21 +218,21 @@ def grid(rows: list[Result], name: Callable[[Result], str]) -> str:
     def cell(row: Result | None) -> str:
         if row is None:
             return ""
-        share = f", {row['share_of_floor']:.0%}" if row["share_of_floor"] else ""
+        share = f", {row['share_of_matmul_rate']:.0%}" if row["share_of_matmul_rate"] else ""
         ratio = f", **{row['ratio']:.2f} x**" if row["ratio"] else ""
         return f"{row['tokens_per_second']:,.0f}{share}{ratio}"
 
     body = (
-        (line, *(cell(found.get(w)) for w in workloads), f"{min(r['least_cosine'] for r in found.values()):.6f}")
+        (line, *(cell(found.get(w)) for w in workloads), f"{min(r['min_cosine'] for r in found.values()):.6f}")
         for line, found in lines.items()
     )
-    return table(("", *workloads, "least cosine to fp32"), body)
+    return table(("", *workloads, "min cosine to fp32"), body)
 
 
 def draw_throughput(result: Result) -> str:
     groups = {
         f"{model['model']}, {found['workload']}": {
-            row["provider"]: row["to_reference"] for row in found["rows"] if row["to_reference"]
+            row["provider"]: row["speedup"] for row in found["rows"] if row["speedup"]
         }
         for model in result["models"]
         for found in model["workloads"]

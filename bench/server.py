@@ -30,13 +30,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import machine
+import harness
 import numpy as np
 from support import checkpoints
 from support.serving import Server, serving
 
 import unpadded
-from unpadded.cli.benchmark.workloads import Cutter
+from unpadded.cli.benchmark.workloads import TextSampler
 
 SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts of a request: most are queries
 LARGE = 64
@@ -48,7 +48,7 @@ MEBIBYTE = 2**20
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--model", type=Path, default=checkpoints.MINILM, help="default: all-MiniLM-L6-v2")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--texts", type=int, default=2000, help="different ones that are asked for")
@@ -58,10 +58,10 @@ def main() -> None:
     args = parser.parse_args()
 
     engine = unpadded.load(args.model, device="cpu")
-    texts = Cutter(engine).workload("paragraphs", args.texts)
+    texts = TextSampler(engine).workload("paragraphs", args.texts)
     found = engine.embed(texts)
     load = Load(texts, found.vectors, found.token_counts, args.answers)
-    with machine.reporting(args.out) as result:
+    with harness.reporting(args.out) as result:
         loads = result["loads"] = {}
         loads[f"{args.clients} clients, mixed sizes"], rate = steady(load, engine, args)
         loads[f"{OVERLOAD} x capacity"] = overload(load, rate, args)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import machine
+import harness
 from safetensors.torch import load_file, save_file
 from support import checkpoints
 
@@ -66,7 +66,7 @@ OPTIONS = ("-q", "-m", "not custom", "--tb=line", "-p", "no:cacheprovider", "-p"
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--suite", type=Path, required=True, help="a checkout of sentence-transformers")
     parser.add_argument("--only", nargs="*", default=FILES, help="files or folders under its tests/")
     args = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
         write_hub_cache(Path(name) / "hub")
         theirs, ours = (run(code, args.suite, args.only, Path(name)) for code in (RUN, REPLACE + RUN))
     result = compare(theirs, ours)
-    machine.report(result, args.out)
+    harness.report(result, args.out)
     if result["theirs_only"]:
         raise SystemExit(f"{len(result['theirs_only'])} tests pass on their class and not on ours")
 

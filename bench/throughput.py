@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import numpy as np
 import torch
 import wordpiece
@@ -21,7 +21,7 @@ from support import checkpoints
 
 import unpadded
 from unpadded.cli import benchmark
-from unpadded.cli.benchmark.workloads import Cutter
+from unpadded.cli.benchmark.workloads import TextSampler
 
 LONGEST = 8192
 AGAINST = ("sentence-transformers", "sentence-transformers-best")  # of the NomicBERT; the others pad alike
@@ -29,23 +29,23 @@ SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
-    parser.add_argument("--lengths", type=Path, default=machine.ROOT / "bench" / "lengths.txt", help="of documents")
-    parser.add_argument("--growth", type=int, nargs="*", default=[1000, 10_000, 100_000], help="numbers of paragraphs")
+    parser.add_argument("--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt", help="of documents")
+    parser.add_argument("--scaling", type=int, nargs="*", default=[1000, 10_000, 100_000], help="numbers of paragraphs")
     parser.add_argument("--small", action="store_true", help="tiny models and texts, to try every line of it")
     args = parser.parse_args()
     device = torch.device(args.device)
-    with machine.reporting(args.out) as result, tempfile.TemporaryDirectory() as folder:
+    with harness.reporting(args.out) as result, tempfile.TemporaryDirectory() as folder:
         result["models"] = []
         if device.type == "cpu" and checkpoints.PACKAGE and not args.small:
             result["models"].append(found := {"model": "all-MiniLM-L6-v2"})
             engines = load(checkpoints.MINILM, device)
             both = dict.fromkeys(("queries", "paragraphs"))
             benchmark.measure(
-                str(checkpoints.MINILM), engines, both, rounds=args.rounds, growing=args.growth, into=found
+                str(checkpoints.MINILM), engines, both, rounds=args.rounds, scaling=args.scaling, into=found
             )
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         checkpoints.write_nomic(Path(folder), names="transformers", tokenizer=False, **shape)
@@ -66,7 +66,7 @@ def texts(engines: dict[str, Any], device: torch.device, lengths: Path, small: b
     """Of the NomicBERT's workloads, by name."""
     if device.type == "cpu" and not small:
         return {"passages": 32, "documents": None}
-    cutter = Cutter(next(iter(engines.values())))
+    cutter = TextSampler(next(iter(engines.values())))
     found = np.minimum(np.array(lengths.read_text().split(), np.int64), LONGEST)
     equal = {50: 4096, 512: 512, 8192: 16}
     workloads = {f"{length} tokens": [length] * count for length, count in equal.items()}

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import machine
+import harness
 import ops
 import torch
 
@@ -45,14 +45,14 @@ class Sweep:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--only", nargs="*", help="sweeps by name (default: all)")
     args = parser.parse_args()
     found = sweeps(tiles.generation(ops.DEVICE))
     names = args.only or list(found)
     if unknown := sorted(set(names) - found.keys()):
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(found)}")
-    with machine.reporting(args.out) as result:
+    with harness.reporting(args.out) as result:
         result["sweeps"] = {}
         compile_all({name: len(found[name].candidates) for name in names})
         for name in names:

@@ -1,13 +1,20 @@
 """Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from support.checkpoints import MINILM, checkpoint_folder
+from support.corpus import PARAGRAPHS
 from support.devices import DEVICE, HAS_CUDA
+
+if TYPE_CHECKING:
+    import unpadded
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,6 +126,20 @@ def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2."""
     assert MINILM.is_dir(), MINILM
     return MINILM
+
+
+@pytest.fixture(scope="session")
+def minilm_engine(minilm: Path) -> unpadded.Engine:
+    """The real all-MiniLM-L6-v2 in fp32 on the CPU. Tests must not change it: the whole session shares it."""
+    import unpadded  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
+
+    return unpadded.load(minilm, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """English paragraphs of 40 characters and more."""
+    return PARAGRAPHS
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -126,11 +126,15 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_help_is_fast() -> None:
+    def cpu_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu_seconds()
         subprocess.run([sys.executable, "-m", "unpadded", "--help"], env=ENVIRONMENT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(cpu_seconds() - start)
     assert min(seconds) < HELP_SECONDS, seconds
 
 

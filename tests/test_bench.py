@@ -19,14 +19,14 @@ import unpadded
 from unpadded.cli.benchmark import PROVIDERS, TEXTS, charts, comparison
 from unpadded.cli.benchmark.comparison import flops
 from unpadded.cli.benchmark.providers import Model, make_providers
-from unpadded.cli.benchmark.workloads import DOCUMENTS, Cutter
+from unpadded.cli.benchmark.workloads import DOCUMENTS, TextSampler
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # the benches import each other by name
 
 import check  # noqa: E402
-import machine  # noqa: E402
+import harness  # noqa: E402
 import report  # noqa: E402
 import server  # noqa: E402
 
@@ -46,7 +46,7 @@ def lengths_of(engine, texts):
 
 
 def test_texts_have_the_lengths_of_their_workload(engine):
-    cutter = Cutter(engine)
+    cutter = TextSampler(engine)
     queries = cutter.workload("queries", 200)
     assert len(set(queries)) == 200
     lengths = lengths_of(engine, queries)
@@ -56,7 +56,7 @@ def test_texts_have_the_lengths_of_their_workload(engine):
     asked = [10, 40, 100]
     found = lengths_of(engine, cutter.cut(asked))
     assert all(0 <= a - f < 6 for a, f in zip(asked, found, strict=True)), found
-    assert Cutter(engine).workload("queries", 200) == queries
+    assert TextSampler(engine).workload("queries", 200) == queries
 
 
 def test_documents_have_the_lengths_of_real_ones():
@@ -76,7 +76,7 @@ def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
     flags = ["--column", "body", "--against", "sentence-transformers,transformers,fastembed", "--also", "bfloat16"]
-    end = ["--rounds", "2", "--growth", "3,5", "--out", str(out), "--plot", str(plot), "--device", "cpu"]
+    end = ["--rounds", "2", "--scaling", "3,5", "--out", str(out), "--plot", str(plot), "--device", "cpu"]
     assert main(["bench", str(folder), str(tmp_path / "texts.jsonl"), *flags, *end]) == 0
     result = json.loads(out.read_text())
     (found,) = result["workloads"]
@@ -90,12 +90,12 @@ def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys)
         assert len(row["seconds"]) == 2
         assert row["tokens_per_second"] == pytest.approx(found["tokens"] / median)
         reference = statistics.median(rows["sentence-transformers"]["seconds"])
-        assert row["to_reference"] == pytest.approx(reference / median)
-        assert row["least_cosine"] >= (0.999 if row["provider"] == "unpadded, bfloat16" else 0.99999)
-    for own in found["ours"].values():
+        assert row["speedup"] == pytest.approx(reference / median)
+        assert row["min_cosine"] >= (0.999 if row["provider"] == "unpadded, bfloat16" else 0.99999)
+    for own in found["unpadded"].values():
         assert sum(own["stages"].values()) == pytest.approx(1) and min(own["stages"].values()) > 0
         assert list(own["stages"]) == ["tokenize", "copy", "forward", "output"]
-    assert [row["texts"] for row in result["growth"]] == [3, 5]
+    assert [row["texts"] for row in result["scaling"]] == [3, 5]
     printed = capsys.readouterr().out
     assert f"your texts: 3 texts, {found['tokens']:,} tokens" in printed and "of the forward pass alone" in printed
     assert "your texts" in "".join(ElementTree.fromstring(plot.read_text()).itertext())
@@ -148,7 +148,7 @@ def test_lines_rise_with_their_values():
 
 
 def test_an_interrupted_bench_reports_what_it_had(tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt), machine.reporting(tmp_path / "out.json") as result:
+    with pytest.raises(KeyboardInterrupt), harness.reporting(tmp_path / "out.json") as result:
         result["rows"] = [1]
         raise KeyboardInterrupt
     stored = json.loads((tmp_path / "out.json").read_text())
@@ -287,7 +287,7 @@ def test_gpu_run_in_small(tmp_path):
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("model", "throughput", "kernels")
     )
     for row in model["rows"]:
-        assert row["least_cosine"] >= (0.99 if "float8" in row["provider"] else 0.99999), row["provider"]
+        assert row["min_cosine"] >= (0.99 if "float8" in row["provider"] else 0.99999), row["provider"]
     assert {"unpadded", "transformers, padded", "packed baseline", "transformers, compiled"} <= {
         row["provider"] for row in model["rows"]
     }

@@ -1,6 +1,5 @@
 """What every family is held to: parity on values with a reference, and a text's bits whatever stands beside it."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import unpadded
 from support.checkpoints import _Draw, _write
 from support.devices import HAS_CUDA
+from unpadded.cli.benchmark.machine import card
 from unpadded.engine import Engine
 from unpadded.model.weights import plain_weights
 
@@ -53,9 +53,6 @@ class OpsSeen(TorchDispatchMode):
 
 def write_parity(file: Path, passed: list[str]) -> None:
     """PARITY as a result of bench/, with the number of tests that passed; `passed`: the file of each."""
-    place = importlib.util.spec_from_file_location("machine", Path(__file__).parents[2] / "bench/machine.py")
-    machine = importlib.util.module_from_spec(place)
-    place.loader.exec_module(machine)
     rows = [
         {
             "family": family,
@@ -69,7 +66,7 @@ def write_parity(file: Path, passed: list[str]) -> None:
         }
         for family, found in sorted(PARITY.items())
     ]
-    file.write_text(json.dumps({"machine": machine.card(), "rows": rows}) + "\n")
+    file.write_text(json.dumps({"machine": card(Path(__file__).parents[2]), "rows": rows}) + "\n")
 
 
 def random_ids(lengths, seed=0, vocabulary=VOCABULARY):

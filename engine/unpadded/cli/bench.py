@@ -34,7 +34,7 @@ def add_command(commands: Commands) -> None:
     bench.add_argument("--also", action="append", default=[], metavar="DTYPE", help="run ours in this dtype, too")
     bench.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: 3)")
     bench.add_argument(
-        "--growth", type=_numbers, default=[], metavar="N,...", help="also embed so many paragraphs each"
+        "--scaling", type=_numbers, default=[], metavar="N,...", help="also embed so many paragraphs each"
     )
     bench.add_argument("--out", type=Path, metavar="FILE", help="write every sample as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens/s as SVG")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         engines[engine.runner.describe()["dtype"]] = engine
     against = benchmark.PROVIDERS if args.against is None else args.against
     result = {"machine": benchmark.card()} | benchmark.measure(
-        args.model, engines, workloads, against=tuple(against), rounds=args.rounds, growing=args.growth
+        args.model, engines, workloads, against=tuple(against), rounds=args.rounds, scaling=args.scaling
     )
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")

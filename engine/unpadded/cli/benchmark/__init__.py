@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from unpadded.cli.benchmark.charts import bars
-from unpadded.cli.benchmark.comparison import compare, growth
-from unpadded.cli.benchmark.machine import card, product_rate
+from unpadded.cli.benchmark.comparison import compare
+from unpadded.cli.benchmark.comparison import scaling as measure_scaling
+from unpadded.cli.benchmark.machine import card, matmul_rate
 from unpadded.cli.benchmark.providers import PROVIDERS, Model, make_providers
-from unpadded.cli.benchmark.workloads import TEXTS, Cutter
+from unpadded.cli.benchmark.workloads import TEXTS, TextSampler
 from unpadded.engine import Engine
 
 __all__ = ["PROVIDERS", "TEXTS", "card", "chart", "half_dtype", "measure", "table"]
@@ -24,14 +25,14 @@ def measure(
     *,
     against: Sequence[str] = tuple(PROVIDERS),
     rounds: int = 3,
-    growing: Sequence[int] = (),
+    scaling: Sequence[int] = (),
     into: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on workloads, and print each table as it is ready.
 
     name: of the model, a folder or a hub id; engines: ours, by dtype; workloads: the texts of each, or how many are cut
     to the lengths of `TEXTS`' workload of that name, None for as many as it has; against: names of `PROVIDERS`;
-    growing: numbers of paragraphs to embed, one after the other, by the last of the engines; into: what is filled with
+    scaling: numbers of paragraphs to embed, one after the other, by the last of the engines; into: what is filled with
     results as they come and returned, so that an interruption loses none.
     """
     device = next(iter(engines.values())).runner.device
@@ -41,17 +42,17 @@ def measure(
         print(f"{provider} does not run here: {reason}")
     result = {} if into is None else into
     result.setdefault("model", model.engine.checkpoint.name)
-    result |= {"workloads": [], "not run": reasons, "growth": []}
-    rates = {dtype: product_rate(device, getattr(torch, dtype)) for dtype in engines if hasattr(torch, dtype)}
-    cutter = Cutter(model.engine)
+    result |= {"workloads": [], "not run": reasons, "scaling": []}
+    rates = {dtype: matmul_rate(device, getattr(torch, dtype)) for dtype in engines if hasattr(torch, dtype)}
+    cutter = TextSampler(model.engine)
     for workload, given in workloads.items():
         texts = cutter.workload(workload, given) if given is None or isinstance(given, int) else given
         result["workloads"].append(compare(workload, texts, model, providers, rates, rounds))
         print(table(result["workloads"][-1]), flush=True)
-    if growing:
-        texts = cutter.workload("paragraphs", max(growing))
-        for row in growth(list(engines.values())[-1], texts, growing):
-            result["growth"].append(row)
+    if scaling:
+        texts = cutter.workload("paragraphs", max(scaling))
+        for row in measure_scaling(list(engines.values())[-1], texts, scaling):
+            result["scaling"].append(row)
             print(f"{row['texts']:,} texts: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
     return result
 
@@ -66,17 +67,17 @@ def half_dtype(device: torch.device) -> torch.dtype:
 def table(found: dict[str, Any]) -> str:
     """One workload for a terminal."""
     lines = [f"\n{found['workload']}: {found['texts']:,} texts, {found['tokens']:,} tokens"]
-    lines.append(f"{'':30}{'texts/s':>12}{'tokens/s':>12}{'ratio':>8}{'ceiling':>9}{'memory':>11}  least cosine")
+    lines.append(f"{'':30}{'texts/s':>12}{'tokens/s':>12}{'ratio':>8}{'ceiling':>9}{'memory':>11}  min cosine")
     for row in found["rows"]:
-        ratio, share, grown = row["to_reference"], row["share_of_product_rate"], row["peak_bytes"]
+        ratio, share, grown = row["speedup"], row["share_of_matmul_rate"], row["peak_bytes"]
         lines.append(
             f"{row['provider']:30}{row['texts_per_second']:12,.1f}{row['tokens_per_second']:12,.0f}"
             + ("" if ratio is None else f"{ratio:6.2f} x").rjust(8)
             + ("" if share is None else f"{share:.0%}").rjust(9)
             + ("" if grown is None else f"{grown / 2**20:,.0f} MiB").rjust(11)
-            + f"  {row['least_cosine']:.6f}"
+            + f"  {row['min_cosine']:.6f}"
         )
-    for dtype, own in found["ours"].items():
+    for dtype, own in found["unpadded"].items():
         parts = ", ".join(f"{stage} {share:.1%}" for stage, share in own["stages"].items())
         lines.append(f"unpadded, {dtype}: {parts}; {own['share_of_forward_alone']:.1%} of the forward pass alone")
     return "\n".join(lines)

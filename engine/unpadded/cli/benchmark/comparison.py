@@ -50,7 +50,7 @@ def compare(
             runs[f"{FORWARD_ALONE}, {dtype}"] = partial(forward_alone, engine, windows[dtype])
         for encode in providers.values():
             encode(texts[:WARM_UP])
-        seconds, results, grown = in_turns(runs, rounds, model.device)
+        seconds, results, grown = interleave(runs, rounds, model.device)
     tokens, work = int(lengths.sum()), flops(model.engine.checkpoint.spec, lengths)
     exact = _unit(results.get(REFERENCE, results[next(iter(providers))]))
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -63,24 +63,24 @@ def compare(
                 "seconds": seconds[name],
                 "texts_per_second": len(texts) / median[name],
                 "tokens_per_second": tokens / median[name],
-                "to_reference": median[REFERENCE] / median[name] if REFERENCE in median else None,
-                "share_of_product_rate": work / median[name] / rates[dtype] if dtype in rates else None,
-                "least_cosine": float((_unit(results[name]) * exact).sum(1).min()),
+                "speedup": median[REFERENCE] / median[name] if REFERENCE in median else None,
+                "share_of_matmul_rate": work / median[name] / rates[dtype] if dtype in rates else None,
+                "min_cosine": float((_unit(results[name]) * exact).sum(1).min()),
                 "peak_bytes": grown[name],
             }
         )
-    ours = {}
+    own = {}
     for dtype, engine in model.engines.items():
         alone = f"{FORWARD_ALONE}, {dtype}"
-        ours[dtype] = {
+        own[dtype] = {
             "stages": stages(engine, texts),
             "forward_alone_seconds": seconds[alone],
             "share_of_forward_alone": median[alone] / median[f"unpadded, {dtype}"],
         }
-    return {"workload": workload, "texts": len(texts), "tokens": tokens, "rows": rows, "ours": ours}
+    return {"workload": workload, "texts": len(texts), "tokens": tokens, "rows": rows, "unpadded": own}
 
 
-def in_turns(
+def interleave(
     runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, int | None]]:
     """Of each run: seconds of every round, its last result, and the memory that its first took."""
@@ -94,11 +94,11 @@ def in_turns(
             results[name] = run()  # ends on the host, so it has waited for the device
             seconds[name].append(time.perf_counter() - start)
             if memory is not None:
-                grown[name] = memory.grown()
+                grown[name] = memory.increase()
     return seconds, results, grown
 
 
-def growth(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, float]]:
+def scaling(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, float]]:
     """tokens/s of `stream`, which holds one window, over the first of ever more texts."""
     engine.encode(texts[:WARM_UP], prompt="")
     for count in counts:

@@ -1,4 +1,4 @@
-"""What is measured on: the machine's name, its ceilings, and the memory that a pass takes."""
+"""Machine card, speed ceilings and memory of the machine that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ import unpadded
 from unpadded_kernels import linear
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "fastembed", "infinity-emb")
-SETTINGS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"  # of nvidia-smi
+GPU_SETTINGS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"  # nvidia-smi fields
 
 
-def card() -> dict[str, Any]:
-    """Which machine and which versions: what every result carries."""
+def card(checkout: Path | None = None) -> dict[str, Any]:
+    """Return the machine and the package versions, stored with every result.
+
+    checkout: a git repository whose commit is included.
+    """
     found = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -33,31 +36,32 @@ def card() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
     }
     if torch.cuda.is_available():
-        query = ["nvidia-smi", f"--query-gpu={SETTINGS}", "--format=csv,noheader"]
-        try:
-            said = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        except OSError as error:
-            said = str(error)
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, SETTINGS: said}
+        settings = _output("nvidia-smi", f"--query-gpu={GPU_SETTINGS}", "--format=csv,noheader")
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, GPU_SETTINGS: settings}
+    if checkout is not None:
+        found["commit"] = _output("git", "-C", str(checkout), "describe", "--always", "--dirty") or "unknown"
     return found
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """flop/s of a product: 8192 x 8192 x 8192 on CUDA, 2048 x 768 x 3072 (a layer's) on a CPU; the best of many."""
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the highest flop/s measured for a matmul.
+
+    The shape is 8192 x 8192 x 8192 on CUDA and 2048 x 768 x 3072, that of an encoder layer, on a CPU.
+    """
     m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 768, 3072)
     x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
     return 2 * m * k * n / min(seconds(lambda: linear(x, weight, None), device, 50 if device.type == "cuda" else 20))
 
 
 def copy_rate(device: torch.device) -> float:
-    """bytes/s read and written by a copy of 2 GiB on CUDA, 256 MiB on a CPU; the median of many."""
+    """Return the median bytes/s, read and written, of copying 2 GiB on CUDA or 256 MiB on a CPU."""
     source = torch.randn(2**29 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), device, 10))
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> list[float]:
-    """Seconds of each run, by CUDA events where there is CUDA."""
+    """Return the seconds of each run after one warm-up run, measured with events on CUDA."""
     run()
     if device.type != "cuda":
         marks = [time.perf_counter()]
@@ -75,7 +79,7 @@ def seconds(run: Callable[[], object], device: torch.device, times: int) -> list
 
 
 class PeakMemory:
-    """Bytes that a pass takes at most over what was held before it: of the GPU's memory, or of the process's."""
+    """Peak bytes above those held at construction, of the GPU's memory or of the process's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,31 +87,42 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before: int | None = torch.cuda.memory_allocated(device)
         else:
-            self.before = memory("VmRSS") if _forget_peak() else None
+            self.before = process_memory("VmRSS") if _reset_peak() else None
 
-    def grown(self) -> int | None:
-        """Since the start; None where the system does not say."""
+    def increase(self) -> int | None:
+        """Return the bytes; None where the operating system cannot reset its peak."""
         if self.before is None:
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else memory("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else process_memory("VmHWM")
         return max(0, peak - self.before)
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS, what it holds; VmHWM, its peak (ru_maxrss of a child starts at its parent's)."""
+def process_memory(field: str) -> int:
+    """Return this process's resident bytes (VmRSS) or their peak (VmHWM).
+
+    ru_maxrss is not used, since a child's starts at its parent's value.
+    """
     found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None, field
     return 1024 * int(found[1])
 
 
-def _forget_peak() -> bool:
-    """Give freed memory back and start VmHWM anew; False where the system does not offer it."""
+def _reset_peak() -> bool:
+    """Return freed memory to the system and reset VmHWM; False where that is not supported."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return False
     return True
+
+
+def _output(*command: str) -> str:
+    """Return a program's output; empty if the program is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpu_name() -> str:

@@ -18,7 +18,7 @@ PARAGRAPH_CHARACTERS = 40  # of the shortest that counts; what is below are head
 WORD_TOKENS = 6  # of the longest word that is kept; what is above are rules and tables
 
 
-class Cutter:
+class TextSampler:
     """Cuts texts of given lengths in a model's tokens out of the manual, from places drawn from a seed."""
 
     def __init__(self, engine: Engine, seed: int = 0) -> None:
