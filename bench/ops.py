@@ -39,7 +39,7 @@ from unpadded_kernels import (
     rotary_,
 )
 from unpadded_kernels.activation import activation_reference
-from unpadded_kernels.attention import attention_block_m, attention_reference, tile_map_of
+from unpadded_kernels.attention import attention_reference, make_tile_map
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.fp8 import quantize_rows_reference
 from unpadded_kernels.layer_norm import (
@@ -56,6 +56,7 @@ from unpadded_kernels.pooling import pool_reference
 from unpadded_kernels.qk_norm import qk_norm_reference
 from unpadded_kernels.rms_norm import rms_norm_reference
 from unpadded_kernels.rotary import rotary_reference
+from unpadded_kernels.tiles import attention_block_m
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -142,7 +143,7 @@ def attention_case(length: int, window: int | None = None, alibi: bool = False) 
     """The flops of a window are those of the keys that are seen."""
     qkv, cu_seqlens = randn(TOKENS, 3, HEADS, HEAD_DIM), packed(length)
     lengths = cu_seqlens.diff().tolist()
-    tile_map = tile_map_of(lengths, attention_block_m(DTYPE, HEAD_DIM, DEVICE)).to(DEVICE)
+    tile_map = make_tile_map(lengths, attention_block_m(DTYPE, HEAD_DIM, DEVICE)).to(DEVICE)
     slopes = torch.rand(HEADS, device=DEVICE) if alibi else None
     arguments = qkv, cu_seqlens, max(lengths), HEAD_DIM**-0.5, window, slopes, tile_map
     seen = length if window is None else min(length, 2 * window + 1)

@@ -12,6 +12,7 @@ from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
 from unpadded_kernels.linear_prepacked import PrepackedWeight, linear_prepacked, prepacks
 from unpadded_kernels.pooling import pool_reference
+from unpadded_kernels.tiles import attention_block_m
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
 BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
@@ -133,7 +134,7 @@ def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
     monkeypatch.setattr(
         module, "_attend_head_by_head", lambda *rest, queries: asked.append(queries) or attend(*rest, queries=queries)
     )
-    block = module.attention_block_m(dtype, head_dim, qkv.device)
+    block = attention_block_m(dtype, head_dim, qkv.device)
     tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [1807, 1000, 0]]
     found = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
     assert asked == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]

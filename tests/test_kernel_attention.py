@@ -9,12 +9,11 @@ from support.devices import DEVICE, DTYPES, assert_matches, packed
 
 from unpadded_kernels.attention import (
     attention,
-    attention_block_m,
     attention_reference,
     attention_triton,
-    tile_map_of,
+    make_tile_map,
 )
-from unpadded_kernels.tiles import ATTENTION, attention_tile
+from unpadded_kernels.tiles import ATTENTION, attention_block_m, attention_tile
 
 attention_module = sys.modules["unpadded_kernels.attention"]  # the package's attribute is the op
 
@@ -135,7 +134,7 @@ def test_a_map_made_by_the_host(kernel):
     lengths = [3, 0, 140, 129]
     arguments = *inputs(lengths, 2, 32, torch.float16), None, None
     block_m = attention_tile(torch.float16, 32, 80).block_m
-    tile_map = tile_map_of(lengths, block_m).to(DEVICE)
+    tile_map = make_tile_map(lengths, block_m).to(DEVICE)
     assert torch.equal(attention_triton(*arguments, tile_map), attention_triton(*arguments))
     filled = torch.cat((tile_map, tile_map.new_zeros(2, 3)))  # as a captured graph fills its map
     assert torch.equal(attention_triton(*arguments, filled), attention_triton(*arguments))
@@ -153,8 +152,8 @@ def test_some_tiles_of_a_map(kernel):
 
 def test_the_map_has_the_longest_first_and_no_empty_tile():
     long, longer, small = [[3, 300, block] for block in range(3)], [[431, 129, 0], [431, 129, 1]], [[303, 128, 0]]
-    assert tile_map_of([3, 0, 300, 128, 129], 128).tolist() == [*long, *longer, *small, [0, 3, 0]]
-    assert tile_map_of([], 128).shape == (0, 3)
+    assert make_tile_map([3, 0, 300, 128, 129], 128).tolist() == [*long, *longer, *small, [0, 3, 0]]
+    assert make_tile_map([], 128).shape == (0, 3)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
@@ -198,10 +197,10 @@ def test_a_captured_graph_follows_its_inputs(kernel):
     lengths, others = [70, 200, 7], [130, 7, 140]
     qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 64, torch.float16)
     block_m = attention_block_m(qkv.dtype, 64, qkv.device)
-    tiles = max(len(tile_map_of(lengths, block_m)), len(tile_map_of(others, block_m)))
+    tiles = max(len(make_tile_map(lengths, block_m)), len(make_tile_map(others, block_m)))
 
     def map_of(lengths):
-        tile_map = tile_map_of(lengths, block_m)
+        tile_map = make_tile_map(lengths, block_m)
         return torch.cat((tile_map, tile_map.new_zeros(tiles - len(tile_map), 3))).to(DEVICE)
 
     tile_map = map_of(lengths)

@@ -21,7 +21,7 @@ from unpadded.execution.runner import FIELDS, Runner, _select_pooled_tokens, _st
 from unpadded.model.batch import pack
 from unpadded.model.weights import plain_weights
 from unpadded_kernels import activation
-from unpadded_kernels.attention import tile_map_of
+from unpadded_kernels.attention import make_tile_map
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def draw(lengths):
 
 @pytest.mark.parametrize("lengths", [(1,), (7, 3, 40), (130, 5, 99)])
 def test_a_batch_survives_the_crossing(runner, lengths):
-    batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=tile_map_of(lengths, 64))
+    batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
     assert _views(_stage(batch), batch).token_types is None
     batch = replace(batch, token_types=batch.positions % 2)
     words = _stage(batch)
@@ -72,7 +72,7 @@ def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
     starts = cu_seqlens[:-1].tolist()
     assert selected.indices.tolist() == [min(start + place, 557) for start, place in zip(starts, places, strict=True)]
     assert selected.tile_map.dtype == torch.int32
-    own = tile_map_of(lengths, 128).tolist()
+    own = make_tile_map(lengths, 128).tolist()
     for tile, start, length, place in zip(selected.tile_map.tolist(), starts, lengths, places, strict=True):
         assert tile == [start, length, place // 128] and (tile in own or length == 0)
 
@@ -101,14 +101,14 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
 
 
 def test_tiles_that_fill_a_map_are_of_no_tokens(runner):
-    batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=tile_map_of((70, 3), 64))
+    batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=make_tile_map((70, 3), 64))
     filled = fill(batch, Bucket(128, 8), 64)
     assert filled.tile_map.tolist() == [[0, 70, 0], [0, 70, 1], [70, 3, 0], *[[0, 0, 0]] * 7]
 
 
 def test_a_bucket_has_room_for_the_tiles_of_any_texts(runner):
     for lengths in ((65,) * 31 + (33,), (1,) * 8, (2048,), (64,) * 64, (65,) * 63 + (1,), (2, 62)):
-        batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=tile_map_of(lengths, 64))
+        batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
         bucket = bucket_of(batch)
         filled = fill(batch, bucket, 64).tile_map
         assert len(filled) == bucket.tokens // 64 + bucket.texts >= len(batch.tile_map)

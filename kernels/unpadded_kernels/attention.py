@@ -18,7 +18,7 @@ from unpadded_kernels._triton import TensorDescriptor, device_guard, triton
 from unpadded_kernels.attention_bias import attend_biased
 from unpadded_kernels.attention_kernels import _attention_kernel
 from unpadded_kernels.linear import linear_cpu
-from unpadded_kernels.tiles import attention_tile, generation
+from unpadded_kernels.tiles import attention_block_m, attention_tile, generation
 
 _LOG2_E = math.log2(math.e)
 
@@ -44,7 +44,7 @@ def attention_reference(
 
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: the longest text, in tokens;
     window: the farthest key a query sees, in tokens, or None for all; alibi_slopes: [heads] fp32 or None; tile_map:
-    what the kernels run over, made by `tile_map_of`, or some of its rows, when they leave the other queries' results
+    what the kernels run over, made by `make_tile_map`, or some of its rows, when they leave the other queries' results
     unwritten; not needed here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
@@ -128,10 +128,11 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: sli
             out_block.copy_(linear_cpu(weights, v_transposed[head], None))
 
 
-def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:
-    """What the kernel runs over: [tiles, 3] int32 of (text's first token, its tokens, block of block_m queries).
+def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
+    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32.
 
-    The longest texts come first. block_m: `attention_block_m` of the launch to come.
+    A row is (first token of the text, number of its tokens, index of a block of block_m queries). block_m: from
+    `attention_block_m`.
     """
     lengths_ = torch.tensor(lengths, dtype=torch.int64)
     starts = lengths_.cumsum(0) - lengths_
@@ -141,13 +142,6 @@ def tile_map_of(lengths: Sequence[int], block_m: int) -> Tensor:
     text = torch.arange(len(blocks)).repeat_interleave(blocks)
     block = torch.arange(len(text)) - before[text]
     return torch.stack((starts[order][text], lengths_[text], block), dim=1).to(torch.int32)
-
-
-def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
-    """Queries of one tile: what `tile_map_of` needs to know of the device."""
-    if device.type == "cpu":
-        head_dim = min(head_dim, 128)  # the largest of the kernels' tiles; a CPU attends at any
-    return attention_tile(dtype, head_dim, generation(device)).block_m
 
 
 def _takes_descriptors(qkv: Tensor, head_dim: int) -> bool:
@@ -181,7 +175,7 @@ def attention_triton(
     if tile.tma and not _takes_descriptors(qkv, head_dim):
         tile = attention_tile(qkv.dtype, head_dim, 80)
     if tile_map is None:
-        tile_map = tile_map_of(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
+        tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
     q_source = kv_source = qkv
     if tile.tma:
         shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]

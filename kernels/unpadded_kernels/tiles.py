@@ -134,6 +134,13 @@ def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
     return ATTENTION[fp32, block_d, 80 if fp32 else generation]
 
 
+def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
+    """Return the queries per tile, the same for every generation: the host makes the tile map by it."""
+    if device.type == "cpu":
+        head_dim = min(head_dim, 128)  # the largest of the kernels' tiles; the CPU body takes any head_dim
+    return attention_tile(dtype, head_dim, generation(device)).block_m
+
+
 def linear_tile(dtype: torch.dtype, follows: str, generation: int) -> Tile:
     if dtype == torch.float8_e4m3fn:
         return LINEAR_FP8[follows, generation]

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unpadded_kernels.activation import KINDS, activation_triton
-from unpadded_kernels.attention import attention_block_m, attention_triton, tile_map_of
+from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.fp8 import E4M3, quantize_rows_triton
 from unpadded_kernels.layer_norm import add_layer_norm_fp8_triton, add_layer_norm_triton, pre_layer_norm_triton
@@ -38,6 +38,7 @@ from unpadded_kernels.pooling import pool_triton
 from unpadded_kernels.qk_norm import qk_norm_triton
 from unpadded_kernels.rms_norm import rms_norm_triton
 from unpadded_kernels.rotary import rotary_cos_sin_triton, rotary_triton
+from unpadded_kernels.tiles import attention_block_m
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -107,7 +108,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         variants = ((None, False), (128, False), (None, True))
         for window, alibi in variants if dtype == torch.float16 or head_dim == 64 else variants[:1]:
             qkv, slopes = rows(TOKENS, 3, 12, head_dim), torch.empty(12) if alibi else None
-            tile_map = tile_map_of([100, TOKENS - 100], attention_block_m(dtype, head_dim, qkv.device))
+            tile_map = make_tile_map([100, TOKENS - 100], attention_block_m(dtype, head_dim, qkv.device))
             arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map
             flags = ", window" * (window is not None) + ", alibi" * alibi
             yield f"head_dim {head_dim}{flags}", lambda arguments=arguments: attention_triton(*arguments)

@@ -21,8 +21,9 @@ from unpadded.execution.memory import max_batch_tokens
 from unpadded.model.batch import PackedBatch, SelectedTokens, pack
 from unpadded.model.encoder import Encoder
 from unpadded_kernels import pool
-from unpadded_kernels.attention import attention_block_m, tile_map_of
+from unpadded_kernels.attention import make_tile_map
 from unpadded_kernels.pooling import matryoshka
+from unpadded_kernels.tiles import attention_block_m
 
 logger = logging.getLogger("unpadded")
 
@@ -215,7 +216,7 @@ class Runner:
         return _views(_stage(batch).pin_memory().to(self.device, non_blocking=True), batch)
 
     def _with_tile_map(self, batch: PackedBatch) -> PackedBatch:
-        return replace(batch, tile_map=tile_map_of(batch.lengths, self._block_m()))
+        return replace(batch, tile_map=make_tile_map(batch.lengths, self._block_m()))
 
     def _block_m(self) -> int:
         return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)
