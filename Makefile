@@ -42,7 +42,7 @@ bench: $(READY)
 	run server $(if $(INFINITY),--infinity $(INFINITY))
 	@PYTHONPATH=tests $(BIN)/python -m pytest -q bench/ops.py
 	@$(BIN)/python -m pytest -q tests/test_encoder.py tests/test_family_*.py --families bench/results/families.json
-	@$(BIN)/python bench/report.py bench/results --readme README.md
+	@$(BIN)/python bench/report.py bench/results --page docs/benchmarks.md --readme README.md
 
 bench-check: $(READY)
 	@echo "bench-check: speed against baselines in the same run, held to the ratios stored for this machine (3 minutes)"

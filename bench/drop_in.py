@@ -69,7 +69,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
     ours = UnpaddedModel.from_pretrained(folder)
     accelerated = unpadded.accelerate(AutoModel.from_pretrained(folder).eval())
     tokens = int(encoded["attention_mask"].sum())
-    shape = f"{len(texts)} texts, {tokens} of {encoded['attention_mask'].numel()} places are tokens"
+    shape = f"{len(texts)} texts, {tokens} of {encoded['attention_mask'].numel()} positions are tokens"
     return [
         compare(
             f"transformers, {line} ({shape})",

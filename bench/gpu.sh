@@ -62,5 +62,5 @@ step throughput 60 python bench/throughput.py --rounds 2 "${small[@]}" "${length
 step kernels 80 "${test[@]}" bench/ops.py "${kernels[@]}" --benchmark-json "$out/kernels.json"
 step families-correct 60 bash -c "$each -k 'gpu or cuda or captured'" - "${families[@]}"
 end=$((patience * 480))
-step summary 30 python bench/report.py "$out" --write "$out/summary.md"
+step summary 30 python bench/report.py "$out" --page "$out/summary.md"
 exit $failed

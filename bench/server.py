@@ -69,11 +69,13 @@ def main() -> None:
             both = side_by_side(load, args)
             ours, theirs = both.values()
             loads |= both
-            result["to infinity"] = {name: round(ours[name] / theirs[name], 3) for name in ("texts/s", "p99, ms")}
+            result["relative to infinity"] = {
+                name: round(ours[name] / theirs[name], 3) for name in ("texts/s", "p99, ms")
+            }
             print(f"to infinity: {result['to infinity']}")
         for name, row in loads.items():
             print(f"{name}: {row}")
-    wrong = {name: row for name, row in loads.items() if row["wrong answers"] or set(row["statuses"]) - {200, 429}}
+    wrong = {name: row for name, row in loads.items() if row["wrong vectors"] or set(row["statuses"]) - {200, 429}}
     if wrong:
         raise SystemExit(f"wrong answers or statuses: {wrong}")
 
@@ -86,7 +88,7 @@ def steady(load: Load, engine: unpadded.Engine, args: Any) -> tuple[dict[str, An
         writing = server.metric('unpadded_request_seconds_sum{stage="serialize"}') / processor_seconds(server)
     rate = statistics.mean([before, encode_rate(engine, load)])
     compared = {"engine.encode, tokens/s": round(rate), "share of engine.encode": round(row["tokens/s"] / rate, 3)}
-    return row | {"share of time in answers": round(writing, 4)} | compared, rate
+    return row | {"share of CPU time in responses": round(writing, 4)} | compared, rate
 
 
 def overload(load: Load, rate: float, args: Any) -> dict[str, Any]:
@@ -102,10 +104,10 @@ def overload(load: Load, rate: float, args: Any) -> dict[str, Any]:
     half = len(samples) // 2
     grown = max(samples[half:]) - max(samples[: half or 1])
     return row | {
-        "requests offered a second": round(requests, 1),
-        "memory of the second half over the first, MiB": round(grown / MEBIBYTE, 1),
+        "requests sent per second": round(requests, 1),
+        "memory increase in the second half, MiB": round(grown / MEBIBYTE, 1),
         "memory, MiB": [round(sample / MEBIBYTE, 1) for sample in samples],
-        "answer to the next query, s": round(after, 3),
+        "next query, s": round(after, 3),
     }
 
 
@@ -121,10 +123,10 @@ def side_by_side(load: Load, args: Any) -> dict[str, dict[str, Any]]:
             for name, server in servers.items():
                 turns[name].append(load.run(server, CLIENTS, args.seconds / 4, [PARAGRAPHS]))
     return {
-        f"{CLIENTS} clients, {PARAGRAPHS} paragraphs a request, {name}": both[0]
+        f"{CLIENTS} clients, {PARAGRAPHS} paragraphs per request, {name}": both[0]
         | {key: round(statistics.mean(row[key] for row in both), 1) for key in ("texts/s", "tokens/s")}
         | {key: max(row[key] for row in both) for key in ("p50, ms", "p99, ms")}
-        | {"wrong answers": sum(row["wrong answers"] for row in both), "by size": {}, "turns": both}
+        | {"wrong vectors": sum(row["wrong vectors"] for row in both), "by size": {}, "rounds": both}
         for name, both in turns.items()
     }
 
@@ -182,7 +184,7 @@ class Load:
         return {
             "clients": clients,
             "statuses": dict(statuses),
-            "wrong answers": wrong,
+            "wrong vectors": wrong,
             **percentiles([latency for some in latencies.values() for latency in some]),
             "texts/s": round(texts / elapsed, 1),
             "tokens/s": round(tokens / elapsed),

@@ -45,7 +45,7 @@ def main() -> None:
             engines = load(checkpoints.MINILM, device)
             both = dict.fromkeys(("queries", "paragraphs"))
             benchmark.measure(
-                str(checkpoints.MINILM), engines, both, rounds=args.rounds, scaling=args.scaling, into=found
+                str(checkpoints.MINILM), engines, both, rounds=args.rounds, scaling=args.scaling, result=found
             )
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         checkpoints.write_nomic(Path(folder), names="transformers", tokenizer=False, **shape)
@@ -53,7 +53,7 @@ def main() -> None:
         engines = load(folder, device)
         workloads = texts(engines, device, args.lengths, args.small)
         result["models"].append(found := {"model": f"NomicBERT, {shape['layers']} layers"})
-        benchmark.measure(folder, engines, workloads, against=AGAINST, rounds=args.rounds, into=found)
+        benchmark.measure(folder, engines, workloads, against=AGAINST, rounds=args.rounds, result=found)
 
 
 def load(model: str | Path, device: torch.device) -> dict[str, unpadded.Engine]:
@@ -66,14 +66,14 @@ def texts(engines: dict[str, Any], device: torch.device, lengths: Path, small: b
     """Of the NomicBERT's workloads, by name."""
     if device.type == "cpu" and not small:
         return {"passages": 32, "documents": None}
-    cutter = TextSampler(next(iter(engines.values())))
+    sampler = TextSampler(next(iter(engines.values())))
     found = np.minimum(np.array(lengths.read_text().split(), np.int64), LONGEST)
     equal = {50: 4096, 512: 512, 8192: 16}
     workloads = {f"{length} tokens": [length] * count for length, count in equal.items()}
     workloads["real documents"] = np.random.default_rng(0).choice(found, 32, replace=False).tolist()
     if small:
         workloads = {name: [min(length, 100) for length in some[:4]] for name, some in workloads.items()}
-    return {name: cutter.cut(some) for name, some in workloads.items()}
+    return {name: sampler.sample(some) for name, some in workloads.items()}
 
 
 if __name__ == "__main__":

@@ -11,24 +11,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
+import check
+import harness
 import numpy as np
 import pytest
+import report
+import server
 from support.checkpoints import add_sentence_transformers_files, write_bert
 
 import unpadded
-from unpadded.cli.benchmark import PROVIDERS, TEXTS, charts, comparison
+from unpadded.cli.benchmark import PROVIDERS, TEXTS, comparison, plots
 from unpadded.cli.benchmark.comparison import flops
 from unpadded.cli.benchmark.providers import Model, make_providers
 from unpadded.cli.benchmark.workloads import DOCUMENTS, TextSampler
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))  # the benches import each other by name
-
-import check  # noqa: E402
-import harness  # noqa: E402
-import report  # noqa: E402
-import server  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +44,15 @@ def lengths_of(engine, texts):
 
 
 def test_texts_have_the_lengths_of_their_workload(engine):
-    cutter = TextSampler(engine)
-    queries = cutter.workload("queries", 200)
+    sampler = TextSampler(engine)
+    queries = sampler.workload("queries", 200)
     assert len(set(queries)) == 200
     lengths = lengths_of(engine, queries)
     assert lengths.max() <= 32 and 18 <= np.median(lengths) <= 22
-    assert 30 <= np.median(lengths_of(engine, cutter.workload("paragraphs", 300))) <= 50
-    assert lengths_of(engine, cutter.workload("documents", 2)).tolist() == pytest.approx([128, 128], abs=6)
+    assert 30 <= np.median(lengths_of(engine, sampler.workload("paragraphs", 300))) <= 50
+    assert lengths_of(engine, sampler.workload("documents", 2)).tolist() == pytest.approx([128, 128], abs=6)
     asked = [10, 40, 100]
-    found = lengths_of(engine, cutter.cut(asked))
+    found = lengths_of(engine, sampler.sample(asked))
     assert all(0 <= a - f < 6 for a, f in zip(asked, found, strict=True)), found
     assert TextSampler(engine).workload("queries", 200) == queries
 
@@ -131,20 +129,35 @@ def test_padded_transformers_pools_as_the_checkpoint_says(tmp_path, pooling):
         np.testing.assert_allclose(made[name](texts), made["unpadded, float32"](texts), atol=1e-5)
 
 
-def test_bars_are_as_long_as_their_values():
-    drawn = charts.bars("t", {"a & b": {"x": 2.0, "y": 1.0}, "c": {"x": 0.5}})
-    root = ElementTree.fromstring(drawn)
-    widths = [float(bar.get("width")) for bar in list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]]
-    assert [width / widths[0] for width in widths] == pytest.approx([1, 0.5, 0.25], abs=1e-3)
-    assert drawn == charts.bars("t", {"a & b": {"x": 2.0, "y": 1.0}, "c": {"x": 0.5}})
+def test_bar_chart_draws_every_value_in_the_color_of_its_name(tmp_path):
+    groups = {"a & b": {"x": 2.0, "y": 1.0}, "c": {"x": 0.5}}
+    (axes,) = plots.bar_chart("t", groups, "{:.1f} x").axes
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0, 0.5]
+    first, second, third = (bar.get_facecolor() for bar in axes.patches)
+    assert first == third != second
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y", "x"]
+    for name in ("first.svg", "second.svg"):
+        plots.save(plots.bar_chart("t", groups, "{:.1f} x"), tmp_path / name)
+    drawn = (tmp_path / "first.svg").read_text()
+    assert drawn == (tmp_path / "second.svg").read_text()
+    texts = "".join(ElementTree.fromstring(drawn).itertext())
+    assert "a & b" in texts and "2.0 x" in texts
 
 
-def test_lines_rise_with_their_values():
-    drawn = charts.lines("t", {"x": [(128, 1.0), (512, 2.0), (8192, 4.0)]}, "tokens", "tokens/s")
-    (line,) = ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}polyline")
-    points = np.array([point.split(",") for point in line.get("points").split()], float)
-    across, up = np.diff(points[:, 0]), -np.diff(points[:, 1])
-    assert across[1] == pytest.approx(2 * across[0], abs=0.2) and up[1] == pytest.approx(2 * up[0], abs=0.2)
+def test_line_chart_draws_points_in_the_order_of_x():
+    (axes,) = plots.line_chart("t", {"x": [(512, 2.0), (128, 1.0), (8192, 4.0)]}, "tokens", "tokens/s").axes
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[128, 1], [512, 2], [8192, 4]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["128", "512", "8192"]
+    assert axes.get_ylim()[0] == 0
+
+
+def test_plot_without_matplotlib_names_the_extra(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "unpadded.cli.benchmark.plots")
+    monkeypatch.delattr("unpadded.cli.benchmark.plots")
+    assert main(["bench", str(folder), "--plot", str(tmp_path / "plot.svg")]) == 2
+    assert "unpadded[bench]" in capsys.readouterr().err
 
 
 def test_an_interrupted_bench_reports_what_it_had(tmp_path, capsys):
@@ -161,9 +174,9 @@ def test_a_report_of_a_run_that_ended_early_has_the_rest(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(card))
     ceilings = {"flop_per_second": {"float32": 4e11}, "copy_bytes_per_second": 4e10}
     (tmp_path / "ceilings.json").write_text(json.dumps(card | ceilings))
-    text = report.report(tmp_path, tmp_path)
-    assert "model.json: the run ended before it had 'rows'" in text and "0.4 TFLOP/s" in text
-    assert report.plots(tmp_path) == {}
+    text = report.page(tmp_path)
+    assert "model.json: the run stopped before it wrote 'rows'" in text and "0.4 TFLOP/s" in text
+    assert report.figures(tmp_path) == {}
 
 
 @pytest.fixture
@@ -246,7 +259,7 @@ def test_the_load_counts_what_comes(stub):
     found = load.run(stub, 3, 0.5, [1, 4])
     assert sum(found["statuses"].values()) == Stub.asked
     assert abs(found["statuses"][429] - Stub.asked / 3) < 1
-    assert 0 < found["wrong answers"] < found["statuses"][200]
+    assert 0 < found["wrong vectors"] < found["statuses"][200]
     assert sum(by_size["requests"] for by_size in found["by size"].values()) == found["statuses"][200]
     assert set(found["by size"]) == {1, 4} and found["p50, ms"] <= found["p99, ms"]
 
@@ -301,7 +314,8 @@ def test_gpu_run_in_small(tmp_path):
     assert all(ElementTree.parse(svg) is not None for svg in tmp_path.glob("*.svg"))
 
 
-def test_tiles_are_tried_in_the_place_of_the_table_s(tmp_path):
+@pytest.mark.slow
+def test_tune_tries_tiles_in_place_of_those_of_the_table(tmp_path):
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests"))
     command = [
         sys.executable,

@@ -118,7 +118,7 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
     """In fp32, all lengths in one batch and each alone; what runs and is not a plain product has a CUDA kernel."""
     spec = engine.checkpoint.spec
     found = PARITY.setdefault(spec.family + (" with experts" if spec.experts else ""), Parity())
-    found.references.add(getattr(reference, "reference", "its description"))
+    found.references.add(getattr(reference, "reference", "reference from its paper"))
     found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
     texts = random_ids(lengths, vocabulary=spec.vocabulary)
     encoder = engine.runner.encoder

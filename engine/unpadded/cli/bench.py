@@ -1,4 +1,4 @@
-"""`unpadded bench`: a model's speed on this machine, beside what people use today."""
+"""`unpadded bench`: measure a model's speed on this machine and compare it with other libraries."""
 
 from __future__ import annotations
 
@@ -13,45 +13,42 @@ WORKLOADS = ("queries", "paragraphs", "passages", "documents")
 
 
 def add_command(commands: Commands) -> None:
-    """The flags of `unpadded bench`."""
+    """Add the `bench` command and its flags."""
     bench = commands.add_parser(
         "bench",
         help="measure a model's speed",
-        description="Embed the same texts with unpadded and, in turns, with what is installed of "
+        description="Embed the same texts with unpadded and with each of these that is installed: "
         "sentence-transformers, sentence-transformers-best (in 16 bits), transformers, fastembed and infinity. The "
-        "texts are English cut to each workload's lengths: queries of 8 to 32 tokens, paragraphs of about 40, passages "
-        "of 512, documents of up to 8192; or those of INPUT.",
+        "rounds are interleaved. The texts are English samples of a workload's lengths: queries of 8 to 32 tokens, "
+        "paragraphs of about 40, passages of 512, documents of up to 8192; or the texts of INPUT.",
     )
     bench.set_defaults(command=run)
     bench.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
     bench.add_argument(
-        "input", nargs="*", metavar="INPUT", help="files of your own texts, as `unpadded embed` takes them"
+        "input", nargs="*", metavar="INPUT", help="files of your own texts, in the formats of `unpadded embed`"
     )
     bench.add_argument("--column", default="text", metavar="NAME", help="the text column of INPUT (default: text)")
     bench.add_argument("--workloads", type=_names, metavar="NAME,...", help=f"default: {','.join(WORKLOADS)}")
-    bench.add_argument("--texts", type=int, metavar="N", help="of each workload, or of INPUT at most")
-    bench.add_argument("--against", type=_names, metavar="NAME,...", help="some of those above (default: all)")
-    bench.add_argument("--also", action="append", default=[], metavar="DTYPE", help="run ours in this dtype, too")
-    bench.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: 3)")
+    bench.add_argument("--texts", type=int, metavar="N", help="texts per workload, or the maximum read from INPUT")
+    bench.add_argument("--against", type=_names, metavar="NAME,...", help="which to compare with (default: all)")
+    bench.add_argument("--also", action="append", default=[], metavar="DTYPE", help="also run unpadded in this dtype")
+    bench.add_argument("--rounds", type=int, default=3, help="rounds, whose median is reported (default: 3)")
     bench.add_argument(
-        "--scaling", type=_numbers, default=[], metavar="N,...", help="also embed so many paragraphs each"
+        "--scaling", type=_numbers, default=[], metavar="N,...", help="also embed these numbers of paragraphs"
     )
-    bench.add_argument("--out", type=Path, metavar="FILE", help="write every sample as JSON")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens/s as SVG")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write every measurement as JSON")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="plot tokens/s as SVG or PNG; needs the extra bench")
     add_model_arguments(bench)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print tables, write what was asked for."""
+    """Measure, print tables, and write the files that were requested."""
     from unpadded.cli import benchmark
 
-    for flag, given, offered in (
-        ("--workloads", args.workloads, WORKLOADS),
-        ("--against", args.against, tuple(benchmark.PROVIDERS)),
-    ):
-        unknown = [name for name in given or () if name not in offered]
-        if unknown:
-            raise OptionError(f"{flag} is unknown: {', '.join(unknown)}; use some of {', '.join(offered)}")
+    if args.plot:
+        from unpadded.cli.benchmark import plots  # before the measurements: without matplotlib this raises
+    _check_names("--workloads", args.workloads, WORKLOADS)
+    _check_names("--against", args.against, tuple(benchmark.PROVIDERS))
     own = {"your texts": _texts(args)} if args.input else {}
     workloads = own | dict.fromkeys(args.workloads or (() if own else WORKLOADS), args.texts)
     engines = {}
@@ -65,7 +62,17 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")
     if args.plot:
-        args.plot.write_text(benchmark.chart(result))
+        groups = {
+            found["workload"]: {row["provider"]: row["tokens_per_second"] for row in found["rows"]}
+            for found in result["workloads"]
+        }
+        plots.save(plots.bar_chart(f"{result['model']}: tokens/s, text to vectors", groups), args.plot)
+
+
+def _check_names(flag: str, names: list[str] | None, known: tuple[str, ...]) -> None:
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise OptionError(f"{flag} is unknown: {', '.join(unknown)}; use some of {', '.join(known)}")
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
@@ -74,12 +81,12 @@ def _texts(args: argparse.Namespace) -> list[str]:
     texts: list[str] = []
     for row in read_rows(expand_inputs(args.input), args.column):
         if isinstance(row, Broken):
-            raise InputError(f"{row.source}, row {row.row}: {row.error}; measure with sound files")
+            raise InputError(f"{row.source}, row {row.row}: {row.error}; fix the row or pass other files")
         texts.append(row.text)
         if len(texts) == args.texts:
             break
     if not texts:
-        raise InputError(f"there are no texts in {', '.join(args.input)}; give files with some")
+        raise InputError(f"there are no texts in {', '.join(args.input)}; pass files that have some")
     return texts
 
 

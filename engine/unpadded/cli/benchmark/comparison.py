@@ -1,4 +1,4 @@
-"""Providers in turns on the same texts, where our own time goes, and whether it grows with the number of texts."""
+"""Interleaved measurements of several providers, the stages of one engine, and its speed as the corpus grows."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def compare(
     rates: dict[str, float],
     rounds: int,
 ) -> dict[str, Any]:
-    """One workload: a row a provider, and of ours its stages and the share of the forward pass alone.
+    """Measure one workload: one row per provider, and how unpadded's time divides into stages.
 
-    rates: flop/s of a matrix product by dtype, this machine's ceiling.
+    rates: flop/s of a large matmul on this machine, by dtype.
     """
     windows = {dtype: list(_windows(engine, texts)) for dtype, engine in model.engines.items()}
     lengths = np.array([len(ids) for window in next(iter(windows.values())) for ids in window.sequences])
@@ -50,9 +50,9 @@ def compare(
             runs[f"{FORWARD_ALONE}, {dtype}"] = partial(forward_alone, engine, windows[dtype])
         for encode in providers.values():
             encode(texts[:WARM_UP])
-        seconds, results, grown = interleave(runs, rounds, model.device)
+        seconds, results, peaks = interleave(runs, rounds, model.device)
     tokens, work = int(lengths.sum()), flops(model.engine.checkpoint.spec, lengths)
-    exact = _unit(results.get(REFERENCE, results[next(iter(providers))]))
+    reference = _unit(results.get(REFERENCE, results[next(iter(providers))]))
     median = {name: statistics.median(times) for name, times in seconds.items()}
     rows = []
     for name in providers:
@@ -65,8 +65,8 @@ def compare(
                 "tokens_per_second": tokens / median[name],
                 "speedup": median[REFERENCE] / median[name] if REFERENCE in median else None,
                 "share_of_matmul_rate": work / median[name] / rates[dtype] if dtype in rates else None,
-                "min_cosine": float((_unit(results[name]) * exact).sum(1).min()),
-                "peak_bytes": grown[name],
+                "min_cosine": float((_unit(results[name]) * reference).sum(1).min()),
+                "peak_bytes": peaks[name],
             }
         )
     own = {}
@@ -83,23 +83,23 @@ def compare(
 def interleave(
     runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, int | None]]:
-    """Of each run: seconds of every round, its last result, and the memory that its first took."""
+    """Run each once per round; return the seconds of every round, the last results and the first runs' peak memory."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    grown: dict[str, int | None] = {}
+    peaks: dict[str, int | None] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            memory = None if name in grown else PeakMemory(device)
+            memory = None if name in peaks else PeakMemory(device)
             start = time.perf_counter()
-            results[name] = run()  # ends on the host, so it has waited for the device
+            results[name] = run()  # the result is on the host, so the device has finished
             seconds[name].append(time.perf_counter() - start)
             if memory is not None:
-                grown[name] = memory.increase()
-    return seconds, results, grown
+                peaks[name] = memory.increase()
+    return seconds, results, peaks
 
 
 def scaling(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, float]]:
-    """tokens/s of `stream`, which holds one window, over the first of ever more texts."""
+    """Measure tokens/s of `stream` over the first `count` texts, for each count."""
     engine.encode(texts[:WARM_UP], prompt="")
     for count in counts:
         start = time.perf_counter()
@@ -108,7 +108,7 @@ def scaling(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iter
 
 
 def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
-    """Share of each stage of our own way when nothing overlaps; copy: packed, and brought to the device."""
+    """Return each stage's share of the time when no stages overlap; "copy" packs a batch and moves it to the device."""
     plan, runner = engine.plan(prompt=""), engine.runner
     seconds: dict[str, float] = defaultdict(float)
 
@@ -138,7 +138,7 @@ def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
 
 
 def forward_alone(engine: Engine, windows: Sequence[Window]) -> np.ndarray:
-    """The batches that `encode` runs, from token ids: what the whole way is held to."""
+    """Run the batches that `encode` runs, from token ids, without tokenizing or reordering."""
     plan = engine.plan(prompt="")
     launched = [
         engine.runner.launch([window.sequences[i] for i in batch], **plan.shape)
@@ -149,7 +149,7 @@ def forward_alone(engine: Engine, windows: Sequence[Window]) -> np.ndarray:
 
 
 def flops(spec: EncoderSpec, lengths: np.ndarray) -> int:
-    """Of the products and attention of texts of these lengths, a window counted as if it saw all."""
+    """Return the flops of the matmuls and of full attention over texts of these lengths."""
     mlp = (spec.up_rows + spec.intermediate) * spec.hidden
     sparse = len(spec.experts.layers) * (spec.experts.top - 1) if spec.experts else 0
     per_token = 2 * (spec.layers * (4 * spec.hidden**2 + mlp) + sparse * mlp)

@@ -1,4 +1,4 @@
-"""What turns texts into vectors: this package, and what people use today, each as its own documentation says."""
+"""Functions from texts to vectors: unpadded and other libraries, each used as its documentation shows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from unpadded.engine import Engine
 Encode: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> [texts, dimensions]
 
 BATCH = 32  # texts, the default of sentence-transformers and of most examples
-REFERENCE = "sentence-transformers"  # in fp32: what every ratio and cosine is taken to
+REFERENCE = "sentence-transformers"  # in fp32; every speedup and cosine is relative to it
 
 
 @dataclass(frozen=True)
 class Model:
-    """What each provider is made for."""
+    """A model to measure, by name and as loaded by unpadded."""
 
     name: str  # as the user gave it: a folder or a hub id
-    engines: dict[str, Engine]  # ours, by dtype
-    half: torch.dtype  # the 16-bit type that is fast here
+    engines: dict[str, Engine]  # by dtype
+    half: torch.dtype  # the fast 16-bit dtype of the device
 
     @property
     def engine(self) -> Engine:
@@ -39,20 +39,20 @@ class Model:
 
 
 def make_providers(model: Model, names: Sequence[str]) -> tuple[dict[str, Encode], dict[str, str]]:
-    """Ours in each dtype and the others by name, and of those that cannot run here the reason."""
-    made = {f"unpadded, {dtype}": _ours(engine) for dtype, engine in model.engines.items()}
+    """Return unpadded in each dtype and the named providers, and the reason for each that does not run here."""
+    made = {f"unpadded, {dtype}": _unpadded(engine) for dtype, engine in model.engines.items()}
     reasons = {}
     for name in names:
         try:
             encode = PROVIDERS[name](model)
             encode(["some text"])
             made[name] = encode
-        except Exception as error:  # whatever another library raises, the others still run
+        except Exception as error:  # one library that raises must not stop the others
             reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
     return made, reasons
 
 
-def _ours(engine: Engine) -> Encode:
+def _unpadded(engine: Engine) -> Encode:
     return lambda texts: engine.embed(texts, prompt="").vectors
 
 
@@ -69,7 +69,7 @@ def _sentence_transformers_best(model: Model) -> Encode:
 
 
 def _transformers(model: Model) -> Encode:
-    """The model cards' example: batches in the order given, padded, pooled over the mask."""
+    """Follow the example of the model cards: batches in the given order, padded, pooled over the mask."""
     from transformers import AutoModel, AutoTokenizer
 
     checkpoint = _without_dense(model.engine.checkpoint)
@@ -100,13 +100,13 @@ def _transformers(model: Model) -> Encode:
 
 
 def _fastembed(model: Model) -> Encode:
-    """ONNX Runtime on the checkpoint's own export."""
+    """Run the checkpoint's own ONNX export."""
     fastembed = importlib.import_module("fastembed")
     description = importlib.import_module("fastembed.common.model_description")
     checkpoint = _without_dense(model.engine.checkpoint)
     file = next((name for name in ("onnx/model.onnx", "model.onnx") if (checkpoint.folder / name).exists()), None)
     if file is None:
-        raise FileNotFoundError(f"{checkpoint.folder} has no onnx/model.onnx; export one")
+        raise FileNotFoundError(f"{checkpoint.folder} has no onnx/model.onnx; export the model to ONNX")
     fastembed.TextEmbedding.add_custom_model(
         model=f"bench/{checkpoint.name}",
         pooling=getattr(description.PoolingType, checkpoint.pooling.upper()),
@@ -131,7 +131,7 @@ def _infinity(model: Model) -> Encode:
 
 
 def _without_dense(checkpoint: Checkpoint) -> Checkpoint:
-    """What a provider that pools by itself can stand for."""
+    """Raise for a checkpoint with Dense modules, which a provider that only pools would leave out."""
     if checkpoint.dense:
         raise ValueError(f"{checkpoint.name} has Dense modules after its pooling, which this provider does not run")
     return checkpoint
