@@ -182,8 +182,8 @@ def test_the_published_configuration():
     assert spec.activation == "gelu" and not spec.prenorm and spec.norm_eps == 1e-5
     assert spec.qkv_bias and spec.out_bias and spec.up_bias and spec.down_bias
     assert spec.rotary == Rotary(base=20000.0, trained_length=8194)
-    assert (spec.adapters.tasks, spec.adapters.rank, spec.adapters.scale) == (tuple(TASKS), 4, 0.25)
-    assert dict(zip(TASKS, spec.adapters.prompts, strict=True)) == dict.fromkeys(TASKS, "") | PROMPTS
+    assert (spec.lora.tasks, spec.lora.rank, spec.lora.scale) == (tuple(TASKS), 4, 0.25)
+    assert dict(zip(TASKS, spec.lora.prompts, strict=True)) == dict.fromkeys(TASKS, "") | PROMPTS
 
 
 @pytest.mark.parametrize("names", ["published", "transformers"])

@@ -21,7 +21,7 @@ from transformers import ModernBertConfig, ModernBertModel
 import unpadded
 from unpadded.checkpoint.families import modernbert
 from unpadded.checkpoint.reader import open_checkpoint
-from unpadded.checkpoint.spec import Local, Rotary
+from unpadded.checkpoint.spec import LocalAttention, Rotary
 from unpadded.errors import ConfigError
 
 MODERNBERT_EMBED = {  # the published keys of modernbert-embed-base
@@ -82,7 +82,9 @@ def test_the_published_configuration():
     assert not (spec.qkv_bias or spec.out_bias or spec.up_bias or spec.down_bias)
     assert spec.rotary == Rotary(base=160000.0, trained_length=8192)
     local = tuple(index for index in range(22) if index not in (0, 3, 6, 9, 12, 15, 18, 21))
-    assert spec.local == Local(layers=local, window=64, rotary=Rotary(base=10000.0, trained_length=8192))
+    assert spec.local_attention == LocalAttention(
+        layers=local, window=64, rotary=Rotary(base=10000.0, trained_length=8192)
+    )
 
 
 def test_matches_transformers(model, folder):
@@ -104,13 +106,13 @@ def test_biases_and_the_configuration_of_transformers_5(tmp_path):
     assert "rope_parameters" in config and "global_rope_theta" not in config
     config.pop("global_attn_every_n_layers", None)
     folder = write(tmp_path, config, model.state_dict())
-    assert open_checkpoint(folder).spec.local.layers == (1, 4)
+    assert open_checkpoint(folder).spec.local_attention.layers == (1, 4)
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model), (1, 7, 65, 513))
 
 
 def test_a_scaling_factor_turns_the_global_layers_alone(folder):
     spec = open_checkpoint(folder, rotary_scaling_factor=2.0).spec
-    assert spec.rotary.scaling_factor == 2.0 and spec.local.rotary.scaling_factor is None
+    assert spec.rotary.scaling_factor == 2.0 and spec.local_attention.rotary.scaling_factor is None
 
 
 @pytest.mark.slow

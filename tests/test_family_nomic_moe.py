@@ -145,7 +145,7 @@ def test_the_published_configuration():
     assert (spec.vocabulary, spec.token_types, spec.norm_eps) == (250048, 1, 1e-5)
     assert spec.qkv_bias and spec.out_bias and spec.up_bias and spec.down_bias
     assert spec.rotary == Rotary(base=10000.0, trained_length=2048)
-    assert spec.experts == Experts(layers=(1, 3, 5, 7, 9, 11), count=8, top=2)
+    assert spec.experts == Experts(layers=(1, 3, 5, 7, 9, 11), num_experts=8, top_k=2)
 
 
 def test_matches_the_description(folder):

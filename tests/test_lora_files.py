@@ -136,7 +136,7 @@ def test_what_transformers_and_peft_save(model, adapters, tmp_path):
     folder = write(tmp_path, config, model.state_dict())
     write_adapters(folder, adapters, published=False, lora_alpha=6, **WRITTEN)
     engine = unpadded.load(folder, device="cpu")
-    assert (engine.checkpoint.spec.adapters.rank, engine.checkpoint.spec.adapters.scale) == (4, 1.5)
+    assert (engine.checkpoint.spec.lora.rank, engine.checkpoint.spec.lora.scale) == (4, 1.5)
     for task in TASKS[:2]:
         assert_parity(engine, last_hidden_state(merged(model, adapters[task], 1.5)), (1, 7, 65), task=task)
 

@@ -78,10 +78,10 @@ def load(
     checkpoint = open_checkpoint(
         model, revision=revision, max_length=max_length, rotary_scaling_factor=rotary_scaling_factor
     )
-    if float8 and checkpoint.spec.adapters is not None:
+    if float8 and checkpoint.spec.lora is not None:
         raise OptionError(
             f"dtype='float8' is not for adapters, which change the weights, and {checkpoint.name} has some for "
-            f"{', '.join(checkpoint.spec.adapters.tasks)}; use dtype='float16'"
+            f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='float16'"
         )
     # On a CPU torch has the cores, and tokenizing takes the few that keep up with it.
     cores = max(1, torch.get_num_threads() // CORES_A_TOKENIZER) if kind == "cpu" else None

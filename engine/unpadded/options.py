@@ -94,7 +94,7 @@ def make_plan(
             dimensions,
         )
     reshaped = dimensions is not None or long_text == "mean"
-    adapters = checkpoint.spec.adapters
+    adapters = checkpoint.spec.lora
     adapter = task if adapters is not None and task in adapters.tasks else None
     if adapters is not None and adapter is not None and not adapters.rank:
         absent = checkpoint.folder / adapters.folders[adapters.tasks.index(adapter)]

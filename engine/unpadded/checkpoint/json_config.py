@@ -60,7 +60,9 @@ def text(config: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def agreed(config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Mapping[str, Any], str], T]) -> T | None:
+def consistent(
+    config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Mapping[str, Any], str], T]
+) -> T | None:
     """What the keys that are present, and not null, say together; None when none is."""
     found = {key: read(config, key) for key in keys if config.get(key) is not None}
     if len(set(found.values())) > 1:
@@ -69,7 +71,7 @@ def agreed(config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Map
 
 
 def required(config: Mapping[str, Any], keys: tuple[str, ...], read: Callable[[Mapping[str, Any], str], T]) -> T:
-    value = agreed(config, keys, read)
+    value = consistent(config, keys, read)
     if value is None:
         raise ConfigError(f"config.json lacks {' or '.join(keys)} (found: {', '.join(sorted(config))[:200]}); add it")
     return value
@@ -84,7 +86,7 @@ def not_implemented(key: str, value: object, offered: object) -> ConfigError:
     return ConfigError(f"{key} = {value!r} is not implemented, only {offered!r}; run this checkpoint with its own code")
 
 
-def refuse(config: Mapping[str, Any], offered: Mapping[str, Any]) -> None:
+def require_defaults(config: Mapping[str, Any], offered: Mapping[str, Any]) -> None:
     """ConfigError when a key is present with anything but null and the one value that is implemented."""
     for key, only in offered.items():
         value = config.get(key)
@@ -96,7 +98,7 @@ def rope_theta(config: Mapping[str, Any], *keys: str) -> float:
     """The base of a rotary embedding, by one of these keys or in rope_parameters; refuses one that is scaled."""
     rope = {f"rope_parameters.{key}": value for key, value in (config.get("rope_parameters") or {}).items()}
     theta, kind = "rope_parameters.rope_theta", "rope_parameters.rope_type"
-    refuse(rope, {key: "default" if key == kind else None for key in rope if key != theta})
+    require_defaults(rope, {key: "default" if key == kind else None for key in rope if key != theta})
     return required({**config, **rope}, (*keys, theta), positive)
 
 

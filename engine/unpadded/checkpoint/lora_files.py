@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unpadded.checkpoint.json_config import agreed, integer, not_implemented, positive, read_object
-from unpadded.checkpoint.spec import Adapters
+from unpadded.checkpoint.json_config import consistent, integer, not_implemented, positive, read_object
+from unpadded.checkpoint.spec import LoraSpec
 from unpadded.errors import CheckpointError, ConfigError, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,7 +37,7 @@ HARMLESS = {
 }
 
 
-def find_adapters(adapters: Adapters, folder: Path, config: Mapping[str, Any]) -> tuple[Adapters, tuple[Path, ...]]:
+def find_lora_files(adapters: LoraSpec, folder: Path, config: Mapping[str, Any]) -> tuple[LoraSpec, tuple[Path, ...]]:
     """The adapters with their rank and scale, and the file of each; as they are and () where there is none.
 
     folder: of the encoder. config: its config.json, which may state rank and alpha too. CheckpointError where only some
@@ -48,9 +48,9 @@ def find_adapters(adapters: Adapters, folder: Path, config: Mapping[str, Any]) -
         return adapters, ()
     if absent:
         raise CheckpointError(f"{folder} lacks some of its adapters: {', '.join(absent)}; download them, or remove all")
-    found = {f"{name}/{CONFIG}": _read(folder / name / CONFIG, adapters.targets) for name in adapters.folders}
+    found = {f"{name}/{CONFIG}": _read(folder / name / CONFIG, adapters.target_modules) for name in adapters.folders}
     rank, alpha = next(iter(found.values()))
-    stated = agreed(config, ("lora_rank",), integer) or rank, agreed(config, ("lora_alpha",), positive) or alpha
+    stated = consistent(config, ("lora_rank",), integer) or rank, consistent(config, ("lora_alpha",), positive) or alpha
     if len({*found.values(), stated}) > 1:
         values = ", ".join(f"{file} {value}" for file, value in {**found, "config.json": stated}.items())
         raise ConfigError(

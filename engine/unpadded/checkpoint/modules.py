@@ -37,7 +37,7 @@ class Dense:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
+class Modules:
     """The modules of a folder, in their only order: Transformer, Pooling, Dense ..., Normalize."""
 
     transformer: Path  # the folder of the encoder and its tokenizer
@@ -48,13 +48,13 @@ class Pipeline:
     takes_task: bool = False  # its first module is the checkpoint's own, which takes a task beside the texts
 
 
-def read_pipeline(folder: Path) -> Pipeline:
+def read_modules(folder: Path) -> Modules:
     """What modules.json and the files it names say; without it as sentence-transformers: mean, not normalized."""
     path = folder / "modules.json"
     if not path.exists():
         pooling, defaults = _read_pooling(folder / "1_Pooling")
         not_normalized = "normalize=False: there is no modules.json"
-        return Pipeline(
+        return Modules(
             transformer=folder, pooling=pooling, dense=(), normalize=False, defaults=(*defaults, not_normalized)
         )
 
@@ -66,7 +66,7 @@ def read_pipeline(folder: Path) -> Pipeline:
     for kind, module in modules:
         if kind in ("Dense", "Normalize"):
             _refuse_other_features(module / "config.json")
-    return Pipeline(
+    return Modules(
         transformer=modules[0][1],
         pooling=pooling,
         dense=tuple(_read_dense(module) for kind, module in modules if kind == "Dense"),
@@ -76,7 +76,7 @@ def read_pipeline(folder: Path) -> Pipeline:
     )
 
 
-def check_widths(pipeline: Pipeline, hidden: int) -> int:
+def check_widths(pipeline: Modules, hidden: int) -> int:
     """The width of the vectors that leave the pipeline; ConfigError where two modules do not fit."""
     width = hidden
     for dense in pipeline.dense:

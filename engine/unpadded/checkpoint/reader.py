@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from unpadded.checkpoint.families import FAMILIES, Family
+from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.hub import fetch
 from unpadded.checkpoint.json_config import integer, not_implemented, positive, read_object
-from unpadded.checkpoint.lora_files import find_adapters
-from unpadded.checkpoint.modules import TASK_TRANSFORMER, Dense, Pooling, check_widths, read_pipeline
+from unpadded.checkpoint.lora_files import find_lora_files
+from unpadded.checkpoint.modules import TASK_TRANSFORMER, Dense, Pooling, check_widths, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
@@ -36,7 +37,7 @@ class Checkpoint:
     config: dict[str, Any]
     spec: EncoderSpec
     weight_files: tuple[Path, ...]
-    adapter_files: tuple[Path, ...]  # of each task, where they lie apart
+    lora_files: tuple[Path, ...]  # of each task, where they lie apart
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
@@ -76,7 +77,7 @@ def open_checkpoint(
     OptionError for an argument that does not fit the model.
     """
     root, name = _locate(model, revision)
-    pipeline = read_pipeline(root)
+    pipeline = read_modules(root)
     folder = pipeline.transformer
     config = read_object(folder / "config.json")
     weight_files = _weight_files(folder)
@@ -84,19 +85,19 @@ def open_checkpoint(
     family = _family(config, stored, folder)
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
-    adapter_files: tuple[Path, ...] = ()
-    if spec.adapters:
-        adapters, adapter_files = find_adapters(spec.adapters, folder, config)
-        spec = replace(spec, adapters=adapters)
-    if pipeline.takes_task and spec.adapters is None:
+    lora_files: tuple[Path, ...] = ()
+    if spec.lora:
+        adapters, lora_files = find_lora_files(spec.lora, folder, config)
+        spec = replace(spec, lora=adapters)
+    if pipeline.takes_task and spec.lora is None:
         raise not_implemented(f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "one without own code")
     width = check_widths(pipeline, spec.hidden)
 
     encoder_file = _read_encoder_file(folder)
     model_file = _read_if_present(root / MODEL_FILE)
     prompts, default_prompt, prompt_defaults = _prompts(model_file, family)
-    if spec.adapters:
-        prompts = dict(zip(spec.adapters.tasks, spec.adapters.prompts, strict=True)) | prompts
+    if spec.lora:
+        prompts = dict(zip(spec.lora.tasks, spec.lora.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, encoder_file, folder, family, spec)
     stated = {**config, **model_file}
     matryoshka = _matryoshka(stated, family, name, root, width)
@@ -106,7 +107,7 @@ def open_checkpoint(
         config=config,
         spec=spec,
         weight_files=weight_files,
-        adapter_files=adapter_files,
+        lora_files=lora_files,
         pooling=pipeline.pooling,
         normalize=pipeline.normalize,
         dense=pipeline.dense,
@@ -115,7 +116,7 @@ def open_checkpoint(
         lower_case=bool(encoder_file.get("do_lower_case", False)),
         max_length=length,
         matryoshka=matryoshka,
-        matryoshka_layer_norm=bool(matryoshka and stated.get("matryoshka_layer_norm", family.MATRYOSHKA_LAYER_NORM)),
+        matryoshka_layer_norm=bool(matryoshka and stated.get("matryoshka_layer_norm", family.matryoshka_layer_norm)),
         defaults=(*pipeline.defaults, *prompt_defaults, *length_defaults),
     )
 
@@ -214,9 +215,9 @@ def _prompts(model_file: Mapping[str, Any], family: Family) -> tuple[dict[str, s
             f"default_prompt_name = {default!r} is none of the prompts {sorted(prompts)}; correct {MODEL_FILE}"
         )
     # sentence-transformers writes empty query and document prompts into every model it saves
-    if any(prompts.values()) or default is not None or not family.PROMPTS:
+    if any(prompts.values()) or default is not None or not family.prompts:
         return dict(prompts), default, ()
-    return dict(family.PROMPTS), None, (f"prompts={', '.join(family.PROMPTS)}: no file states any",)
+    return dict(family.prompts), None, (f"prompts={', '.join(family.prompts)}: no file states any",)
 
 
 def _max_length(
@@ -238,7 +239,7 @@ def _max_length(
     elif tokenizer_file.get("model_max_length") is not None and positive(tokenizer_file, "model_max_length") < LONGEST:
         length = integer(tokenizer_file, "model_max_length")
     else:
-        length = family.MAX_LENGTH or spec.position_limit
+        length = family.max_length or spec.position_limit
         return length, (f"max_length={length}: no file states it",)
     return min(length, spec.position_limit or length), ()
 
@@ -252,7 +253,7 @@ def _matryoshka(stated: Mapping[str, Any], family: Family, name: str, root: Path
     dimensions = stated.get("matryoshka_dimensions")
     if dimensions is None:
         cached = [part.rpartition("--")[2] for part in root.resolve().parts if part.startswith("models--")]
-        known = (family.MATRYOSHKA.get(candidate) for candidate in (name.rpartition("/")[2], *cached))
+        known = (family.matryoshka.get(candidate) for candidate in (name.rpartition("/")[2], *cached))
         dimensions = next((published for published in known if published and published[0] == width), ())
     if not isinstance(dimensions, list | tuple) or any(size not in range(1, width + 1) for size in dimensions):
         raise ConfigError(f"matryoshka_dimensions = {dimensions!r} are not whole numbers up to {width}; correct them")

@@ -24,7 +24,7 @@ class Rotary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
+class LocalAttention:
     """Layers in which a token sees its neighbors only, under a rotary embedding of their own."""
 
     layers: tuple[int, ...]
@@ -34,15 +34,15 @@ class Local:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Layers whose MLP is a weighted choice among several: the `top` of a softmax over `count`, not renormalized."""
+    """Layers with a mixture-of-experts MLP: the `top_k` of a softmax over `num_experts`, not renormalized."""
 
     layers: tuple[int, ...]
-    count: int
-    top: int
+    num_experts: int
+    top_k: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapters:
+class LoraSpec:
     """Low-rank changes of the weights, one set a task: W + scale * B A."""
 
     tasks: tuple[str, ...]  # in the order in which the weights stack them
@@ -50,7 +50,7 @@ class Adapters:
     rank: int  # 0: the checkpoint's files do not hold them
     scale: float
     folders: tuple[str, ...] = ()  # of each task, where the adapters lie in PEFT's files beside the encoder
-    targets: tuple[str, ...] = ()  # the modules that each of those changes, by PEFT's names
+    target_modules: tuple[str, ...] = ()  # the modules that each of those changes, by PEFT's names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ class EncoderSpec:
     alibi: bool = False
     qk_norm: bool = False  # LayerNorm over all heads of q, and of k
     inner_norm: bool = False  # attention's output is added to the residual and normalized before that is done again
-    local: Local | None = None
+    local_attention: LocalAttention | None = None
     experts: Experts | None = None
-    adapters: Adapters | None = None
+    lora: LoraSpec | None = None
 
     @property
     def head_dim(self) -> int:
@@ -108,16 +108,18 @@ class EncoderSpec:
         return self.position_rows - (0 if self.padding_id is None else self.padding_id + 1)
 
     @property
-    def rotaries(self) -> tuple[Rotary, ...]:
-        """Each rotary embedding in use: of the layers that see the whole text, then of the local ones."""
+    def rotary_embeddings(self) -> tuple[Rotary, ...]:
+        """Rotary embedding of the layers with full attention, then of those with local attention, if any."""
         whole = () if self.rotary is None else (self.rotary,)
-        return whole if self.local is None else (*whole, self.local.rotary)
+        return whole if self.local_attention is None else (*whole, self.local_attention.rotary)
 
     @property
-    def scopes(self) -> tuple[tuple[int | None, int], ...]:
-        """Of each layer: the farthest token that it sees, None for all, and which of `rotaries` turns it."""
-        whole, local = (None, 0), (self.local.window if self.local else None, 1)
-        return tuple(local if self.local and index in self.local.layers else whole for index in range(self.layers))
+    def layer_attention(self) -> tuple[tuple[int | None, int], ...]:
+        """Per layer: window size (None = full attention) and index into `rotary_embeddings`."""
+        local = self.local_attention
+        if local is None:
+            return ((None, 0),) * self.layers
+        return tuple((local.window, 1) if index in local.layers else (None, 0) for index in range(self.layers))
 
     @property
     def alibi_slopes(self) -> tuple[float, ...]:
@@ -128,10 +130,10 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """One tensor of the encoder, and the names under which checkpoints store it."""
 
     shape: tuple[int, ...]
     alternatives: tuple[tuple[str, ...], ...]  # each: names whose tensors, equal in size, are stacked along dim 0
-    swapped: tuple[str, ...] = ()  # of these names: tensors that hold up before gate, so the second half comes first
-    turned: bool = False  # shape is that of the file, and the encoder takes the transpose
+    up_before_gate: tuple[str, ...] = ()  # those of the names whose tensors store the up half before the gate half
+    transposed: bool = False  # the encoder uses the transpose; `shape` is the stored shape

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from unpadded.checkpoint.reader import open_checkpoint
 
     checkpoint = open_checkpoint(args.model, revision=args.revision)
-    slots = FAMILIES[checkpoint.spec.family].slots(checkpoint.spec)
+    slots = FAMILIES[checkpoint.spec.family].tensors(checkpoint.spec)
     parameters = sum(math.prod(slot.shape) for slot in slots.values())
     memory = {dtype: parameters * item_bytes for dtype, item_bytes in ITEM_BYTES.items()}
     description = {**checkpoint.describe(), "parameters": parameters, "memory": memory}

@@ -29,10 +29,10 @@ def bytes_per_token(spec: EncoderSpec, itemsize: int) -> int:
     """Of all that the encoder holds for a token where it holds most."""
     mlp = spec.up_rows + spec.intermediate
     if spec.experts is not None:  # a token is copied for each of its experts, and their sum is in fp32
-        mlp = spec.experts.top * (mlp + 2 * spec.hidden) + 2 * spec.hidden * 4 // itemsize
+        mlp = spec.experts.top_k * (mlp + 2 * spec.hidden) + 2 * spec.hidden * 4 // itemsize
     held = (6 if spec.prenorm else 4) * spec.hidden
     attention = (10 if spec.prenorm else 9) * spec.hidden
-    tables = 4 * spec.head_dim * len(spec.rotaries)
+    tables = 4 * spec.head_dim * len(spec.rotary_embeddings)
     return itemsize * max(held + mlp, attention) + tables
 
 

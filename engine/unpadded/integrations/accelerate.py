@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unpadded.checkpoint.families import FAMILIES, Family
-from unpadded.checkpoint.spec import EncoderSpec, Slot
+from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.family import Family
+from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 from unpadded.errors import OptionError
 from unpadded.execution.runner import Runner
 from unpadded.integrations.transformers import NO_ATTENTIONS, run_padded
@@ -137,7 +138,7 @@ def _match(model: Any) -> tuple[EncoderSpec, dict[str, tuple[str, ...]]]:
         )
     spec = family.read_config(config)
     spec = replace(spec, vocabulary=model.get_input_embeddings().weight.shape[0])
-    slots = family.slots(spec)
+    slots = family.tensors(spec)
     found = {slot: _parameters_of(wanted, parameters) for slot, wanted in slots.items()}
     reason = _reason_against(spec, slots, found, parameters, family)
     if reason is not None:
@@ -145,13 +146,13 @@ def _match(model: Any) -> tuple[EncoderSpec, dict[str, tuple[str, ...]]]:
     return spec, found
 
 
-def _parameters_of(wanted: Slot, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _parameters_of(wanted: TensorSpec, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
     return next((names for names in wanted.alternatives if all(name in parameters for name in names)), ())
 
 
 def _reason_against(
     spec: EncoderSpec,
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, TensorSpec],
     found: Mapping[str, tuple[str, ...]],
     parameters: Mapping[str, Tensor],
     family: Family,
@@ -164,9 +165,11 @@ def _reason_against(
     if spec.kv_heads is not None:
         return f"its {spec.heads} heads share {spec.kv_heads} keys and values, which the kernels want copied"
     used = {name for names in found.values() for name in names}
-    if swapped := [name for slot, names in found.items() for name in names if name.endswith(slots[slot].swapped)]:
+    if swapped := [
+        name for slot, names in found.items() for name in names if name.endswith(slots[slot].up_before_gate)
+    ]:
         return f"its {swapped[0]} holds its halves the other way round than the kernels want"
-    ignored = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in family.IGNORED)]
+    ignored = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in family.ignored)]
     if surplus := sorted(parameters.keys() - used - set(ignored)):
         return f"it has the surplus parameters {', '.join(surplus[:4])}"
     for slot, names in found.items():

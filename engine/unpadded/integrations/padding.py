@@ -132,7 +132,7 @@ def _positions(ids: np.ndarray | None, kept: np.ndarray, spec: EncoderSpec) -> n
     holed = np.flatnonzero(kept.any(axis=1) & (span != kept.sum(axis=1)))
     if not holed.size:
         return None
-    if spec.alibi or spec.local is not None:
+    if spec.alibi or spec.local_attention is not None:
         raise InputError(
             f"attention_mask of text {holed[0]} has zeros between ones, which {spec.family} attention by distance does "
             "not take; mask padding at the ends only"

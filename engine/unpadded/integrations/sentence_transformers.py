@@ -191,7 +191,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     def _adapter(self, task: str | None) -> str | None:
         """The task where the checkpoint has adapters, which its own first module takes it for."""
         model = getattr(self[0], "model", None)
-        adapters = model.engine.checkpoint.spec.adapters if isinstance(model, UnpaddedModel) else None
+        adapters = model.engine.checkpoint.spec.lora if isinstance(model, UnpaddedModel) else None
         if task is None or adapters is None:
             return None
         if task not in adapters.tasks:

@@ -178,7 +178,7 @@ class UnpaddedModel(nn.Module):
             logger.warning("rotary_scaling_factor is not saved; pass it again when %s is loaded", folder)
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         index = checkpoint.folder / "model.safetensors.index.json"
-        adapters = [path for file in checkpoint.adapter_files for path in (file, file.with_name(lora_files.CONFIG))]
+        adapters = [path for file in checkpoint.lora_files for path in (file, file.with_name(lora_files.CONFIG))]
         for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else []), *adapters):
             target = folder / path.relative_to(checkpoint.folder)
             if path.resolve() != target.resolve():

@@ -48,7 +48,7 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     else:
         positions = _positions_after_padding(input_ids, cu_seqlens, spec.padding_id)
-    inv_freq = [inverse_frequencies(rotary, spec.head_dim, lengths) for rotary in spec.rotaries]
+    inv_freq = [inverse_frequencies(rotary, spec.head_dim, lengths) for rotary in spec.rotary_embeddings]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),

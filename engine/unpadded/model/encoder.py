@@ -65,7 +65,7 @@ class Encoder:
         self.spec = spec
         self.weights = weights
         self.float8 = weights.layers[0].qkv_scale is not None
-        self._adapted = AdaptedWeights(spec.adapters, weights) if spec.adapters and weights.lora else None
+        self._adapted = AdaptedWeights(spec.lora, weights) if spec.lora and weights.lora else None
         self.attention = attention
         self.row_block = row_block
         self.batch_invariant = batch_invariant
@@ -103,7 +103,7 @@ class Encoder:
             states.append(residual)
         inv_freqs = () if batch.inv_freq is None else batch.inv_freq
         tables = [rotary_cos_sin(batch.positions, inv_freq, batch.cu_seqlens) for inv_freq in inv_freqs]
-        for layer, (window, rotary) in zip(weights.layers, self.spec.scopes, strict=True):
+        for layer, (window, rotary) in zip(weights.layers, self.spec.layer_attention, strict=True):
             rows = None
             if selected is not None and layer is weights.layers[-1]:
                 rows = selected.indices
@@ -194,7 +194,7 @@ class Encoder:
         down: Tensor
         if layer.router is not None and self.spec.experts is not None:
             experts = (layer.router, layer.up, layer.down, layer.down_bias)
-            down = expert_mlp(x, *experts, self.spec.experts.top, self.spec.activation)
+            down = expert_mlp(x, *experts, self.spec.experts.top_k, self.spec.activation)
         else:
             up = self._product(x, layer.up, layer.up_scale, layer.up_bias, self.spec.activation)
             down = self._product(up, layer.down, None, layer.down_bias)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unpadded.checkpoint.spec import Adapters
+from unpadded.checkpoint.spec import LoraSpec
 from unpadded.model.weights import EncoderWeights
 
 
 class AdaptedWeights:
     """The weights of an encoder for the task asked for last. Not for several threads at once."""
 
-    def __init__(self, adapters: Adapters, weights: EncoderWeights) -> None:
+    def __init__(self, adapters: LoraSpec, weights: EncoderWeights) -> None:
         self._adapters = adapters
         self._base = weights
         self._task: str | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from unpadded.checkpoint.families import FAMILIES
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
-from unpadded.checkpoint.spec import EncoderSpec, Slot
+from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 from unpadded.errors import WeightsError
 from unpadded_kernels.fp8 import quantize_rows_reference
 from unpadded_kernels.linear_prepacked import PrepackedWeight, prepacks
@@ -88,18 +88,18 @@ def load_weights(
     """
     spec = checkpoint.spec
     family = FAMILIES[spec.family]
-    slots = family.slots(spec)
+    slots = family.tensors(spec)
     # where each adapter has a file, so have its slots, and the files are stacked
-    apart = {slot: slots.pop(slot) for slot in list(slots) if slot.startswith("adapters.") and checkpoint.adapter_files}
-    found = assign(slots, read_headers(checkpoint.weight_files), family.PREFIXES, family.IGNORED)
+    apart = {slot: slots.pop(slot) for slot in list(slots) if slot.startswith("lora.") and checkpoint.lora_files}
+    found = assign(slots, read_headers(checkpoint.weight_files), family.prefixes, family.ignored)
     files = [
-        assign(apart, read_header(file).values(), family.PREFIXES, family.IGNORED) for file in checkpoint.adapter_files
+        assign(apart, read_header(file).values(), family.prefixes, family.ignored) for file in checkpoint.lora_files
     ]
     loader = _Loader(device, dtype)
     tensors = {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()}
     for slot, one in apart.items():
         stored = loader.load((len(files), *one.shape), tuple(part for file in files for part in file[slot]))
-        tensors[slot] = stored.mT if one.turned else stored
+        tensors[slot] = stored.mT if one.transposed else stored
     return assemble(spec, tensors, prepack=prepack)
 
 
@@ -136,9 +136,9 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, prepack: bool = F
         norm_bias=tensors["norm_bias"],
         layers=tuple(layer(index) for index in range(spec.layers)),
         lora={
-            slot.removeprefix("adapters.").removesuffix(".rows"): (rows, tensors[slot.removesuffix("rows") + "columns"])
+            slot.removeprefix("lora.").removesuffix(".B"): (rows, tensors[slot.removesuffix("B") + "A"])
             for slot, rows in tensors.items()
-            if slot.startswith("adapters.") and slot.endswith(".rows")
+            if slot.startswith("lora.") and slot.endswith(".B")
         },
     )
 
@@ -156,7 +156,7 @@ def prepacked(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
 
 
 def _prepacked(spec: EncoderSpec, layer: LayerWeights) -> LayerWeights:
-    if spec.adapters is not None:
+    if spec.lora is not None:
         return layer
     matrices = {name: matrix for name in MATRICES if isinstance(matrix := getattr(layer, name), Tensor)}
     found: dict[str, Any] = {
@@ -197,9 +197,9 @@ def load_dense(
     loader = _Loader(device, dtype)
     modules = []
     for dense in checkpoint.dense:
-        slots = {"weight": Slot((dense.out_features, dense.in_features), (("linear.weight",),))}
+        slots = {"weight": TensorSpec((dense.out_features, dense.in_features), (("linear.weight",),))}
         if dense.bias:
-            slots["bias"] = Slot((dense.out_features,), (("linear.bias",),))
+            slots["bias"] = TensorSpec((dense.out_features,), (("linear.bias",),))
         found = assign(slots, read_header(dense.weight_file).values(), (), ())
         tensors = {slot: loader.load(slots[slot].shape, parts) for slot, parts in found.items()}
         modules.append((tensors["weight"], tensors.get("bias"), dense.activation))
@@ -207,7 +207,7 @@ def load_dense(
 
 
 def assign(
-    slots: Mapping[str, Slot], stored: Iterable[StoredTensor], prefixes: tuple[str, ...], ignored: tuple[str, ...]
+    slots: Mapping[str, TensorSpec], stored: Iterable[StoredTensor], prefixes: tuple[str, ...], ignored: tuple[str, ...]
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """The stored tensors that make up each slot; WeightsError listing everything that does not fit."""
     problems = []
@@ -245,13 +245,13 @@ def assign(
     return found
 
 
-def _part_shape(slot: Slot, names: tuple[str, ...]) -> tuple[int, ...]:
+def _part_shape(slot: TensorSpec, names: tuple[str, ...]) -> tuple[int, ...]:
     return (slot.shape[0] // len(names), *slot.shape[1:])
 
 
-def _in_order(part: StoredTensor, slot: Slot) -> tuple[StoredTensor, ...]:
+def _in_order(part: StoredTensor, slot: TensorSpec) -> tuple[StoredTensor, ...]:
     """The tensor, or its two halves in the slot's order where the checkpoint has them the other way round."""
-    if not part.name.endswith(slot.swapped):
+    if not part.name.endswith(slot.up_before_gate):
         return (part,)
     shape, middle = (part.shape[0] // 2, *part.shape[1:]), (part.start + part.stop) // 2
     return replace(part, shape=shape, start=middle), replace(part, shape=shape, stop=middle)

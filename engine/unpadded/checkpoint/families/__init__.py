@@ -20,9 +20,6 @@ and never a family's name in a condition. Where it needs none this is a small di
 below, and 149 of tests.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any, Protocol
-
 from unpadded.checkpoint.families import (
     bert,
     eurobert,
@@ -34,34 +31,16 @@ from unpadded.checkpoint.families import (
     nomic_bert,
     xlm_roberta,
 )
-from unpadded.checkpoint.spec import EncoderSpec, Slot
-
-
-class Family(Protocol):
-    """What a family's module holds."""
-
-    PREFIXES: tuple[str, ...]  # that some savers put before every tensor name
-    IGNORED: tuple[str, ...]  # patterns of tensor names, without prefix, that the encoder does not need
-    MAX_LENGTH: int | None  # tokens, where no file says it; None: what the position table serves
-    PROMPTS: Mapping[str, str]  # task -> prefix, where no file says it
-    MATRYOSHKA: Mapping[str, tuple[int, ...]]  # name of a published model -> the dimensions it was trained for
-    MATRYOSHKA_LAYER_NORM: bool  # a layer norm without affine comes before the cut
-
-    def matches(self, config: Mapping[str, Any], names: Collection[str]) -> bool: ...
-
-    def read_config(self, config: Mapping[str, Any]) -> EncoderSpec: ...
-
-    def slots(self, spec: EncoderSpec) -> dict[str, Slot]: ...
-
+from unpadded.checkpoint.family import Family
 
 FAMILIES: dict[str, Family] = {
-    "eurobert": eurobert,
-    "modernbert": modernbert,  # whose layers, without a model_type, bear NomicBERT's names
-    "nomic_bert": nomic_bert,
-    "gte": gte,
-    "jina_code": jina_code,
-    "jina_bert": jina_bert,
-    "jina_v3": jina_v3,
-    "xlm_roberta": xlm_roberta,
-    "bert": bert,
+    "eurobert": eurobert.FAMILY,
+    "modernbert": modernbert.FAMILY,  # whose layers, without a model_type, bear NomicBERT's names
+    "nomic_bert": nomic_bert.FAMILY,
+    "gte": gte.FAMILY,
+    "jina_code": jina_code.FAMILY,
+    "jina_bert": jina_bert.FAMILY,
+    "jina_v3": jina_v3.FAMILY,
+    "xlm_roberta": xlm_roberta.FAMILY,
+    "bert": bert.FAMILY,
 }

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from unpadded.checkpoint.json_config import agreed, integer, not_implemented, one_of, positive, refuse, required
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Slot
+from unpadded.checkpoint.family import PREFIXES, Family
+from unpadded.checkpoint.json_config import (
+    consistent,
+    integer,
+    not_implemented,
+    one_of,
+    positive,
+    require_defaults,
+    required,
+)
+from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "bert.")
-IGNORED: tuple[str, ...] = ("cls.*", "pooler.*", "classifier.*", "embeddings.position_ids", "embeddings.token_type_ids")
-MAX_LENGTH: int | None = None
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -45,7 +47,7 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for what is not BERT in spite of its model_type (Jina's ALiBi models), or not implemented."""
-    refuse(config, OFFERED)
+    require_defaults(config, OFFERED)
     if "AutoModel" in (config.get("auto_map") or {}):
         raise not_implemented("auto_map.AutoModel", config["auto_map"]["AutoModel"], "the BERT of transformers")
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
@@ -58,11 +60,11 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         heads=heads,
         intermediate=required(config, ("intermediate_size",), integer),
         vocabulary=required(config, ("vocab_size",), integer),
-        token_types=agreed(config, ("type_vocab_size",), integer) or 2,
+        token_types=consistent(config, ("type_vocab_size",), integer) or 2,
         position_rows=required(config, ("max_position_embeddings",), integer),
         rotary=None,
         activation=ACTIVATIONS[one_of({"hidden_act": "gelu", **config}, "hidden_act", ACTIVATIONS)],
-        norm_eps=agreed(config, ("layer_norm_eps",), positive) or 1e-12,
+        norm_eps=consistent(config, ("layer_norm_eps",), positive) or 1e-12,
         qkv_bias=True,
         out_bias=True,
         up_bias=True,
@@ -70,8 +72,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix."""
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder."""
     hidden, intermediate = spec.hidden, spec.intermediate
     found = embedding_slots(spec)
     for index in range(spec.layers):
@@ -88,7 +90,7 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
     return found
 
 
-def embedding_slots(spec: EncoderSpec) -> dict[str, Slot]:
+def embedding_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
     tables = {"word": spec.vocabulary, "token_type": spec.token_types, "position": spec.position_rows}
     names = {"word": "word_embeddings", "token_type": "token_type_embeddings", "position": "position_embeddings"}
     found = {
@@ -97,7 +99,7 @@ def embedding_slots(spec: EncoderSpec) -> dict[str, Slot]:
     return found | norm_slots("norm", spec.hidden, "embeddings.LayerNorm")
 
 
-def attention_slots(slot: str, name: str, hidden: int) -> dict[str, Slot]:
+def attention_slots(slot: str, name: str, hidden: int) -> dict[str, TensorSpec]:
     """qkv and the projection that follows, of the layer that the checkpoint calls `name`."""
     qkv = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
     return {
@@ -108,13 +110,22 @@ def attention_slots(slot: str, name: str, hidden: int) -> dict[str, Slot]:
     }
 
 
-def norm_slots(slot: str, hidden: int, name: str) -> dict[str, Slot]:
+def norm_slots(slot: str, hidden: int, name: str) -> dict[str, TensorSpec]:
     # checkpoints converted from TensorFlow, bert-base-uncased among them, keep its gamma and beta
     return {
-        slot: Slot((hidden,), ((f"{name}.weight",), (f"{name}.gamma",))),
-        f"{slot}_bias": Slot((hidden,), ((f"{name}.bias",), (f"{name}.beta",))),
+        slot: TensorSpec((hidden,), ((f"{name}.weight",), (f"{name}.gamma",))),
+        f"{slot}_bias": TensorSpec((hidden,), ((f"{name}.bias",), (f"{name}.beta",))),
     }
 
 
-def named(shape: tuple[int, ...], *names: str) -> Slot:
-    return Slot(shape, (names,))
+def named(shape: tuple[int, ...], *names: str) -> TensorSpec:
+    return TensorSpec(shape, (names,))
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    prefixes=(*PREFIXES, "bert."),
+    ignored=("cls.*", "pooler.*", "classifier.*", "embeddings.position_ids", "embeddings.token_type_ids"),
+)

@@ -10,16 +10,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from unpadded.checkpoint.families.bert import named
-from unpadded.checkpoint.json_config import agreed, integer, one_of, positive, refuse, required, rope_theta
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, Slot
+from unpadded.checkpoint.family import Family
+from unpadded.checkpoint.json_config import (
+    consistent,
+    integer,
+    one_of,
+    positive,
+    require_defaults,
+    required,
+    rope_theta,
+)
+from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.")
-IGNORED: tuple[str, ...] = ("lm_head.*", "dense.*", "classifier.*", "*inv_freq")
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
 
 GATES: dict[str, Activation] = {"silu": "swiglu", "gelu": "geglu"}
 OFFERED: dict[str, Any] = {
@@ -38,15 +40,15 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for what is contradictory or not implemented."""
-    refuse(config, OFFERED)
+    require_defaults(config, OFFERED)
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
-    kv_heads = agreed(config, ("num_key_value_heads",), integer) or heads
+    kv_heads = consistent(config, ("num_key_value_heads",), integer) or heads
     if hidden % heads or hidden // heads % 2 or heads % kv_heads:
         raise ConfigError(
             f"hidden_size = {hidden} does not make num_attention_heads = {heads} of an even width, "
             f"a multiple of num_key_value_heads = {kv_heads}; correct config.json"
         )
-    refuse(config, {"head_dim": hidden // heads})
+    require_defaults(config, {"head_dim": hidden // heads})
     return EncoderSpec(
         family="eurobert",
         layers=required(config, ("num_hidden_layers",), integer),
@@ -59,10 +61,10 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         position_rows=0,
         rotary=Rotary(
             base=rope_theta(config, "rope_theta"),
-            trained_length=agreed(config, ("max_position_embeddings",), integer) or 8192,
+            trained_length=consistent(config, ("max_position_embeddings",), integer) or 8192,
         ),
         activation=GATES[one_of({"hidden_act": "silu", **config}, "hidden_act", GATES)],
-        norm_eps=agreed(config, ("rms_norm_eps",), positive) or 1e-5,
+        norm_eps=consistent(config, ("rms_norm_eps",), positive) or 1e-5,
         qkv_bias=False,
         out_bias=False,
         up_bias=False,
@@ -73,8 +75,11 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix. A norm closes what stands before it, as in ModernBERT."""
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder.
+
+    Each LayerNorm is assigned to the block before it, as in ModernBERT.
+    """
     hidden, intermediate = spec.hidden, spec.intermediate
     found = {
         "word": named((spec.vocabulary, hidden), "embed_tokens.weight"),
@@ -99,3 +104,12 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
             f"{layer}.mlp_norm": named((hidden,), f"{closing}.weight"),
         }
     return found
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    ignored=("lm_head.*", "dense.*", "classifier.*", "*inv_freq"),
+    max_length=8192,
+)

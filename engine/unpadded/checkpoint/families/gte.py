@@ -9,16 +9,19 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from unpadded.checkpoint.families.bert import embedding_slots
-from unpadded.checkpoint.json_config import agreed, integer, not_implemented, one_of, positive, refuse, required, text
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, Slot
+from unpadded.checkpoint.family import PREFIXES, Family
+from unpadded.checkpoint.json_config import (
+    consistent,
+    integer,
+    not_implemented,
+    one_of,
+    positive,
+    require_defaults,
+    required,
+    text,
+)
+from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "new.", "gte.")
-IGNORED: tuple[str, ...] = ("lm_head.*", "pooler.*", "classifier.*", "embeddings.position_ids", "*inv_freq")
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
 
 MODEL_TYPES = ("new", "gte")
 GATES: dict[str, Activation] = {"gelu": "geglu", "silu": "swiglu"}
@@ -45,13 +48,13 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for what is not implemented."""
-    refuse(config, OFFERED)
+    require_defaults(config, OFFERED)
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
     if hidden % heads or hidden // heads % 2:
         raise ConfigError(
             f"hidden_size = {hidden} does not make num_attention_heads = {heads} of an even width; correct config.json"
         )
-    refuse(config, {"head_dim": hidden // heads, "num_key_value_heads": heads})
+    require_defaults(config, {"head_dim": hidden // heads, "num_key_value_heads": heads})
     token_types = config.get("type_vocab_size")
     return EncoderSpec(
         family="gte",
@@ -64,7 +67,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         position_rows=0,
         rotary=_rotary(config, hidden // heads),
         activation=GATES[one_of({"hidden_act": "gelu", **config}, "hidden_act", GATES)],
-        norm_eps=agreed(config, ("layer_norm_eps",), positive) or 1e-12,
+        norm_eps=consistent(config, ("layer_norm_eps",), positive) or 1e-12,
         qkv_bias=True,
         out_bias=True,
         up_bias=False,
@@ -85,22 +88,22 @@ def _rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     def spelled(*keys: str) -> tuple[str, ...]:
         return tuple(f"{source}.{key}" for source in ("rope_parameters", "rope_scaling") for key in keys)
 
-    rope_type = agreed(stated, spelled("type", "rope_type"), text) or "default"
-    factor = agreed(stated, spelled("factor"), positive)
+    rope_type = consistent(stated, spelled("type", "rope_type"), text) or "default"
+    factor = consistent(stated, spelled("factor"), positive)
     if rope_type not in ("default", "ntk") or (rope_type == "default" and factor is not None):
         raise not_implemented("rope_type", (rope_type, factor), "default without a factor, ntk")
     if rope_type == "ntk" and factor is None:
         raise ConfigError("rope_type = 'ntk' without a factor; add rope_scaling.factor")
     factor = factor or 1.0
     return Rotary(
-        base=factor * (agreed(stated, ("rope_theta", *spelled("rope_theta")), positive) or BASE),
-        trained_length=agreed(config, ("max_position_embeddings",), integer) or 8192,
+        base=factor * (consistent(stated, ("rope_theta", *spelled("rope_theta")), positive) or BASE),
+        trained_length=consistent(config, ("max_position_embeddings",), integer) or 8192,
         frequency_scale=factor ** (-2 / head_dim),
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix: the published names, then transformers'."""
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder: the published names, then transformers'."""
     hidden = spec.hidden
     modules: dict[str, tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]] = {
         "qkv": ((3 * hidden, hidden), ("attention.qkv_proj",), tuple(f"self_attn.{part}_proj" for part in "qkv")),
@@ -119,6 +122,16 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
                     tuple(f"layers.{index}.{module}.{part}" for module in modern),
                 )
                 swapped = names[0] if field == "up" else ()
-                found[f"layers.{index}.{slot}"] = Slot(shape if part == "weight" else shape[:1], names, swapped)
+                found[f"layers.{index}.{slot}"] = TensorSpec(shape if part == "weight" else shape[:1], names, swapped)
         del found[f"layers.{index}.up_bias"]
     return found
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    prefixes=(*PREFIXES, "new.", "gte."),
+    ignored=("lm_head.*", "pooler.*", "classifier.*", "embeddings.position_ids", "*inv_freq"),
+    max_length=8192,
+)

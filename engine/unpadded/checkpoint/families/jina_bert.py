@@ -8,15 +8,9 @@ from typing import Any
 
 from unpadded.checkpoint.families import bert
 from unpadded.checkpoint.families.bert import attention_slots, embedding_slots, named, norm_slots
-from unpadded.checkpoint.json_config import not_implemented, refuse
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Slot
-
-PREFIXES: tuple[str, ...] = bert.PREFIXES
-IGNORED: tuple[str, ...] = bert.IGNORED
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
+from unpadded.checkpoint.family import Family
+from unpadded.checkpoint.json_config import not_implemented, require_defaults
+from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 
 GATES: dict[str, Activation] = {"geglu": "geglu"}
 BERT_KEYS = ("auto_map", "position_embedding_type", "feed_forward_type", "max_position_embeddings")
@@ -38,7 +32,7 @@ def normalizes_q_and_k(config: Mapping[str, Any], names: Collection[str]) -> boo
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for another position embedding or MLP."""
-    refuse(config, {"position_embedding_type": "alibi"})
+    require_defaults(config, {"position_embedding_type": "alibi"})
     stated = config.get("feed_forward_type", "geglu")
     if stated not in GATES:
         raise not_implemented("feed_forward_type", stated, ", ".join(GATES))
@@ -47,8 +41,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     return replace(spec, family="jina_bert", position_rows=0, alibi=True, activation=GATES[stated], up_bias=False)
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix."""
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder."""
     found = embedding_slots(spec)
     for index in range(spec.layers):
         slot, name = f"layers.{index}", f"encoder.layer.{index}"
@@ -61,3 +55,13 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
             **norm_slots(f"{slot}.mlp_norm", spec.hidden, f"{name}.mlp.layernorm"),
         }
     return found
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    prefixes=bert.FAMILY.prefixes,
+    ignored=bert.FAMILY.ignored,
+    max_length=8192,
+)

@@ -8,14 +8,7 @@ from typing import Any
 
 from unpadded.checkpoint.families import jina_bert
 from unpadded.checkpoint.families.bert import attention_slots, embedding_slots, named, norm_slots
-from unpadded.checkpoint.spec import EncoderSpec, Slot
-
-PREFIXES: tuple[str, ...] = jina_bert.PREFIXES
-IGNORED: tuple[str, ...] = jina_bert.IGNORED
-MAX_LENGTH: int | None = jina_bert.MAX_LENGTH
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
+from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -28,8 +21,8 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     return replace(jina_bert.read_config(config), family="jina_code", qk_norm=True, inner_norm=True)
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix."""
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder."""
     found = embedding_slots(spec)
     for index in range(spec.layers):
         slot, name = f"layers.{index}", f"encoder.layer.{index}"
@@ -41,9 +34,12 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
             f"{slot}.qk_norm_bias": named((2 * spec.hidden,), *(f"{norm}.bias" for norm in q_and_k)),
             **norm_slots(f"{slot}.inner_norm", spec.hidden, f"{name}.attention.output.LayerNorm"),
             **norm_slots(f"{slot}.attention_norm", spec.hidden, f"{name}.layer_norm_1"),
-            f"{slot}.up": Slot((spec.up_rows, spec.hidden), ((up,),), swapped=(up,)),
+            f"{slot}.up": TensorSpec((spec.up_rows, spec.hidden), ((up,),), up_before_gate=(up,)),
             f"{slot}.down": named((spec.hidden, spec.intermediate), f"{name}.mlp.down_layer.weight"),
             f"{slot}.down_bias": named((spec.hidden,), f"{name}.mlp.down_layer.bias"),
             **norm_slots(f"{slot}.mlp_norm", spec.hidden, f"{name}.layer_norm_2"),
         }
     return found
+
+
+FAMILY = replace(jina_bert.FAMILY, matches=matches, read_config=read_config, tensors=tensors)

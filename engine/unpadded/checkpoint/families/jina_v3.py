@@ -11,26 +11,20 @@ from dataclasses import replace
 from typing import Any
 
 from unpadded.checkpoint.families.bert import ACTIVATIONS, named
+from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import (
-    agreed,
+    consistent,
     flag,
     integer,
     not_implemented,
     one_of,
     positive,
-    refuse,
+    require_defaults,
     required,
     rope_theta,
 )
-from unpadded.checkpoint.spec import Adapters, EncoderSpec, Rotary, Slot
+from unpadded.checkpoint.spec import EncoderSpec, LoraSpec, Rotary, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "base_model.model.", "model.", "roberta.")
-IGNORED: tuple[str, ...] = ("lm_head.*", "pooler.*", "classifier.*", "*inv_freq")
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
 
 TASKS = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
 # what an adapter of PEFT's changes of the encoder: q, k and v have factors of their own there
@@ -55,7 +49,7 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for what is contradictory or not implemented."""
-    refuse(config, OFFERED)
+    require_defaults(config, OFFERED)
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
     if hidden % heads or hidden // heads % 2:
         raise ConfigError(
@@ -72,32 +66,33 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         position_rows=0,
         rotary=Rotary(
             base=rope_theta(config, "rotary_emb_base", "rope_theta"),
-            trained_length=agreed(config, ("max_position_embeddings",), integer) or 8192,
+            trained_length=consistent(config, ("max_position_embeddings",), integer) or 8192,
         ),
         activation=ACTIVATIONS[one_of({"hidden_act": "gelu", **config}, "hidden_act", ACTIVATIONS)],
-        norm_eps=agreed(config, ("layer_norm_eps",), positive) or 1e-5,
+        norm_eps=consistent(config, ("layer_norm_eps",), positive) or 1e-5,
         qkv_bias=True,
         out_bias=True,
         up_bias=True,
         down_bias=True,
-        adapters=_adapters(config),
+        lora=_adapters(config),
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix: the published names, then transformers'.
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder: the published names, then transformers'.
 
-    `adapters.X.rows` and `.columns` hold the two factors of slot X's change, of every task, or of one where each has a
-    file. The published A and B are its columns and its rows, but the other way round for a table of embeddings; PEFT's
-    are so transposed instead.
+    `lora.X.B` and `lora.X.A` hold the factors of X's change, of every task, or of one where each has a file. For a
+    table of embeddings the published names A and B are exchanged, and PEFT stores the transposed factors.
     """
     hidden, intermediate = spec.hidden, spec.intermediate
-    found: dict[str, Slot] = {}
+    found: dict[str, TensorSpec] = {}
 
     def matrix(slot: str, rows: int, columns: int, published: str, *modern: str, table: bool = False) -> None:
-        adapters = spec.adapters
+        adapters = spec.lora
         if adapters is None or not adapters.rank or adapters.folders:
-            found[slot] = Slot((rows, columns), ((f"{published}.weight",), tuple(f"{name}.weight" for name in modern)))
+            found[slot] = TensorSpec(
+                (rows, columns), ((f"{published}.weight",), tuple(f"{name}.weight" for name in modern))
+            )
             if adapters is not None and adapters.rank:
                 # published files have the encoder's names, but for q, k and v
                 old = (published,) if len(modern) == 1 else tuple(f"encoder.{name}" for name in modern)
@@ -107,12 +102,12 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
         of_rows, of_columns = ("A", "B") if table else ("B", "A")
         start = f"{published}{PARAMETRIZED}"
         found[slot] = named((rows, columns), f"{start}.original")
-        found[f"adapters.{slot}.rows"] = named((tasks, rows, rank), f"{start}.0.lora_{of_rows}")
-        found[f"adapters.{slot}.columns"] = named((tasks, rank, columns), f"{start}.0.lora_{of_columns}")
+        found[f"lora.{slot}.B"] = named((tasks, rows, rank), f"{start}.0.lora_{of_rows}")
+        found[f"lora.{slot}.A"] = named((tasks, rank, columns), f"{start}.0.lora_{of_columns}")
 
     def vectors(slot: str, size: int, part: str, published: str, *modern: str) -> None:
         alternatives = (published,), modern
-        found[slot] = Slot((size,), tuple(tuple(f"{name}.{part}" for name in names) for names in alternatives))
+        found[slot] = TensorSpec((size,), tuple(tuple(f"{name}.{part}" for name in names) for names in alternatives))
 
     for slot, rows in (("word", spec.vocabulary), ("token_type", spec.token_types)):
         name = f"embeddings.{slot}_embeddings"
@@ -141,22 +136,22 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
 
 def _factors(
     slot: str, rows: int, columns: int, rank: int, modules: tuple[tuple[str, ...], ...], table: bool
-) -> dict[str, Slot]:
+) -> dict[str, TensorSpec]:
     """Of one adapter in PEFT's file. modules: the names of those that lie stacked in the slot, in either spelling."""
 
-    def factor(shape: tuple[int, int], part: str) -> Slot:
+    def factor(shape: tuple[int, int], part: str) -> TensorSpec:
         alternatives = tuple(tuple(f"{name}.{part}" for name in names) for names in modules)
-        return Slot(shape, alternatives, turned=table)
+        return TensorSpec(shape, alternatives, transposed=table)
 
     of_rows, of_columns = (
         (factor((rank, rows), "lora_embedding_A"), factor((columns, rank), "lora_embedding_B"))
         if table
         else (factor((rows, rank), "lora_B.weight"), factor((len(modules[0]) * rank, columns), "lora_A.weight"))
     )
-    return {f"adapters.{slot}.rows": of_rows, f"adapters.{slot}.columns": of_columns}
+    return {f"lora.{slot}.B": of_rows, f"lora.{slot}.A": of_columns}
 
 
-def _adapters(config: Mapping[str, Any]) -> Adapters | None:
+def _adapters(config: Mapping[str, Any]) -> LoraSpec | None:
     """The published code makes adapters of `lora_adaptations`, and finds them in the file where told that they are."""
     apart = config.get("model_type") == MODERN
     tasks, instructions = config.get("lora_adaptations"), config.get("task_instructions") or {}
@@ -170,7 +165,7 @@ def _adapters(config: Mapping[str, Any]) -> Adapters | None:
         raise ConfigError(f"task_instructions = {instructions!r} are not of the tasks {tasks!r}; correct config.json")
     if "load_trained_adapters" in config and not flag(config, "load_trained_adapters"):
         raise not_implemented("load_trained_adapters", False, True)
-    adapters = Adapters(
+    adapters = LoraSpec(
         tasks=tuple(map(str, tasks)),
         prompts=tuple(str(instructions.get(task, "")) for task in tasks),
         rank=0,
@@ -180,6 +175,16 @@ def _adapters(config: Mapping[str, Any]) -> Adapters | None:
         folders = tuple(task.translate(FOLDER) for task in adapters.tasks)
         if outside := [folder for folder in folders if not folder.isidentifier()]:
             raise ConfigError(f"lora_adaptations = {tasks!r} name no folders beside it: {outside}; correct config.json")
-        return replace(adapters, folders=folders, targets=TARGETS)
+        return replace(adapters, folders=folders, target_modules=TARGETS)
     rank = required(config, ("lora_rank",), integer)
     return replace(adapters, rank=rank, scale=required(config, ("lora_alpha",), positive) / rank)
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    prefixes=(*PREFIXES, "base_model.model.", "roberta."),
+    ignored=("lm_head.*", "pooler.*", "classifier.*", "*inv_freq"),
+    max_length=8192,
+)

@@ -5,26 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.json_config import (
-    agreed,
+    consistent,
     contradiction,
     flag,
     integer,
     not_implemented,
     one_of,
     positive,
-    refuse,
+    require_defaults,
     required,
 )
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Local, Rotary, Slot
+from unpadded.checkpoint.spec import Activation, EncoderSpec, LocalAttention, Rotary, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.")
-IGNORED: tuple[str, ...] = ("head.*", "decoder.*", "classifier.*", "*inv_freq")
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {"modernbert-embed-base": (768, 256)}
-MATRYOSHKA_LAYER_NORM: bool = False
 
 GATES: dict[str, Activation] = {"gelu": "geglu", "silu": "swiglu"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -42,14 +36,14 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for what is contradictory or not implemented."""
-    refuse(config, {"is_decoder": False, "rope_scaling": None})
+    require_defaults(config, {"is_decoder": False, "rope_scaling": None})
     hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
     if hidden % heads or hidden // heads % 2:
         raise ConfigError(
             f"hidden_size = {hidden} does not make num_attention_heads = {heads} of an even width; correct config.json"
         )
     layers = required(config, ("num_hidden_layers",), integer)
-    attention_bias, mlp_bias = agreed(config, ("attention_bias",), flag), agreed(config, ("mlp_bias",), flag)
+    attention_bias, mlp_bias = consistent(config, ("attention_bias",), flag), consistent(config, ("mlp_bias",), flag)
     return EncoderSpec(
         family="modernbert",
         layers=layers,
@@ -61,24 +55,24 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         position_rows=0,
         rotary=_rotary(config, "full_attention"),
         activation=GATES[one_of({"hidden_activation": "gelu", **config}, "hidden_activation", GATES)],
-        norm_eps=agreed(config, ("norm_eps", "layer_norm_eps"), positive) or 1e-5,
+        norm_eps=consistent(config, ("norm_eps", "layer_norm_eps"), positive) or 1e-5,
         qkv_bias=bool(attention_bias),
         out_bias=bool(attention_bias),
         up_bias=bool(mlp_bias),
         down_bias=bool(mlp_bias),
         prenorm=True,
-        norm_bias=bool(agreed(config, ("norm_bias",), flag)),
-        local=Local(
+        norm_bias=bool(consistent(config, ("norm_bias",), flag)),
+        local_attention=LocalAttention(
             layers=_local_layers(config, layers),
             # stated as the whole window; a token at half of it to either side is still seen
-            window=(agreed(config, ("local_attention",), integer) or 128) // 2,
+            window=(consistent(config, ("local_attention",), integer) or 128) // 2,
             rotary=_rotary(config, "sliding_attention"),
         ),
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix.
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder.
 
     A norm closes what stands before it: `mlp_norm` of the checkpoint closes attention, the next layer's `attn_norm` the
     MLP, `final_norm` the last one; the embeddings' norm is all that the first layer reads through.
@@ -102,18 +96,18 @@ def slots(spec: EncoderSpec) -> dict[str, Slot]:
     return found
 
 
-def _slots(slot: str, shape: tuple[int, ...], module: str, bias: bool) -> dict[str, Slot]:
+def _slots(slot: str, shape: tuple[int, ...], module: str, bias: bool) -> dict[str, TensorSpec]:
     found = {slot: _slot(shape, f"{module}.weight")}
     return found | {f"{slot}_bias": _slot(shape[:1], f"{module}.bias")} if bias else found
 
 
-def _slot(shape: tuple[int, ...], name: str) -> Slot:
-    return Slot(shape, ((name,),))
+def _slot(shape: tuple[int, ...], name: str) -> TensorSpec:
+    return TensorSpec(shape, ((name,),))
 
 
 def _local_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     """By `layer_types`, or every layer but each n-th."""
-    every = agreed(config, ("global_attn_every_n_layers",), integer)
+    every = consistent(config, ("global_attn_every_n_layers",), integer)
     local = tuple(index for index in range(layers) if index % (every or 3))
     types = config.get("layer_types")
     if types is None:
@@ -130,7 +124,19 @@ def _rotary(config: Mapping[str, Any], layer_type: str) -> Rotary:
     start = f"rope_parameters.{layer_type}."
     rope = (config.get("rope_parameters") or {}).get(layer_type) or {}
     stated = {**config, **{start + key: value for key, value in rope.items()}}
-    refuse(stated, {start + key: "default" if key == "rope_type" else None for key in rope if key != "rope_theta"})
-    base = agreed(stated, (BASE_KEYS[layer_type], f"{start}rope_theta"), positive)
-    trained = agreed(config, ("max_position_embeddings",), integer)
+    require_defaults(
+        stated, {start + key: "default" if key == "rope_type" else None for key in rope if key != "rope_theta"}
+    )
+    base = consistent(stated, (BASE_KEYS[layer_type], f"{start}rope_theta"), positive)
+    trained = consistent(config, ("max_position_embeddings",), integer)
     return Rotary(base=base or BASES[layer_type], trained_length=trained or 8192)
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    ignored=("head.*", "decoder.*", "classifier.*", "*inv_freq"),
+    max_length=8192,
+    matryoshka={"modernbert-embed-base": (768, 256)},
+)

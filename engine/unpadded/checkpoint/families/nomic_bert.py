@@ -11,39 +11,21 @@ from collections.abc import Collection, Mapping
 from itertools import product
 from typing import Any
 
+from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import (
-    agreed,
+    consistent,
     contradiction,
     flag,
     integer,
     not_implemented,
     one_of,
     positive,
-    refuse,
+    require_defaults,
     required,
     text,
 )
-from unpadded.checkpoint.spec import GATED, Activation, EncoderSpec, Experts, Rotary, Slot
+from unpadded.checkpoint.spec import GATED, Activation, EncoderSpec, Experts, Rotary, TensorSpec
 from unpadded.errors import ConfigError
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "bert.", "nomic_bert.")
-IGNORED: tuple[str, ...] = (
-    "cls.*",
-    "pooler.*",
-    "classifier.*",
-    "embeddings.position_ids",
-    "embeddings.token_type_ids",
-    "*inv_freq",
-)
-MAX_LENGTH: int | None = 8192
-PROMPTS: Mapping[str, str] = {
-    task: f"{task}: " for task in ("search_query", "search_document", "clustering", "classification")
-}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {
-    "nomic-embed-text-v1.5": (768, 512, 256, 128, 64),
-    "nomic-embed-text-v2-moe": (768, 256),
-}
-MATRYOSHKA_LAYER_NORM: bool = True
 
 LEGACY_KEYS = ("n_embd", "n_layer", "n_head", "activation_function", "rotary_emb_fraction", "qkv_proj_bias")
 TRAINED_LENGTH = 2048
@@ -92,7 +74,7 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     """ConfigError for contradictory keys, and for what is not implemented."""
-    refuse(config, OFFERED)
+    require_defaults(config, OFFERED)
     legacy = any(key in config for key in LEGACY_KEYS)
     hidden = required(config, ("n_embd", "hidden_size"), integer)
     heads = required(config, ("n_head", "num_attention_heads"), integer)
@@ -102,7 +84,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
             f"{hidden} hidden dimensions do not make {heads} heads of an even width; "
             "correct n_embd and n_head (hidden_size and num_attention_heads)"
         )
-    refuse(config, {"head_dim": head_dim, "num_heads_kv": heads, "num_key_value_heads": heads})
+    require_defaults(config, {"head_dim": head_dim, "num_heads_kv": heads, "num_key_value_heads": heads})
     activation = _activation(config, legacy)
     attention_bias = _bias(config, "qkv_proj_bias", legacy)
     layers = required(config, ("n_layer", "num_hidden_layers"), integer)
@@ -117,7 +99,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         position_rows=0,
         rotary=_rotary(config, legacy),
         activation=activation,
-        norm_eps=agreed(config, ("layer_norm_epsilon", "layer_norm_eps"), positive) or (1e-5 if legacy else 1e-12),
+        norm_eps=consistent(config, ("layer_norm_epsilon", "layer_norm_eps"), positive) or (1e-5 if legacy else 1e-12),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         up_bias=_bias(config, "mlp_fc1_bias", legacy),
@@ -126,22 +108,24 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """Slot of the encoder -> shape and names, without prefix."""
-    found = {"word": Slot((spec.vocabulary, spec.hidden), (("embeddings.word_embeddings.weight",),))}
+def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
+    """Return the shape and stored names of each tensor of the encoder."""
+    found = {"word": TensorSpec((spec.vocabulary, spec.hidden), (("embeddings.word_embeddings.weight",),))}
     if spec.token_types:
-        found["token_type"] = Slot((spec.token_types, spec.hidden), (("embeddings.token_type_embeddings.weight",),))
+        found["token_type"] = TensorSpec(
+            (spec.token_types, spec.hidden), (("embeddings.token_type_embeddings.weight",),)
+        )
     found |= _norm_slots("norm", spec.hidden, "emb_ln", "embeddings.LayerNorm")
     dense, of_experts = _layer_slots(spec), _expert_slots(spec)
     for index in range(spec.layers):
         prefixes = (f"encoder.layers.{index}.", f"layers.{index}.")
         for field, slot in (of_experts if spec.experts and index in spec.experts.layers else dense).items():
             names = tuple(tuple(prefix + name for name in names) for names in slot.alternatives for prefix in prefixes)
-            found[f"layers.{index}.{field}"] = Slot(slot.shape, names)
+            found[f"layers.{index}.{field}"] = TensorSpec(slot.shape, names)
     return found
 
 
-def _layer_slots(spec: EncoderSpec) -> dict[str, Slot]:
+def _layer_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
     hidden = spec.hidden
     gate_and_up = tuple(product(("mlp.fc12", "mlp.gate_proj"), ("mlp.fc11", "mlp.up_proj")))
     matrices: dict[str, tuple[int, int, bool, tuple[tuple[str, ...], ...]]] = {
@@ -157,33 +141,33 @@ def _layer_slots(spec: EncoderSpec) -> dict[str, Slot]:
     }
     found = {}
     for field, (rows, columns, has_bias, modules) in matrices.items():
-        found[field] = Slot((rows, columns), _of_modules(modules, "weight"))
+        found[field] = TensorSpec((rows, columns), _of_modules(modules, "weight"))
         if has_bias:
-            found[f"{field}_bias"] = Slot((rows,), _of_modules(modules, "bias"))
+            found[f"{field}_bias"] = TensorSpec((rows,), _of_modules(modules, "bias"))
     found |= _norm_slots("attention_norm", hidden, "norm1", "post_attention_layernorm")
     found |= _norm_slots("mlp_norm", hidden, "norm2", "post_mlp_layernorm")
     return found
 
 
-def _expert_slots(spec: EncoderSpec) -> dict[str, Slot]:
+def _expert_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
     """A layer of experts: neither product has a bias of its own, one is added to their sum."""
     if spec.experts is None:
         return {}
-    hidden, rows = spec.hidden, spec.experts.count * spec.intermediate
+    hidden, rows = spec.hidden, spec.experts.num_experts * spec.intermediate
     found = {field: slot for field, slot in _layer_slots(spec).items() if field not in ("up_bias", "down_bias")}
     return found | {
-        "router": Slot((spec.experts.count, hidden), (("mlp.router.layer.weight",),)),
-        "up": Slot((rows, hidden), (("mlp.experts.mlp.w1",),)),
-        "down": Slot((rows, hidden), (("mlp.experts.mlp.w2",),)),
-        "down_bias": Slot((hidden,), (("mlp.experts.bias",),)),
+        "router": TensorSpec((spec.experts.num_experts, hidden), (("mlp.router.layer.weight",),)),
+        "up": TensorSpec((rows, hidden), (("mlp.experts.mlp.w1",),)),
+        "down": TensorSpec((rows, hidden), (("mlp.experts.mlp.w2",),)),
+        "down_bias": TensorSpec((hidden,), (("mlp.experts.bias",),)),
     }
 
 
-def _norm_slots(slot: str, hidden: int, *modules: str) -> dict[str, Slot]:
+def _norm_slots(slot: str, hidden: int, *modules: str) -> dict[str, TensorSpec]:
     spellings = tuple((module,) for module in modules)
     return {
-        slot: Slot((hidden,), _of_modules(spellings, "weight")),
-        f"{slot}_bias": Slot((hidden,), _of_modules(spellings, "bias")),
+        slot: TensorSpec((hidden,), _of_modules(spellings, "weight")),
+        f"{slot}_bias": TensorSpec((hidden,), _of_modules(spellings, "bias")),
     }
 
 
@@ -211,8 +195,8 @@ def _bias(config: Mapping[str, Any], key: str, legacy: bool) -> bool:
 
 
 def _intermediate(config: Mapping[str, Any], legacy: bool, hidden: int, gated: bool) -> int:
-    exact = agreed(config, ("intermediate_size",), integer)
-    stated = agreed(config, ("n_inner",), integer)
+    exact = consistent(config, ("intermediate_size",), integer)
+    stated = consistent(config, ("n_inner",), integer)
     if stated is None and exact is not None:
         return exact
     if stated is None and not legacy:
@@ -241,12 +225,12 @@ def _experts(config: Mapping[str, Any], layers: int, activation: Activation) -> 
     top = required(config, ("moe_top_k",), integer)
     if top > count:
         raise ConfigError(f"moe_top_k = {top} of num_experts = {count}; correct config.json")
-    return Experts(layers=tuple(index for index in range(layers) if index % every == 1), count=count, top=top)
+    return Experts(layers=tuple(index for index in range(layers) if index % every == 1), num_experts=count, top_k=top)
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:
     stated = required(config, ("vocab_size",), integer)
-    multiple = agreed(config, ("pad_vocab_size_multiple",), integer) or 1
+    multiple = consistent(config, ("pad_vocab_size_multiple",), integer) or 1
     return -(-stated // multiple) * multiple
 
 
@@ -263,13 +247,13 @@ def _rotary(config: Mapping[str, Any], legacy: bool) -> Rotary:
         return (f"rope_parameters.{key}", f"rope_scaling.{key}")
 
     fractions = ("rotary_emb_fraction", "partial_rotary_factor", *spelled("partial_rotary_factor"))
-    fraction = agreed(stated, fractions, _number)
+    fraction = consistent(stated, fractions, _number)
     if fraction is None:
         # the published class's default is no rotary at all
         fraction = 0.0 if legacy and not rope else 1.0
     if fraction != 1:
         raise not_implemented("rotary_emb_fraction", fraction, 1.0)
-    base = agreed(stated, ("rotary_emb_base", "rope_theta", *spelled("rope_theta")), positive)
+    base = consistent(stated, ("rotary_emb_base", "rope_theta", *spelled("rope_theta")), positive)
     return Rotary(
         base=base or (10000.0 if legacy and not rope else 1000.0),
         trained_length=_trained_length(stated, legacy, spelled("original_max_position_embeddings")),
@@ -286,21 +270,44 @@ def _number(config: Mapping[str, Any], key: str) -> float:
 
 def _trained_length(stated: Mapping[str, Any], legacy: bool, original: tuple[str, ...]) -> int:
     """Not max_position_embeddings where a key is legacy: nomic-embed-text-v1 was trained to 2048 and states 8192."""
-    trained = agreed(stated, ("max_trained_positions", *original), integer)
+    trained = consistent(stated, ("max_trained_positions", *original), integer)
     if trained is None and not legacy:
-        trained = agreed(stated, ("max_position_embeddings",), integer)
+        trained = consistent(stated, ("max_position_embeddings",), integer)
     return trained or TRAINED_LENGTH
 
 
 def _scaling_factor(stated: Mapping[str, Any], types: tuple[str, ...], factors: tuple[str, ...]) -> float | None:
     """`rotary_scaling_factor`: null leaves it to the rope parameters, where `dynamic` is the same formula."""
-    rope_type = agreed(stated, types, text)
+    rope_type = consistent(stated, types, text)
     if rope_type not in (None, "default", "dynamic"):
         raise not_implemented("rope_type", rope_type, "default, dynamic")
-    factor = agreed(stated, ("rotary_scaling_factor", *factors), positive)
+    factor = consistent(stated, ("rotary_scaling_factor", *factors), positive)
     if rope_type == "dynamic" and factor is None:
         raise ConfigError("rope_type = 'dynamic' without a factor; add rope_parameters.factor")
     if rope_type == "default" and factor is not None:
         keys = [key for key in (*types, "rotary_scaling_factor", *factors) if stated.get(key) is not None]
         raise contradiction({key: stated[key] for key in keys})
     return factor
+
+
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    prefixes=(*PREFIXES, "bert.", "nomic_bert."),
+    ignored=(
+        "cls.*",
+        "pooler.*",
+        "classifier.*",
+        "embeddings.position_ids",
+        "embeddings.token_type_ids",
+        "*inv_freq",
+    ),
+    max_length=8192,
+    prompts={task: f"{task}: " for task in ("search_query", "search_document", "clustering", "classification")},
+    matryoshka={
+        "nomic-embed-text-v1.5": (768, 512, 256, 128, 64),
+        "nomic-embed-text-v2-moe": (768, 256),
+    },
+    matryoshka_layer_norm=True,
+)

@@ -7,15 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from unpadded.checkpoint.families import bert
+from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import integer
-from unpadded.checkpoint.spec import EncoderSpec, Slot
-
-PREFIXES: tuple[str, ...] = ("0.auto_model.", "auto_model.", "module.", "model.", "roberta.")
-IGNORED: tuple[str, ...] = (*bert.IGNORED, "lm_head.*")
-MAX_LENGTH: int | None = None
-PROMPTS: Mapping[str, str] = {}
-MATRYOSHKA: Mapping[str, tuple[int, ...]] = {}
-MATRYOSHKA_LAYER_NORM: bool = False
+from unpadded.checkpoint.spec import EncoderSpec
 
 MODEL_TYPES = ("xlm-roberta", "roberta")
 PADDING_ID = 1
@@ -32,6 +26,10 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     return replace(bert.read_config(config), family="xlm_roberta", padding_id=padding_id)
 
 
-def slots(spec: EncoderSpec) -> dict[str, Slot]:
-    """BERT's."""
-    return bert.slots(spec)
+FAMILY = Family(
+    matches=matches,
+    read_config=read_config,
+    tensors=bert.tensors,
+    prefixes=(*PREFIXES, "roberta."),
+    ignored=(*bert.FAMILY.ignored, "lm_head.*"),
+)

@@ -151,7 +151,7 @@ def forward_alone(engine: Engine, windows: Sequence[Window]) -> np.ndarray:
 def flops(spec: EncoderSpec, lengths: np.ndarray) -> int:
     """Return the flops of the matmuls and of full attention over texts of these lengths."""
     mlp = (spec.up_rows + spec.intermediate) * spec.hidden
-    sparse = len(spec.experts.layers) * (spec.experts.top - 1) if spec.experts else 0
+    sparse = len(spec.experts.layers) * (spec.experts.top_k - 1) if spec.experts else 0
     per_token = 2 * (spec.layers * (4 * spec.hidden**2 + mlp) + sparse * mlp)
     squares = int((lengths.astype(np.int64) ** 2).sum())
     return int(lengths.sum()) * per_token + 4 * spec.layers * spec.hidden * squares
