@@ -93,7 +93,7 @@ def pairs(folder: Path, small: bool) -> dict[str, Pair]:
         engine = unpadded.load(checkpoints.MINILM, device="cpu", dtype=dtype)
         texts = TextSampler(engine).workload("paragraphs", 8 if small else PARAGRAPHS)
         theirs = PROVIDERS[other](Model(str(checkpoints.MINILM), {dtype: engine}, getattr(torch, half)))
-        windows = list(engine.read(texts, engine.plan()))
+        windows = list(engine._pipeline.windows(texts, engine._pipeline.plan()))
         ours = partial(engine.encode, texts)
         found[f"MiniLM, paragraphs, {dtype}"] = ours, partial(theirs, texts)
         found[f"MiniLM, paragraphs, {dtype}, forward pass alone"] = ours, partial(forward_alone, engine, windows)

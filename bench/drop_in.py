@@ -54,6 +54,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
     """The model card's example: tokenizer, forward, mean pooling, F.normalize."""
     from transformers import AutoModel, AutoTokenizer
 
+    from unpadded.integrations.accelerate import accelerate
     from unpadded.integrations.transformers import UnpaddedModel
 
     encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
@@ -67,7 +68,7 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
 
     theirs = AutoModel.from_pretrained(folder).eval()
     ours = UnpaddedModel.from_pretrained(folder)
-    accelerated = unpadded.accelerate(AutoModel.from_pretrained(folder).eval())
+    accelerated = accelerate(AutoModel.from_pretrained(folder).eval())
     tokens = int(encoded["attention_mask"].sum())
     shape = f"{len(texts)} texts, {tokens} of {encoded['attention_mask'].numel()} positions are tokens"
     return [

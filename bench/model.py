@@ -106,7 +106,7 @@ def bench(
     result: dict[str, Any],
 ) -> None:
     """Fill the result for one dtype."""
-    device, draw = exact.runner.device, np.random.default_rng(0)
+    device, draw = exact._pipeline.runner.device, np.random.default_rng(0)
     rate = matmul_rate(device, getattr(torch, dtype))
     result["matmul_rate"][dtype] = rate
     print(f"{dtype}: matrix products alone reach {rate / 1e12:.3g} TFLOP/s")
@@ -188,7 +188,7 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
 
 def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
     """Its runner, and its weights as torch's own products take them."""
-    return engine.runner, plain_weights(engine.runner.encoder.weights)
+    return engine._pipeline.runner, plain_weights(engine._pipeline.runner.encoder.weights)
 
 
 @torch.inference_mode()
@@ -236,7 +236,7 @@ def compare(
     result: dict[str, Any],
 ) -> None:
     """One row a provider; one that fails says so and the others run."""
-    device = exact.runner.device
+    device = exact._pipeline.runner.device
     lengths = np.array([len(row) for row in ids], np.int64)
     tokens, work = int(lengths.sum()), flops(exact.checkpoint.spec, lengths)
     expected = exact.encode(ids, prompt="")
@@ -287,7 +287,7 @@ def query_latency(
     ways = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
     for name, graphs in ways.items():
         engine = unpadded.load(folder, device=device, dtype=dtype, max_length=LONGEST)
-        engine.runner._captures &= graphs
+        engine._pipeline.runner._captures &= graphs
         seconds = []
         for _ in range(120):
             start = time.perf_counter()

@@ -72,7 +72,7 @@ def test_nan_weights_are_refused_by_name(tmp_path):
 def test_a_vector_that_is_not_finite_names_its_text(tmp_path):
     """Weights within the dtype whose product is not: a word row so large that LayerNorm's variance overflows."""
     engine = unpadded.load(write_nomic(tmp_path), device="cpu")
-    engine.runner.encoder.weights.word[7] = torch.finfo(torch.float32).max
+    engine._pipeline.runner.encoder.weights.word[7] = torch.finfo(torch.float32).max
     with pytest.raises(OutputError, match="the vector of text 2 is not finite"):
         engine.encode([[5], [6], [7], [8]])
     assert np.isfinite(engine.encode([[5], [6], [8]])).all()

@@ -251,7 +251,7 @@ def test_a_vector_that_is_not_finite_fails_its_own_caller(minilm):
     texts = ["about coroutines", "zebra crossing", "about threads"]
     expected = engine.encode([texts[0], texts[2]])
     zebra = engine.tokenizer.encode(["zebra"], max_length=8)[0].ids[1]
-    engine.runner.encoder.weights.word[int(zebra)] = float("nan")
+    engine._pipeline.runner.encoder.weights.word[int(zebra)] = float("nan")
 
     async def together():
         return await asyncio.gather(*(engine.aencode(["a word", text]) for text in texts), return_exceptions=True)
@@ -265,7 +265,7 @@ def test_a_deadline_drops_the_rest(engine):
     async def late():
         with pytest.raises(DeadlineError, match=r"0\.05 s"):
             await engine.aembed(PARAGRAPHS[:2000], deadline=0.05)
-        while engine._joiner.queued_tokens:  # a window being tokenized is dropped once it is done
+        while engine._batcher.queued_tokens:  # a window being tokenized is dropped once it is done
             await asyncio.sleep(0.01)
         return await engine.aencode("after")
 

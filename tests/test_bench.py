@@ -111,7 +111,7 @@ def test_a_provider_that_fails_leaves_the_others(folder, engine, monkeypatch):
         raise KeyError("no such thing")
 
     monkeypatch.setitem(PROVIDERS, "broken", broken)
-    model = Model(str(folder), {"float32": engine}, engine.runner.encoder.weights.word.dtype)
+    model = Model(str(folder), {"float32": engine}, engine._pipeline.runner.encoder.weights.word.dtype)
     made, reasons = make_providers(model, ["broken", "transformers"])
     assert set(made) == {"unpadded, float32", "transformers"}
     assert reasons == {"broken": "KeyError: 'no such thing'"}
@@ -122,7 +122,7 @@ def test_padded_transformers_pools_as_the_checkpoint_says(tmp_path, pooling):
     folder = add_sentence_transformers_files(write_bert(tmp_path), pooling=pooling)
     loaded = unpadded.load(folder, device="cpu")
     made, _ = make_providers(
-        Model(str(folder), {"float32": loaded}, loaded.runner.encoder.weights.word.dtype), PROVIDERS
+        Model(str(folder), {"float32": loaded}, loaded._pipeline.runner.encoder.weights.word.dtype), PROVIDERS
     )
     texts = ["Bread", "Yeast ferments sugar and gives off gas."]
     for name in ("transformers", "sentence-transformers"):

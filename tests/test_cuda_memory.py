@@ -19,13 +19,13 @@ def folder(tmp_path_factory):
 
 def test_a_batch_takes_what_was_counted(folder):
     engine = unpadded.load(folder, device="cuda", dtype="float16")
-    texts = random_ids([512] * (engine.token_budget // 512))
+    texts = random_ids([512] * (engine._pipeline.token_budget // 512))
     engine.encode(texts)  # libraries take their workspaces
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     engine.encode(texts)
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.05 * bytes_per_token(engine.checkpoint.spec, 2) * engine.token_budget
+    assert peak <= 1.05 * bytes_per_token(engine.checkpoint.spec, 2) * engine._pipeline.token_budget
 
 
 def test_a_batch_that_does_not_fit_is_split(folder, caplog):
@@ -34,7 +34,7 @@ def test_a_batch_that_does_not_fit_is_split(folder, caplog):
     expected = engine.encode(texts)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    engine.token_budget = 64 * 2048
+    engine._pipeline.token_budget = 64 * 2048
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
     try:
         assert np.array_equal(engine.encode(texts), expected)

@@ -146,11 +146,11 @@ def test_what_is_interrupted_frees_its_threads(engine, monkeypatch):
         engine.encode(interrupted())
     assert threading.active_count() == before
 
-    def fails(sequences, **options):
+    def fails(sequences, options):
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "launch", fails)
+        patch.setattr(engine._pipeline.runner, "launch", fails)
         with pytest.raises(ZeroDivisionError):
             engine.encode(["a", "b", "c", "d", "e"])
     assert threading.active_count() == before
@@ -271,8 +271,8 @@ def test_describe_is_plain_and_names_what_was_assumed(tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"dimensions": 0}, "dimensions do not fit: 0; .* gives 1 to 384"),
-        ({"dimensions": 385}, "dimensions do not fit: 385"),
+        ({"dimensions": 0}, "dimensions are out of range: 0; .* supports 1 to 384"),
+        ({"dimensions": 385}, "dimensions are out of range: 385"),
         ({"precision": "int4"}, "precision is unknown: 'int4'; use one of float32"),
         ({"truncation": "middle"}, "truncation is unknown: 'middle'; use one of right, left, error"),
         ({"long_text": "max"}, "long_text is unknown: 'max'"),

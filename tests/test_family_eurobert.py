@@ -22,6 +22,7 @@ from unpadded.checkpoint.families import eurobert
 from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import ConfigError
+from unpadded.integrations.accelerate import accelerate
 
 EUROBERT_2B = {  # the published keys of EuroBERT-2.1B
     "architectures": ["EuroBertForMaskedLM"],
@@ -130,11 +131,11 @@ def test_the_vocabulary_is_padded(folder):
 
 def test_accelerate_takes_it_where_no_heads_share(model):
     with pytest.raises(unpadded.OptionError, match="its 6 heads share 2 keys and values"):
-        unpadded.accelerate(model)
+        accelerate(model)
     other = model_of(SMALL | {"num_key_value_heads": 6})
     (ids,) = random_ids([65])
     expected = last_hidden_state(other)(ids)
-    assert relative_error(last_hidden_state(unpadded.accelerate(other))(ids), expected) <= 1e-5
+    assert relative_error(last_hidden_state(accelerate(other))(ids), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

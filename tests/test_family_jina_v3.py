@@ -30,6 +30,7 @@ from unpadded.checkpoint.families import jina_v3
 from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import ConfigError, OptionError, WeightsError
+from unpadded.integrations.accelerate import accelerate
 from unpadded.integrations.sentence_transformers import SentenceTransformer
 from unpadded.model.batch import pack
 
@@ -201,7 +202,7 @@ def test_accelerate_takes_the_encoder():
     model = model_of()
     (ids,) = random_ids([65])
     expected = last_hidden_state(model)(ids)
-    assert relative_error(last_hidden_state(unpadded.accelerate(model))(ids), expected) <= 1e-5
+    assert relative_error(last_hidden_state(accelerate(model))(ids), expected) <= 1e-5
 
 
 @pytest.mark.slow
@@ -225,7 +226,7 @@ def test_an_adapter_is_the_published_parametrization(folder, adapted, task):
 
 def test_an_adapter_with_the_words_rows_given(folder):
     """The rows of its own word table, in their order in the batch, stand for the ids."""
-    encoder = unpadded.load(folder, device="cpu").runner.encoder
+    encoder = unpadded.load(folder, device="cpu")._pipeline.runner.encoder
     batch = pack(random_ids((7, 65), vocabulary=VOCABULARY), encoder.spec)
     with torch.inference_mode():
         expected = encoder(batch, adapter=TASKS[1])

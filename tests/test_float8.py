@@ -39,7 +39,9 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
     engine = unpadded.load(folder, device="cpu", dtype="float8")
     assert engine.describe()["dtype"] == "float8"
     for layer, whole in zip(
-        engine.runner.encoder.weights.layers, plain_weights(exact.runner.encoder.weights).layers, strict=True
+        engine._pipeline.runner.encoder.weights.layers,
+        plain_weights(exact._pipeline.runner.encoder.weights).layers,
+        strict=True,
     ):
         assert (layer.qkv.dtype, layer.out.dtype, layer.down.dtype) == (E4M3, torch.float32, torch.float32)
         assert layer.up.dtype == (torch.float32 if whole.router is not None else E4M3)

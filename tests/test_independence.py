@@ -20,7 +20,7 @@ def check_batches(engine, lengths, batches):
     alone = np.concatenate([engine.encode([text]) for text in texts])
     for _ in range(batches):
         order = draw.permutation(len(texts))
-        engine.token_budget = int(draw.integers(1, sum(lengths)))
+        engine._pipeline.token_budget = int(draw.integers(1, sum(lengths)))
         assert np.array_equal(engine.encode([texts[i] for i in order]), alone[order])
     assert np.array_equal(engine.encode(texts[:1]), alone[:1])
 

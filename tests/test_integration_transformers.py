@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import unpadded
+from unpadded.integrations.accelerate import accelerate, restore
 from unpadded.integrations.transformers import UnpaddedModel
 
 LENGTHS = torch.tensor([[20], [1], [7], [3]])
@@ -76,7 +77,7 @@ def test_hidden_states_match_transformers(folder, theirs, ids, padding):
 def test_position_ids(folder, theirs, ids):
     """A row for all, and each text's own."""
     mask = MASKS["right"]
-    model, accelerated = UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))
+    model, accelerated = UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))
     for positions in (COLUMNS[None], 19 - COLUMNS[None], (COLUMNS + 3 * LENGTHS).flip(1)):
         with torch.no_grad():
             # NomicBert's rotary embedding takes no single row for several texts
@@ -265,7 +266,7 @@ def seeded(family):
 def test_accelerated_matches(folder, theirs, ids, padding):
     mask = MASKS[padding]
     given = None if mask is None else mask.long()
-    model = unpadded.accelerate(copy.deepcopy(theirs))
+    model = accelerate(copy.deepcopy(theirs))
     assert memory(model) == memory(theirs)
     with torch.no_grad():
         ours, expected = model(ids, given, output_hidden_states=True), theirs(ids, given, output_hidden_states=True)
@@ -285,7 +286,7 @@ def test_other_families_match(ids, family, padding, tmp_path):
     given = None if mask is None else mask.long()
     theirs.save_pretrained(tmp_path)
     ours = UnpaddedModel.from_pretrained(tmp_path)
-    accelerated = unpadded.accelerate(copy.deepcopy(theirs))
+    accelerated = accelerate(copy.deepcopy(theirs))
     with torch.no_grad():
         expected = theirs(ids, given, output_hidden_states=True)
         for model in (ours, accelerated):
@@ -303,7 +304,7 @@ def trio(request, tmp_path_factory):
     """A transformers model of a family, its checkpoint as an UnpaddedModel, and a copy of it accelerated."""
     folder, theirs = tmp_path_factory.mktemp("checkpoint"), seeded(request.param)
     theirs.save_pretrained(folder)
-    return theirs, UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))
+    return theirs, UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))
 
 
 @pytest.mark.parametrize("padding", MASKS)
@@ -375,20 +376,20 @@ def test_token_types_and_inputs_embeds_on_the_gpu(trio, ids):
 
 
 def test_restored_is_as_before(theirs, ids):
-    model = unpadded.accelerate(copy.deepcopy(theirs))
-    assert unpadded.restore(model) is model
+    model = accelerate(copy.deepcopy(theirs))
+    assert restore(model) is model
     assert vars(model).keys() == vars(theirs).keys()
     with torch.no_grad():
         assert torch.equal(model(ids)[0], theirs(ids)[0])
     pointers = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
     assert len(set(pointers)) == len(pointers)
     with pytest.raises(unpadded.OptionError, match="is not accelerated"):
-        unpadded.restore(model)
+        restore(model)
 
 
 def test_accelerated_follows_its_weights(theirs, ids):
     """After an in-place change, a cast, a copy and a load of a state dict."""
-    model = unpadded.accelerate(copy.deepcopy(theirs))
+    model = accelerate(copy.deepcopy(theirs))
     copied = copy.deepcopy(model)
     with torch.no_grad():
         before = model(ids)[0]
@@ -403,13 +404,13 @@ def test_accelerated_follows_its_weights(theirs, ids):
 
 
 def test_accelerated_saves(theirs, ids, tmp_path):
-    unpadded.accelerate(copy.deepcopy(theirs)).save_pretrained(tmp_path)
+    accelerate(copy.deepcopy(theirs)).save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(type(theirs).from_pretrained(tmp_path).eval()(ids)[0], theirs(ids)[0])
 
 
 def test_accelerated_falls_back_and_says_so_once(theirs, ids, caplog):
-    model = unpadded.accelerate(copy.deepcopy(theirs))
+    model = accelerate(copy.deepcopy(theirs))
     theirs.set_attn_implementation("eager")
     model.set_attn_implementation("eager")
     embeds = theirs.get_input_embeddings()(ids).detach()
@@ -438,7 +439,7 @@ def test_accelerated_falls_back_and_says_so_once(theirs, ids, caplog):
 )
 def test_what_cannot_be_accelerated_is_refused(make, reason):
     with pytest.raises(unpadded.UnpaddedError, match=reason):
-        unpadded.accelerate(make())
+        accelerate(make())
 
 
 def small_bert(**changes):
@@ -482,7 +483,7 @@ def test_moved_to_the_gpu_and_back(folder, theirs, ids, dtype, cuda):
         alone = type(theirs).from_pretrained(folder, attn_implementation="unpadded").eval().to(cuda, dtype)
         kept = (alone(ids.to(cuda), given)[0].cpu().double() - expected)[mask].norm() / expected[mask].norm()
         assert kept <= tolerance
-        for model in (UnpaddedModel.from_pretrained(folder), unpadded.accelerate(copy.deepcopy(theirs))):
+        for model in (UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))):
             moved = model.to(cuda, dtype)(ids.to(cuda), given)[0]
             assert (moved.device.type, moved.dtype) == ("cuda", dtype)
             assert_same(moved.cpu(), expected, mask, tolerance)

@@ -152,7 +152,7 @@ def test_a_saved_copy_keeps_the_adapters(folder, tmp_path):
 
 def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):
     """q, k and v of a layer, to the bit."""
-    encoder = unpadded.load(folder, device="cpu").runner.encoder
+    encoder = unpadded.load(folder, device="cpu")._pipeline.runner.encoder
     for task in (TASKS[3], TASKS[0]):
         for index, layer in enumerate(encoder.weights_of(task).layers):
             parts = []
@@ -179,7 +179,7 @@ def test_without_the_folders_a_task_is_refused(model, tmp_path):
     folder = write(tmp_path, HUB, published_names(model.state_dict()))
     engine = unpadded.load(folder, device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 7, 65))
-    message = f"'text-matching' has an adapter that {folder.name} does not hold: {folder / 'text_matching'} is absent"
+    message = f"task 'text-matching' is missing from {folder.name}: {folder / 'text_matching'}; download it"
     with pytest.raises(OptionError, match=message):
         engine.encode(random_ids([3]), task="text-matching")
 

@@ -20,6 +20,7 @@ from unpadded.execution.memory import bytes_per_token
 from unpadded.execution.runner import FIELDS, Runner, _select_pooled_tokens, _stage, _views
 from unpadded.model.batch import pack
 from unpadded.model.weights import plain_weights
+from unpadded.options import VectorOptions
 from unpadded_kernels import activation
 from unpadded_kernels.attention import make_tile_map
 
@@ -27,7 +28,7 @@ from unpadded_kernels.attention import make_tile_map
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
     folder = write_nomic(tmp_path_factory.mktemp("nomic"), scaling_factor=2.0, trained_length=100)
-    return unpadded.load(folder, device="cpu").runner
+    return unpadded.load(folder, device="cpu")._pipeline.runner
 
 
 def draw(lengths):
@@ -58,9 +59,10 @@ def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
     assert bucket.texts == min(most for most in TEXTS if most >= len(lengths))
     filled = fill(batch, bucket, 64)
     assert (len(filled.input_ids), len(filled.cu_seqlens)) == (bucket.tokens, bucket.texts + 1)
+    options = VectorOptions(layer_norm=False, dimensions=128, normalize=True)
     with torch.inference_mode():
-        rows = runner._pooled(filled, layer_norm=False, dimensions=128, normalize=True)[: len(texts)]
-    alone = np.concatenate([runner.embed([ids], layer_norm=False, dimensions=128, normalize=True) for ids in texts])
+        rows = runner._pooled(filled, options)[: len(texts)]
+    alone = np.concatenate([runner.launch([ids], options).wait() for ids in texts])
     assert np.array_equal(rows.numpy(), alone)
 
 
@@ -86,18 +88,18 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
         maps.append(batch.tile_map)
         return attention.attend(qkv, batch, *rest)
 
-    shape = {"layer_norm": False, "dimensions": 128, "normalize": False}
+    options = VectorOptions(layer_norm=False, dimensions=128, normalize=False)
     lengths = (0, 7, 3, 130, 0, 40, 700, 700, 1, 0, 900)
     with monkeypatch.context() as patch:
         patch.setattr(runner.encoder, "attention", replace(attention, attend=attend))
         patch.setattr(runner.encoder, "_close", lambda x, *rest: closed.append(len(x)) or close(x, *rest))
-        rows = runner.embed(draw(lengths), **shape)
+        rows = runner.launch(draw(lengths), options).wait()
     *earlier, last = closed
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
     assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
     for row, hidden in zip(rows, runner.hidden_states(draw(lengths)), strict=True):
         assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
-    assert not runner.embed(draw((0, 0)), **shape).any()
+    assert not runner.launch(draw((0, 0)), options).wait().any()
 
 
 def test_tiles_that_fill_a_map_are_of_no_tokens(runner):
@@ -151,7 +153,7 @@ def test_a_batch_that_does_not_fit_is_split(engine, caplog):
     texts = draw([5, 300, 80, 7, 7, 200, 90, 100, 11])
     expected = engine.encode(texts)
     rows = engine.token_embeddings(texts)
-    engine.runner.encoder = small = Small(engine.runner.encoder, 320)
+    engine._pipeline.runner.encoder = small = Small(engine._pipeline.runner.encoder, 320)
     assert np.array_equal(engine.encode(texts), expected)
     assert sum(small.ran[0]) == 800, "it is tried as it is first"
     small.ran.clear()
@@ -163,7 +165,7 @@ def test_a_batch_that_does_not_fit_is_split(engine, caplog):
 
 
 def test_a_text_that_alone_does_not_fit_is_named(engine):
-    engine.runner.encoder = Small(engine.runner.encoder, 320)
+    engine._pipeline.runner.encoder = Small(engine._pipeline.runner.encoder, 320)
     texts = draw([5, 300, 5, 80, 321, 7])
     message = "text 4 does not fit the memory of cpu: 321 tokens; free some, load with a max_length below 321"
     for attempt in (engine.encode, engine.token_embeddings, lambda texts: asyncio.run(engine.aencode(texts))):
@@ -174,7 +176,7 @@ def test_a_text_that_alone_does_not_fit_is_named(engine):
 
 def test_a_text_that_does_not_fit_is_its_own_callers(engine):
     expected = engine.encode(draw([5, 300]))
-    engine.runner.encoder = Small(engine.runner.encoder, 320)
+    engine._pipeline.runner.encoder = Small(engine._pipeline.runner.encoder, 320)
 
     async def together():
         calls = (engine.aencode(texts) for texts in (draw([5, 300]), draw([7, 400]), draw([9])))
@@ -211,7 +213,7 @@ class Live(TorchDispatchMode):
 def test_the_bytes_of_a_token(tmp_path, write, dtype):
     """As on a GPU: all rows at once, the MLP's product and its activation apart."""
     spec = unpadded.load(write(tmp_path), device="cpu", dtype=dtype).checkpoint.spec
-    encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype).runner.encoder
+    encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype)._pipeline.runner.encoder
     encoder.row_block = None
     encoder.weights = plain_weights(encoder.weights)
     encoder.linear_activation = lambda x, weight, bias, kind: activation(F.linear(x, weight, bias), kind)
@@ -232,7 +234,7 @@ def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypat
 
     def budget(kibibytes, **options):
         meminfo.write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {kibibytes} kB\n")
-        return unpadded.load(minilm, device="cpu", **options).token_budget
+        return unpadded.load(minilm, device="cpu", **options).describe()["token_budget"]
 
     spec = unpadded.load(minilm, device="cpu").checkpoint.spec
     assert budget(10_000, token_budget="auto") == 10_000 * 1024 // 2 // bytes_per_token(spec, 4)
@@ -241,6 +243,6 @@ def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypat
     assert budget(10**8, token_budget="auto") == budget(10) == budget(10**8) == 2048
     assert budget(10, token_budget=512) == 512
     meminfo.unlink()
-    assert unpadded.load(minilm, device="cpu", token_budget="auto").token_budget == 2048
+    assert unpadded.load(minilm, device="cpu", token_budget="auto").describe()["token_budget"] == 2048
     with pytest.raises(unpadded.OptionError, match="token_budget is unknown: 'most'; use auto"):
         unpadded.load(minilm, device="cpu", token_budget="most")

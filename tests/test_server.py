@@ -65,11 +65,11 @@ def vectors(response):
 
 def test_a_gpu_is_warmed_for_every_bucket_of_its_graphs(engine):
     service = Service(engine, ServerOptions())
-    assert list(service._sizes()) == [(1, 1), (engine.token_budget, 1)]
+    assert list(service._sizes()) == [(1, 1), (engine._pipeline.token_budget, 1)]
     service.device = "cuda"
     sizes = set(service._sizes())
     buckets = {(tokens, texts) for tokens in cuda_graphs.TOKENS for texts in cuda_graphs.TEXTS if texts <= tokens}
-    assert buckets - sizes == {(tokens, texts) for tokens, texts in buckets if tokens > engine.token_budget}
+    assert buckets - sizes == {(tokens, texts) for tokens, texts in buckets if tokens > engine._pipeline.token_budget}
     service.warm_up()
     service.batcher.close()
 
@@ -111,7 +111,7 @@ def test_openai_models(client):
     ("request_", "error", "message"),
     [
         ({"model": "other"}, openai.NotFoundError, "'other'; use model or text-embedding-3-small"),
-        ({"dimensions": 385}, openai.BadRequestError, "dimensions do not fit: 385"),
+        ({"dimensions": 385}, openai.BadRequestError, "dimensions are out of range: 385"),
         ({"dimensions": 0}, openai.BadRequestError, "Expected `int` >= 1"),
         ({"input": []}, openai.BadRequestError, "length >= 1"),
         ({"input": [[]]}, openai.BadRequestError, "text 0 has 0 token ids"),

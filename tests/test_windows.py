@@ -25,9 +25,9 @@ class Counting:
         if name != self._name:
             return found
 
-        def counted(texts, **options):
+        def counted(texts, *arguments, **options):
             self.given += texts
-            return found(texts, **options)
+            return found(texts, *arguments, **options)
 
         return counted
 
@@ -50,10 +50,10 @@ def apart(engine):
 
 
 def count(engine, monkeypatch, method):
-    runner = Counting(engine._runner, method)
-    monkeypatch.setattr(engine, "_runner", runner)
+    runner = Counting(engine._pipeline.backend, method)
+    monkeypatch.setattr(engine._pipeline, "backend", runner)
     tokenizer = Counting(engine.tokenizer, "encode")
-    monkeypatch.setattr(engine._reader, "_tokenizer", tokenizer)
+    monkeypatch.setattr(engine._pipeline._reader, "_tokenizer", tokenizer)
     return runner, tokenizer
 
 
@@ -79,7 +79,7 @@ def test_stream_tells_windows_apart(engine, apart, monkeypatch):
 
 
 def test_aembed(engine, apart, monkeypatch):
-    runner, tokenizer = count(engine, monkeypatch, "embed")
+    runner, tokenizer = count(engine, monkeypatch, "launch")
     check(asyncio.run(engine.aembed(TEXTS, prompt="")), apart)
     assert len(runner.given) == DISTINCT and len(tokenizer.given) == 4
 
@@ -111,7 +111,8 @@ def test_chunks(nomic, monkeypatch):
 
 def test_the_progress_counts_every_text(engine):
     advanced = []
-    list(engine._blocks(TEXTS, engine.plan(prompt=""), lambda texts, tokens: advanced.append((texts, tokens))))
+    plan = engine._pipeline.plan(prompt="")
+    list(engine._pipeline.blocks(TEXTS, plan, lambda texts, tokens: advanced.append((texts, tokens))))
     assert sum(texts for texts, _ in advanced) == len(TEXTS)
 
 
@@ -131,10 +132,10 @@ def test_too_long_counts_the_texts_as_they_were_given(engine):
 def test_what_is_raised_names_the_texts(engine, monkeypatch):
     error = unpadded.WorkerError("a batch ended 2 workers in a row")
 
-    def launch(sequences, **options):
+    def launch(sequences, options):
         raise error
 
-    monkeypatch.setattr(engine._runner, "launch", launch)
+    monkeypatch.setattr(engine._pipeline.backend, "launch", launch)
     with pytest.raises(unpadded.WorkerError, match=r"2 workers in a row \(it came with texts 0, 2\)"):
         engine.embed(["one", "one", "two"], prompt="")
     error = ZeroDivisionError()

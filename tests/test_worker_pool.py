@@ -19,8 +19,9 @@ from support.checkpoints import write_nomic
 
 import unpadded
 from unpadded.cli.main import main
-from unpadded.execution.runner import OnTheWay
-from unpadded.execution.worker_pool import Workers
+from unpadded.execution.backend import PendingVectors
+from unpadded.execution.worker_pool import WorkerPool
+from unpadded.options import VectorOptions
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -31,6 +32,7 @@ PARAGRAPHS = [
     if len(block) >= 40
 ][:160]
 BUDGET = 512
+OPTIONS = VectorOptions(layer_norm=False, dimensions=2, normalize=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ class Echo:
     def max_batch_tokens(self):
         return 101
 
-    def launch(self, sequences, **options):
+    def launch(self, sequences, options):
         for ids in sequences:
             match ids[0]:
                 case Echo.KILL:
@@ -82,12 +84,12 @@ class Echo:
                 case Echo.HANG:
                     time.sleep(600)
         rows = [[ids[0], os.getpid() if ids[0] == Echo.SLEEP else len(ids)] for ids in sequences]
-        return OnTheWay([(torch.tensor(rows, dtype=torch.float32), None)])
+        return PendingVectors(lambda: np.array(rows, np.float32))
 
 
 @pytest.fixture(scope="module")
 def echoes():
-    workers = Workers(Echo, [CPU, CPU])
+    workers = WorkerPool(Echo, [CPU, CPU])
     yield workers
     workers.close()
 
@@ -97,7 +99,7 @@ def ids(first, length=3):
 
 
 def pids(engine):
-    return [worker.process.pid for worker in engine._runner._crew.workers]
+    return [worker.process.pid for worker in engine._pipeline.backend._crew.workers]
 
 
 def gone(pid):
@@ -147,7 +149,7 @@ def test_token_embeddings(engine, minilm):
 
 
 def test_both_work(echoes):
-    on_the_way = [echoes.launch([ids(Echo.SLEEP)]) for _ in range(4)]
+    on_the_way = [echoes.launch([ids(Echo.SLEEP)], OPTIONS) for _ in range(4)]
     by = [coming.wait()[0][1] for coming in on_the_way]
     assert sorted(by) == sorted(2 * [worker.process.pid for worker in echoes._crew.workers])
 
@@ -163,7 +165,7 @@ def test_killed_in_the_middle(engine, expected, killed, caplog, monkeypatch):
     check(engine.embed(killing(PARAGRAPHS, 100, victims)), expected)
     for pid in victims:
         assert f"cpu (process {pid}, exit code -9)" in caplog.text
-    wait_until(lambda: all(worker.ready for worker in engine._runner._crew.workers))
+    wait_until(lambda: all(worker.ready for worker in engine._pipeline.backend._crew.workers))
     assert set(pids(engine)).isdisjoint(victims)
 
 
@@ -177,7 +179,7 @@ def test_killed_under_concurrent_callers(engine, expected, caplog):
     for start, found in enumerate(asyncio.run(callers())):
         assert np.array_equal(found.vectors, expected.vectors[start::10])
     assert "exit code -9" in caplog.text
-    wait_until(lambda: all(worker.ready for worker in engine._runner._crew.workers))
+    wait_until(lambda: all(worker.ready for worker in engine._pipeline.backend._crew.workers))
 
 
 def test_a_stream_that_is_left_half_way(engine, expected, monkeypatch):
@@ -201,35 +203,35 @@ def test_a_bad_text_comes_after_the_blocks_before_it(engine, monkeypatch):
 
 def test_what_needs_the_weights_refuses(engine):
     with pytest.raises(unpadded.OptionError, match="not in this process: device='cpu,cpu'"):
-        _ = engine.runner
+        _ = engine._pipeline.runner
     assert engine.describe()["device"] == "cpu,cpu"
 
 
 def test_what_is_raised_in_a_worker(echoes):
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="a negative id") as raised:
-            echoes.embed([ids(5), ids(Echo.RAISE)])
+            echoes.launch([ids(5), ids(Echo.RAISE)], OPTIONS).wait()
         assert "in the worker on cpu" in raised.value.__notes__[0]
     with pytest.raises(RuntimeError, match="of its own kind"):
-        echoes.embed([ids(Echo.RAISE_UNPICKLABLE)])
-    assert echoes.embed([ids(5)]).tolist() == [[5, 3]]
+        echoes.launch([ids(Echo.RAISE_UNPICKLABLE)], OPTIONS).wait()
+    assert echoes.launch([ids(5)], OPTIONS).wait().tolist() == [[5, 3]]
 
 
 def test_what_is_said_in_a_worker(echoes, caplog):
-    assert echoes.embed([ids(Echo.SAY)]).tolist() == [[Echo.SAY, 3]]
+    assert echoes.launch([ids(Echo.SAY)], OPTIONS).wait().tolist() == [[Echo.SAY, 3]]
     assert "said by a worker" in caplog.messages
 
 
 def test_answers_go_to_their_batches(echoes):
-    on_the_way = [echoes.launch([ids(i, 1 + i % 5)] * (1 + i % 3)) for i in range(1, 200)]
+    on_the_way = [echoes.launch([ids(i, 1 + i % 5)] * (1 + i % 3), OPTIONS) for i in range(1, 200)]
     for i, coming in reversed(list(enumerate(on_the_way, 1))):
         assert coming.wait().tolist() == [[i, 1 + i % 5]] * (1 + i % 3)
 
 
 def test_a_batch_that_kills_is_given_up(echoes, caplog):
-    others = [echoes.launch([ids(Echo.SLEEP)]), echoes.launch([ids(2)])]
-    deadly = echoes.launch([ids(7), ids(Echo.KILL, 4)])
-    others += [echoes.launch([ids(i)]) for i in range(3, 9)]
+    others = [echoes.launch([ids(Echo.SLEEP)], OPTIONS), echoes.launch([ids(2)], OPTIONS)]
+    deadly = echoes.launch([ids(7), ids(Echo.KILL, 4)], OPTIONS)
+    others += [echoes.launch([ids(i)], OPTIONS) for i in range(3, 9)]
     named = r"a batch of 2 texts and 7 tokens ended 2 workers in a row: (cpu \(process \d+, exit code -9\)(, )?){2};"
     with pytest.raises(unpadded.WorkerError, match=named):
         deadly.wait()
@@ -239,12 +241,12 @@ def test_a_batch_that_kills_is_given_up(echoes, caplog):
 
 def test_none_that_can_be_started(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("UNPADDED_TEST_FLAG", str(tmp_path / "flag"))
-    workers = Workers(Echo, [CPU])
+    workers = WorkerPool(Echo, [CPU])
     (tmp_path / "flag").touch()
     os.kill(workers._crew.workers[0].process.pid, signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(unpadded.WorkerError, match=r"no worker is left for a batch of 1 texts .* died 3 times"):
-            workers.embed([ids(1)])
+            workers.launch([ids(1)], OPTIONS).wait()
     assert "could not be loaded again on cpu" in caplog.text and "not started again" in caplog.text
     workers.close()
 
@@ -261,10 +263,10 @@ def test_what_loading_raises(tmp_path):
 
 
 def test_closed(minilm, caplog):
-    workers = Workers(Echo, [CPU])
+    workers = WorkerPool(Echo, [CPU])
     for i in range(1, 100):
-        workers.launch([ids(i)])  # some are answered as it closes, and that is nothing to report
-    dropped = [workers.launch([ids(Echo.HANG)]), workers.launch([ids(2)])]
+        workers.launch([ids(i)], OPTIONS)  # some are answered as it closes, and that is nothing to report
+    dropped = [workers.launch([ids(Echo.HANG)], OPTIONS), workers.launch([ids(2)], OPTIONS)]
     process = workers._crew.workers[0].process
     workers.close()
     workers.close()
@@ -273,7 +275,7 @@ def test_closed(minilm, caplog):
         with pytest.raises(unpadded.WorkerError, match="the engine was closed: a batch of 1 texts"):
             coming.wait()
     with pytest.raises(unpadded.WorkerError, match="the engine is closed: a batch of 1 texts"):
-        workers.embed([ids(1)])
+        workers.launch([ids(1)], OPTIONS).wait()
     with unpadded.load(minilm, device="cpu") as plain:
         pass
     assert plain.encode("an engine of one device has nothing to close").shape == (384,)
@@ -287,7 +289,7 @@ unpadded.tokenization.windows.WINDOW_TEXTS = 50
 engine = unpadded.load({str(minilm)!r}, device="cpu,cpu", token_budget=64)
 blocks = engine.stream(f"text {{i}}" for i in range(100_000))
 next(blocks)
-print(*(worker.process.pid for worker in engine._runner._crew.workers))
+print(*(worker.process.pid for worker in engine._pipeline.backend._crew.workers))
 """
     if end == "killed":
         code += "os.kill(os.getpid(), signal.SIGKILL)"
@@ -310,9 +312,9 @@ def test_on_the_command_line(minilm, tmp_path, expected):
 
 
 def test_devices_that_are_not_offered(minilm):
-    assert unpadded.load(minilm, device=["cpu"]).runner.device == CPU
+    assert unpadded.load(minilm, device=["cpu"])._pipeline.runner.device == CPU
     if not torch.cuda.is_available():
-        assert unpadded.load(minilm, device="all").runner.device == CPU
+        assert unpadded.load(minilm, device="all")._pipeline.runner.device == CPU
     for device, message in [(["cpu", "meta"], "not of one kind"), ("cpu,tpu-9", "unknown: 'tpu-9'"), ([], "no device")]:
         with pytest.raises(unpadded.OptionError, match=message):
             unpadded.load(minilm, device=device)

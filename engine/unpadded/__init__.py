@@ -1,4 +1,4 @@
-"""unpadded: text to embeddings with long-context encoders, nothing padded.
+"""Turn text into embeddings with long-context encoders, without padding.
 
 >>> import unpadded
 >>> engine = unpadded.load("nomic-ai/nomic-embed-text-v1.5")
@@ -26,9 +26,9 @@ from unpadded.errors import (
 )
 
 if TYPE_CHECKING:
-    from unpadded.engine import Embeddings, Engine
+    from unpadded.engine import Engine
+    from unpadded.execution.pipeline import Embeddings
     from unpadded.integrations import nomic as embed
-    from unpadded.integrations.accelerate import accelerate, restore
     from unpadded.loading import load
 
 __version__ = "0.1.0"
@@ -49,26 +49,25 @@ __all__ = [
     "WeightsError",
     "WorkerError",
     "__version__",
-    "accelerate",
     "embed",
     "load",
-    "restore",
 ]
 
-# Where each public name lives: imported at first use, so that the command line answers at once.
-_HOMES = {
-    "Embeddings": "unpadded.engine",
+# Names that are imported when first used, so that `unpadded --help` does not wait for torch.
+_LAZY = {
+    "Embeddings": "unpadded.execution.pipeline",
     "Engine": "unpadded.engine",
-    "accelerate": "unpadded.integrations.accelerate",
     "load": "unpadded.loading",
-    "restore": "unpadded.integrations.accelerate",
 }
-_MODULES = {"embed": "unpadded.integrations.nomic"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name not in _HOMES:
+    if name == "embed":
+        return import_module("unpadded.integrations.nomic")
+    if name not in _LAZY:
         raise AttributeError(f"module 'unpadded' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, TypeAlias, cast
+from typing import TypeAlias, Unpack, cast
 
 import torch
 
@@ -13,11 +13,14 @@ from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
+from unpadded.execution.backend import Backend
+from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
-from unpadded.execution.worker_pool import Workers
+from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
 from unpadded.model.weights import EncoderWeights, load_dense, load_weights, quantized
+from unpadded.options import LoadKeywords, LoadOptions
 from unpadded.tokenization.tokenizer import Tokenizer
 
 Device: TypeAlias = str | torch.device
@@ -34,49 +37,29 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 CORES_A_TOKENIZER = 16
 
 
-def load(
-    model: str | os.PathLike[str],
-    *,
-    device: Device | Sequence[Device] = "auto",
-    dtype: str | torch.dtype = "auto",
-    attention: str = "auto",
-    rotary_scaling_factor: float | Literal["config"] | None = "config",
-    max_length: int | None = None,
-    token_budget: int | Literal["auto"] | None = None,
-    batch_invariant: bool = False,
-    revision: str | None = None,
-) -> Engine:
+def load(model: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Engine:
     """Load a checkpoint: its configuration, safetensors and tokenizer; never a pickle, never its code.
 
-    model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honored), at `revision`.
-    device: "auto" takes CUDA where there is one, else the CPU; "all" every CUDA device. Each of several
-    ("cuda:0,cuda:1", or a list) gets a process of its own, which ends with `Engine.close`.
-    dtype: "auto" is float16 on CUDA, float32 on a CPU. "float8" is the same with the products that follow a LayerNorm
-    (qkv and the MLP's first) in e4m3, one scale a row, which costs accuracy; it needs compute capability 8.9, and on a
-    CPU it is slow and for trials.
-    attention: "auto", "unpadded", "torch" or "flash-attn".
-    rotary_scaling_factor: "config" (what the checkpoint says), None, or the factor of dynamic-NTK scaling for texts
-    longer than the model was trained on; every text is scaled by its own length.
-    max_length: tokens kept of a text; None takes the checkpoint's.
-    token_budget: tokens of a batch; it bounds memory. "auto", the default on CUDA, takes fewer than usual where half of
-    the memory that is free after loading does not hold them.
-    batch_invariant: the same bits for a text alone and in any batch on CUDA too, through our own matrix products; a CPU
-    gives them anyway.
-    Raises CheckpointError (or its ConfigError, WeightsError) and OptionError.
+    model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honored).
+    The keyword arguments are described in `unpadded.options.LoadOptions`.
+    Raises CheckpointError (ConfigError, WeightsError) or OptionError.
     """
-    devices = _devices(device)
+    return _load(model, LoadOptions(**options))
+
+
+def _load(model: str | os.PathLike[str], options: LoadOptions) -> Engine:
+    devices = _devices(options.device)
     kind = devices[0].type
-    float8 = dtype == "float8"
+    float8 = options.dtype == "float8"
     if float8:
         _check_float8(devices)
-    dtype = _dtype("auto" if float8 else dtype, kind)
-    attention_backend(attention, devices[0], dtype)  # checked before anything is read
-    if isinstance(token_budget, int) and token_budget < 1:
-        raise OptionError(f"token_budget is not positive: {token_budget}; pass the tokens of a batch, such as 16384")
-    if isinstance(token_budget, str) and token_budget != "auto":
-        raise OptionError(f"token_budget is unknown: {token_budget!r}; use auto, or the tokens of a batch")
+    dtype = _dtype("auto" if float8 else options.dtype, kind)
+    attention_backend(options.attention, devices[0], dtype)  # checked before anything is read
     checkpoint = open_checkpoint(
-        model, revision=revision, max_length=max_length, rotary_scaling_factor=rotary_scaling_factor
+        model,
+        revision=options.revision,
+        max_length=options.max_length,
+        rotary_scaling_factor=options.rotary_scaling_factor,
     )
     if float8 and checkpoint.spec.lora is not None:
         raise OptionError(
@@ -87,10 +70,16 @@ def load(
     cores = max(1, torch.get_num_threads() // CORES_A_TOKENIZER) if kind == "cpu" else None
     tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
     make = partial(
-        make_runner, checkpoint, dtype=dtype, float8=float8, attention=attention, batch_invariant=batch_invariant
+        make_runner,
+        checkpoint,
+        dtype=dtype,
+        float8=float8,
+        attention=options.attention,
+        batch_invariant=options.batch_invariant,
     )
-    runner = make(devices[0]) if len(devices) == 1 else Workers(make, devices)
-    return Engine(checkpoint, tokenizer, runner, _token_budget(token_budget, kind, runner))
+    backend = make(devices[0]) if len(devices) == 1 else WorkerPool(make, devices)
+    token_budget = _token_budget(options.token_budget, kind, backend)
+    return Engine(EmbeddingPipeline(checkpoint, tokenizer, backend, token_budget))
 
 
 def make_runner(
@@ -148,12 +137,12 @@ def _device(device: Device) -> torch.device:
     return found
 
 
-def _token_budget(given: int | str | None, kind: str, runner: Runner | Workers) -> int:
-    if isinstance(given, int):
-        return given
-    most = TOKEN_BUDGET.get(kind, 8192)
-    fitting = runner.max_batch_tokens() if given == "auto" or kind == "cuda" else None
-    return most if fitting is None else min(most, fitting)
+def _token_budget(requested: int | str | None, kind: str, backend: Backend) -> int:
+    if isinstance(requested, int):
+        return requested
+    usual = TOKEN_BUDGET.get(kind, 8192)
+    fitting = backend.max_batch_tokens() if requested == "auto" or kind == "cuda" else None
+    return usual if fitting is None else min(usual, fitting)
 
 
 def _dtype(dtype: str | torch.dtype, kind: str) -> torch.dtype:

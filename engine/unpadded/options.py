@@ -1,37 +1,110 @@
-"""What a caller may ask of an engine, and the same checked against the checkpoint."""
+"""The options of `load` and `encode`. Each is described once, here: flags, their help and the docs are generated.
+
+`_option` returns a dataclass field, which ruff cannot know.
+"""
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
-import numpy as np
-
-from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError
-from unpadded.quantization import Precision
-from unpadded.tokenization.tokenizer import Truncation
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from unpadded.checkpoint.reader import Checkpoint
 
 logger = logging.getLogger("unpadded")
 
+Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+Truncation = Literal["right", "left", "error"]
 LongText = Literal["truncate", "mean"]
 
 
-class Options(TypedDict, total=False):
-    """How texts become vectors: the keywords that `encode`, `embed` and `stream` share.
+class Option(NamedTuple):
+    """One option, as `describe` returns it."""
 
-    task: a prompt of the checkpoint by its name (nomic: search_query, search_document, clustering, classification), and
-    with it the adapter of that name, where the checkpoint has adapters.
-    prompt: the words themselves, put before every text; beside a task that has an adapter, instead of its own. With
-    neither, the checkpoint's default, most often none.
-    dimensions: matryoshka: layer norm without affine where the model was trained so, cut, L2. None keeps all.
-    normalize: L2. None does what the checkpoint says, and normalizes what was cut or averaged.
-    precision: float32, float16, int8, uint8, binary or ubinary, with sentence-transformers' meanings.
-    ranges: [2, dimensions], the lowest and the highest value of each dimension, for int8 and uint8.
-    truncation: of a text beyond max_length keep the first tokens ("right") or the last ("left"), or raise ("error").
-    long_text: "truncate", or "mean": the mean over chunks of 2048 tokens, as nomic's client takes it.
-    """
+    name: str
+    type: str  # the annotation, as written
+    default: Any
+    help: str
+    metavar: str | None
+    choices: tuple[str, ...] | None  # None if the type is not a Literal
+
+
+def describe(options: type[LoadOptions] | type[EncodeOptions]) -> list[Option]:
+    """Return the options of a class, in their order."""
+    return [Option(field.name, str(field.type), field.default, **field.metadata) for field in fields(options)]
+
+
+def _option(default: Any, help: str, *, metavar: str | None = None, literal: Any = None) -> Any:
+    choices = None if literal is None else get_args(literal)
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The keyword arguments of `load`: the fields of `LoadOptions`."""
+
+    device: str | torch.device | Sequence[str | torch.device]
+    dtype: str | torch.dtype
+    attention: str
+    rotary_scaling_factor: float | Literal["config"] | None
+    max_length: int | None
+    token_budget: int | Literal["auto"] | None
+    batch_invariant: bool
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded and run."""
+
+    device: str | torch.device | Sequence[str | torch.device] = _option(
+        "auto",
+        "auto (CUDA if available, else the CPU), cpu, cuda, cuda:N, all (every CUDA device), or several such as "
+        "cuda:0,cuda:1, each of which runs in a process of its own",
+    )
+    dtype: str | torch.dtype = _option(
+        "auto",
+        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16 or float8, which runs the linear layers "
+        "that follow a LayerNorm in e4m3 with one scale per row: less accurate, needs compute capability 8.9, slow on "
+        "a CPU",
+    )
+    attention: str = _option("auto", "attention backend: auto, unpadded, torch or flash-attn")
+    rotary_scaling_factor: float | Literal["config"] | None = _option(
+        "config",
+        "factor of dynamic-NTK scaling for texts longer than the model was trained on, computed from each text's own "
+        "length; config uses the checkpoint's value, none disables scaling",
+        metavar="FACTOR",
+    )
+    max_length: int | None = _option(
+        None, "maximum number of tokens kept per text; default: the checkpoint's maximum", metavar="N"
+    )
+    token_budget: int | Literal["auto"] | None = _option(
+        None,
+        "maximum number of tokens per batch, which bounds memory; auto, the default on CUDA, lowers the usual number "
+        "to what half of the free memory holds",
+        metavar="N",
+    )
+    batch_invariant: bool = _option(
+        False, "compute the same bits for a text alone and in any batch on CUDA too, which is slower"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a Hugging Face id", metavar="REVISION")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token_budget, int) and self.token_budget < 1:
+            raise OptionError(f"token_budget is not positive: {self.token_budget}; pass a number such as 16384")
+        if isinstance(self.token_budget, str) and self.token_budget != "auto":
+            raise OptionError(f"token_budget is unknown: {self.token_budget!r}; use auto or a number of tokens")
+
+
+class EncodeKeywords(TypedDict, total=False):
+    """The keyword arguments of `encode`, `embed` and `stream`: the fields of `EncodeOptions`."""
 
     task: str | None
     prompt: str | None
@@ -44,85 +117,121 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How texts become vectors."""
+
+    task: str | None = _option(
+        None,
+        "name of one of the checkpoint's prompts, such as search_query or search_document; also selects the LoRA "
+        "adapter of that name if the checkpoint has one",
+        metavar="TASK",
+    )
+    prompt: str | None = _option(
+        None,
+        "text put before every input, instead of the task's prompt; default: the checkpoint's default prompt, if any",
+        metavar="TEXT",
+    )
+    dimensions: int | None = _option(
+        None,
+        "cut the vectors to this length (matryoshka), after a layer norm if the model was trained with one, and "
+        "L2-normalize them; default: the full length",
+        metavar="N",
+    )
+    normalize: bool | None = _option(
+        None, "L2-normalize the vectors; default: as the checkpoint does, and always after cutting or averaging"
+    )
+    precision: Precision = _option(
+        "float32", "number format of the vectors, as in sentence-transformers", literal=Precision
+    )
+    ranges: np.ndarray | None = _option(
+        None, "lowest and highest value of each dimension, [2, dimensions], for int8 and uint8", metavar="NPY"
+    )
+    truncation: Truncation = _option(
+        "right",
+        "what to do with a text longer than max_length: right keeps its first tokens, left its last, error raises",
+        literal=Truncation,
+    )
+    long_text: LongText = _option(
+        "truncate",
+        "truncate long texts, or mean: average over chunks of 2048 tokens, as nomic's client does",
+        literal=LongText,
+    )
+
+    def __post_init__(self) -> None:
+        for option in describe(EncodeOptions):
+            if option.choices is not None:
+                check_choice(option.name, getattr(self, option.name), option.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """How hidden states become vectors. Sequences with equal options can share a batch and a CUDA graph."""
+
+    layer_norm: bool
+    dimensions: int
+    normalize: bool
+    adapter: str | None = None  # the task whose LoRA adapter is applied
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The options of one call, checked and with their defaults."""
+    """The options of one call, checked against a checkpoint and with their defaults filled in."""
 
     prompt: str
-    adapter: str | None
-    dimensions: int
-    layer_norm: bool
-    normalize: bool
+    vector_options: VectorOptions
     precision: Precision
     ranges: np.ndarray | None
     truncation: Truncation
     long_text: LongText
 
-    @property
-    def shape(self) -> dict[str, Any]:
-        """How a runner makes vectors of sequences: its keywords. Sequences of equal ones may share a batch."""
-        return {
-            "layer_norm": self.layer_norm,
-            "dimensions": self.dimensions,
-            "normalize": self.normalize,
-            "adapter": self.adapter,
-        }
 
-
-def make_plan(
-    checkpoint: Checkpoint,
-    full_dimensions: int,
-    *,
-    task: str | None = None,
-    prompt: str | None = None,
-    dimensions: int | None = None,
-    normalize: bool | None = None,
-    precision: Precision = "float32",
-    ranges: np.ndarray | None = None,
-    truncation: Truncation = "right",
-    long_text: LongText = "truncate",
-) -> Plan:
-    """Check options against a checkpoint and its full dimensions; OptionError names what is not offered."""
-    check_offered("precision", precision, Precision)
-    check_offered("truncation", truncation, Truncation)
-    check_offered("long_text", long_text, LongText)
+def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptions) -> Plan:
+    """Check options against a checkpoint and its full dimensions; OptionError names an unsupported value."""
+    dimensions = options.dimensions
     if dimensions is not None and not 1 <= dimensions <= full_dimensions:
-        raise OptionError(f"dimensions do not fit: {dimensions}; {checkpoint.name} gives 1 to {full_dimensions}")
+        raise OptionError(
+            f"dimensions are out of range: {dimensions}; {checkpoint.name} supports 1 to {full_dimensions}"
+        )
     if dimensions is not None and dimensions < full_dimensions and not checkpoint.matryoshka:
         logger.warning(
             "%s is not known to be trained for matryoshka; cutting its vectors to %d dimensions costs quality",
             checkpoint.name,
             dimensions,
         )
-    reshaped = dimensions is not None or long_text == "mean"
-    adapters = checkpoint.spec.lora
-    adapter = task if adapters is not None and task in adapters.tasks else None
-    if adapters is not None and adapter is not None and not adapters.rank:
-        absent = checkpoint.folder / adapters.folders[adapters.tasks.index(adapter)]
+    lora = checkpoint.spec.lora
+    adapter = options.task if lora is not None and options.task in lora.tasks else None
+    if lora is not None and adapter is not None and not lora.rank:
+        absent = checkpoint.folder / lora.folders[lora.tasks.index(adapter)]
         raise OptionError(
-            f"task = {adapter!r} has an adapter that {checkpoint.name} does not hold: {absent} is absent; download it, "
-            "or pass prompt= to do without"
+            f"the LoRA adapter of task {adapter!r} is missing from {checkpoint.name}: {absent}; download it, or pass "
+            "prompt= instead of task="
         )
+    cut_or_averaged = dimensions is not None or options.long_text == "mean"
     return Plan(
-        prompt=_prompt(checkpoint, None if prompt is not None and adapter is not None else task, prompt),
-        adapter=adapter,
-        dimensions=dimensions or full_dimensions,
-        layer_norm=reshaped and checkpoint.matryoshka_layer_norm,
-        normalize=(checkpoint.normalize or reshaped) if normalize is None else normalize,
-        precision=precision,
-        ranges=ranges,
-        truncation=truncation,
-        long_text=long_text,
+        prompt=_prompt(checkpoint, options, has_adapter=adapter is not None),
+        vector_options=VectorOptions(
+            layer_norm=cut_or_averaged and checkpoint.matryoshka_layer_norm,
+            dimensions=dimensions or full_dimensions,
+            normalize=(checkpoint.normalize or cut_or_averaged) if options.normalize is None else options.normalize,
+            adapter=adapter,
+        ),
+        precision=options.precision,
+        ranges=options.ranges,
+        truncation=options.truncation,
+        long_text=options.long_text,
     )
 
 
-def check_offered(name: str, value: object, offered: Any) -> None:
-    """Raise OptionError unless value is one of a Literal's."""
-    if value not in get_args(offered):
-        raise OptionError(f"{name} is unknown: {value!r}; use one of {', '.join(map(str, get_args(offered)))}")
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise OptionError unless value is one of the choices."""
+    if value not in choices:
+        raise OptionError(f"{name} is unknown: {value!r}; use one of {', '.join(choices)}")
 
 
-def _prompt(checkpoint: Checkpoint, task: str | None, prompt: str | None) -> str:
-    if task is not None and prompt is not None:
+def _prompt(checkpoint: Checkpoint, options: EncodeOptions, *, has_adapter: bool) -> str:
+    """The text put before every input. prompt replaces that of a task with an adapter, which applies all the same."""
+    task, prompt = options.task, options.prompt
+    if task is not None and prompt is not None and not has_adapter:
         raise OptionError(f"task and prompt are both given: {task!r} and {prompt!r}; pass one of them")
     if prompt is not None:
         return prompt
@@ -130,6 +239,6 @@ def _prompt(checkpoint: Checkpoint, task: str | None, prompt: str | None) -> str
     if name is None:
         return ""
     if name not in checkpoint.prompts:
-        known = ", ".join(checkpoint.prompts) or "no tasks, but takes prompt= with the words themselves"
+        known = ", ".join(checkpoint.prompts) or "no tasks; pass prompt= instead"
         raise OptionError(f"task is unknown: {name!r}; {checkpoint.name} has {known}")
     return checkpoint.prompts[name]

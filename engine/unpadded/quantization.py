@@ -6,13 +6,12 @@ Precisions mean what they mean in sentence-transformers, bit for bit; float16, w
 from __future__ import annotations
 
 import base64
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from unpadded.errors import InputError, OptionError
-
-Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+from unpadded.options import Precision, check_choice
 
 
 def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
@@ -21,8 +20,7 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
     int8 and uint8 divide each dimension's range into 255 steps. `ranges` [2, dimensions] holds the least and the
     greatest values; without them they are the given vectors' own, and a row depends on its neighbors.
     """
-    if precision not in get_args(Precision):
-        raise OptionError(f"precision is unknown: {precision!r}; use one of {', '.join(get_args(Precision))}")
+    check_choice("precision", precision, get_args(Precision))
     if precision in ("float32", "float16"):
         return vectors.astype(precision)
     if precision == "ubinary":

@@ -121,7 +121,7 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
     found.references.add(getattr(reference, "reference", "reference from its paper"))
     found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
     texts = random_ids(lengths, vocabulary=spec.vocabulary)
-    encoder = engine.runner.encoder
+    encoder = engine._pipeline.runner.encoder
     own, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
     with OpsSeen() as seen:
         engine.encode(texts[:1], **options)
@@ -134,7 +134,7 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
     for ids, hidden in zip(texts, engine.token_embeddings(texts, **options), strict=True):
         expected = reference(ids)
         # beyond the budget a text is alone in either case
-        alone = engine.token_embeddings([ids], **options) if len(ids) <= engine.token_budget else []
+        alone = engine.token_embeddings([ids], **options) if len(ids) <= engine._pipeline.token_budget else []
         for ours in (hidden, *alone):
             error = relative_error(ours, expected)
             assert error <= 1e-5, len(ids)
@@ -151,7 +151,7 @@ def assert_independent(folder: Path, dtype: str, lengths=(1, 1, 2, 3, 7, 8, 40, 
     draw = np.random.default_rng(1)
     for _ in range(5):
         order = draw.permutation(len(texts))
-        engine.token_budget = int(draw.integers(1, sum(lengths)))
+        engine._pipeline.token_budget = int(draw.integers(1, sum(lengths)))
         assert np.array_equal(engine.encode([texts[i] for i in order]), alone[order])
     assert np.array_equal(engine.encode(texts[:1]), alone[:1])
 

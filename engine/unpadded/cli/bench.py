@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     engines = {}
     for dtype in (args.dtype, *args.also):
         engine = load(argparse.Namespace(**{**vars(args), "dtype": dtype}))
-        engines[engine.runner.describe()["dtype"]] = engine
+        engines[engine._pipeline.runner.describe()["dtype"]] = engine
     against = benchmark.PROVIDERS if args.against is None else args.against
     result = {"machine": benchmark.card()} | benchmark.measure(
         args.model, engines, workloads, against=tuple(against), rounds=args.rounds, scaling=args.scaling

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded.errors import TooLargeError
+from unpadded.execution.backend import PendingVectors
 from unpadded.execution.cuda_graphs import Bucket, Graph, bucket_of, fill
 from unpadded.execution.memory import max_batch_tokens
 from unpadded.model.batch import PackedBatch, SelectedTokens, pack
 from unpadded.model.encoder import Encoder
+from unpadded.options import VectorOptions
 from unpadded_kernels import pool
 from unpadded_kernels.attention import make_tile_map
 from unpadded_kernels.pooling import matryoshka
@@ -38,8 +41,8 @@ class Runner:
     A batch that the device's memory does not hold runs in halves, and so do those of its size that follow.
     """
 
-    parallelism = 1  # batches it works on at a time
-    ready = 1  # devices that take batches
+    parallelism = 1
+    ready_devices = 1
 
     def __init__(self, encoder: Encoder, device: torch.device, *, pooling: str, dense: tuple[Dense, ...]) -> None:
         self.encoder = encoder
@@ -49,8 +52,8 @@ class Runner:
         self.depth = 2 if device.type == "cuda" else 1  # batches worth launching before the first is waited for
         self._most_tokens: float = math.inf  # of a batch; lowered by one that did not fit
         self._one_at_a_time = threading.Lock()  # a graph's buffers are overwritten by the next batch of any thread
-        # Captured passes by bucket and shape of the result; library attention takes lengths from the host and has none.
-        self._graphs: dict[tuple[Bucket, bool, int, bool, bool], Graph] = {}
+        # Captured passes; attention libraries take lengths from the host and cannot be captured.
+        self._graphs: dict[tuple[Bucket, VectorOptions, bool], Graph] = {}
         self._graph_pool: Any = None
         self._captures = device.type == "cuda" and encoder.attention.name == "unpadded"
 
@@ -78,43 +81,22 @@ class Runner:
                 embeds = embeds.to(self.device, self.encoder.weights.word.dtype).contiguous()
             return self.encoder(self._to_device(batch), states, embeds=embeds)
 
-    def embed(
-        self,
-        sequences: Sequence[np.ndarray],
-        *,
-        layer_norm: bool,
-        dimensions: int,
-        normalize: bool,
-        adapter: str | None = None,
-    ) -> np.ndarray:
-        """Id sequences, each [tokens] int32 -> [batch, dimensions] fp32 on the host, shaped as `matryoshka` says."""
-        return self.launch(
-            sequences, layer_norm=layer_norm, dimensions=dimensions, normalize=normalize, adapter=adapter
-        ).wait()
-
     @torch.inference_mode()
-    def launch(
-        self,
-        sequences: Sequence[np.ndarray],
-        *,
-        layer_norm: bool,
-        dimensions: int,
-        normalize: bool,
-        adapter: str | None = None,
-    ) -> OnTheWay:
-        """`embed` that on CUDA does not wait: the host packs the next batch while the device runs this one.
+    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions) -> PendingVectors:
+        """Start computing vectors: [batch, dimensions] fp32, pooled, then transformed as `matryoshka` defines.
 
-        TooLargeError, with the place in `sequences`, for one that alone does not fit the device's memory.
+        Does not wait on CUDA: the host packs the next batch while the device runs this one. Raises TooLargeError, with
+        the index in `sequences`, for a sequence that does not fit the device's memory alone.
         """
 
         def run(part: Sequence[np.ndarray]) -> Copy:
             batch = pack(part, self.encoder.spec)
             bucket = bucket_of(batch) if self._captures else None
             with self._one_at_a_time, self._on_device():
-                self.encoder.prepare(adapter)
-                return _to_host(self._embed(batch, bucket, len(part), layer_norm, dimensions, normalize, adapter))
+                self.encoder.prepare(options.adapter)
+                return _to_host(self._vectors(batch, bucket, len(part), options))
 
-        return OnTheWay(self._in_parts(sequences, run))
+        return PendingVectors(partial(_wait, self._in_parts(sequences, run)))
 
     def _in_parts(self, sequences: Sequence[np.ndarray], run: Callable[[Sequence[np.ndarray]], Copy]) -> list[Copy]:
         tokens = sum(map(len, sequences))
@@ -141,29 +123,18 @@ class Runner:
         except TooLargeError as error:
             raise error.at(middle + error.index) from None
 
-    def _embed(
-        self,
-        batch: PackedBatch,
-        bucket: Bucket | None,
-        texts: int,
-        layer_norm: bool,
-        dimensions: int,
-        normalize: bool,
-        adapter: str | None,
-    ) -> Tensor:
+    def _vectors(self, batch: PackedBatch, bucket: Bucket | None, texts: int, options: VectorOptions) -> Tensor:
         if bucket is None:
-            return self._pooled(self._to_device(batch), layer_norm, dimensions, normalize, adapter)
+            return self._pooled(self._to_device(batch), options)
         batch = fill(self._with_tile_map(batch), bucket, self._block_m())
         staged = _stage(batch).pin_memory()
-        # one pass for every adapter: each is written into the same memory
-        key = (bucket, layer_norm, dimensions, normalize, adapter is not None)
+        # All adapters share a graph: each is written into the same memory before the pass.
+        key = (bucket, replace(options, adapter=None), options.adapter is not None)
         if key not in self._graphs:
             words = staged.to(self.device)
             captured = _views(words, batch)
             self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = Graph(
-                words, self._graph_pool, lambda: self._pooled(captured, layer_norm, dimensions, normalize, adapter)
-            )
+            self._graphs[key] = Graph(words, self._graph_pool, lambda: self._pooled(captured, options))
         return self._graphs[key].replay(staged)[:texts]
 
     @torch.inference_mode()
@@ -175,24 +146,23 @@ class Runner:
             with self._one_at_a_time, self._on_device():
                 return _to_host(self.encoder(self._to_device(batch), adapter=adapter).float())
 
-        hidden = OnTheWay(self._in_parts(sequences, run)).wait()
+        hidden = _wait(self._in_parts(sequences, run))
         return np.split(hidden, np.cumsum([len(ids) for ids in sequences])[:-1])
 
     def close(self) -> None:
         """Nothing to end: it runs in this process."""
 
-    def _pooled(
-        self, batch: PackedBatch, layer_norm: bool, dimensions: int, normalize: bool, adapter: str | None = None
-    ) -> Tensor:
-        hidden, cu_seqlens = self._read_by_pooling(batch, adapter)
+    def _pooled(self, batch: PackedBatch, options: VectorOptions) -> Tensor:
+        hidden, cu_seqlens = self._read_by_pooling(batch, options.adapter)
+        matryoshka_options = (options.layer_norm, options.dimensions, options.normalize)
         if not self.dense:
-            rows: Tensor = pool(hidden, cu_seqlens, self.pooling, layer_norm, dimensions, normalize)
+            rows: Tensor = pool(hidden, cu_seqlens, self.pooling, *matryoshka_options)
             return rows
         rows = pool(hidden, cu_seqlens, self.pooling, False, hidden.shape[1], False)
         for weight, bias, activation in self.dense:
             rows = self.encoder.linear(rows.to(weight.dtype), weight, bias)
             rows = rows.tanh() if activation == "tanh" else rows
-        return matryoshka(rows.float(), layer_norm, dimensions, normalize)
+        return matryoshka(rows.float(), *matryoshka_options)
 
     def _read_by_pooling(self, batch: PackedBatch, adapter: str | None) -> tuple[Tensor, Tensor]:
         """The last hidden states that pooling reads, and their cu_seqlens: one of each text unless all are averaged."""
@@ -265,15 +235,10 @@ def _to_host(rows: Tensor) -> Copy:
     return pinned, copied
 
 
-class OnTheWay:
-    """Rows that the device was told to compute and copy to the host."""
-
-    def __init__(self, copies: list[Copy]) -> None:
-        self._copies = copies
-
-    def wait(self) -> np.ndarray:
-        for _, copied in self._copies:
-            if copied is not None:
-                copied.synchronize()
-        parts = [rows.numpy() for rows, _ in self._copies]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _wait(copies: list[Copy]) -> np.ndarray:
+    """Wait until the copies have arrived and concatenate them."""
+    for _, copied in copies:
+        if copied is not None:
+            copied.synchronize()
+    parts = [rows.numpy() for rows, _ in copies]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

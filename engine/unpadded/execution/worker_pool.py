@@ -24,8 +24,10 @@ import numpy as np
 import torch
 
 from unpadded.errors import WorkerError
+from unpadded.execution.backend import PendingVectors
 from unpadded.execution.runner import Runner
 from unpadded.execution.worker_process import BOOTSTRAP, Job
+from unpadded.options import VectorOptions
 
 logger = logging.getLogger("unpadded")
 
@@ -38,23 +40,26 @@ DEATHS_OF_A_WORKER = 3  # in a row, without a batch between
 SECONDS_TO_END = 10
 
 
-class Workers:
+class WorkerPool:
     """What a `Runner` offers, on several devices at once. Any thread may call it."""
 
     def __init__(self, make: Make, devices: Sequence[torch.device]) -> None:
         """Start them all and wait until each has loaded; what one of them raises is raised here, with its type."""
         crew = _Crew(make, devices)
         self._crew = crew
-        self.close = weakref.finalize(self, crew.close)  # runs once: when called, collected, or at exit
+        self._finalizer = weakref.finalize(self, crew.close)  # runs once: by close, when collected, or at exit
         self.parallelism = len(devices)
         self.depth = AHEAD * len(devices)
         loaded = crew.start()
         self.dimensions, self._described, _ = loaded[0]
         self._fitting = [tokens for _, _, tokens in loaded if tokens is not None]
 
+    def close(self) -> None:
+        """Stop the processes; pending batches raise WorkerError."""
+        self._finalizer()
+
     @property
-    def ready(self) -> int:
-        """Devices that take batches: a process that died does not until it has loaded again."""
+    def ready_devices(self) -> int:
         return sum(worker.ready for worker in self._crew.workers)
 
     def describe(self) -> dict[str, str]:
@@ -66,28 +71,12 @@ class Workers:
         sharing = self.parallelism if self._crew.workers[0].device.type == "cpu" else 1
         return max(1, min(self._fitting) // sharing) if self._fitting else None
 
-    def embed(self, sequences: Sequence[np.ndarray], **options: Any) -> np.ndarray:
-        """As `Runner.embed`."""
-        return self.launch(sequences, **options).wait()
+    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions) -> PendingVectors:
+        return PendingVectors(self._crew.submit("launch", sequences, {"options": options}).result)
 
-    def launch(self, sequences: Sequence[np.ndarray], **options: Any) -> Coming:
-        """As `Runner.launch`: the batch is on its way to a process."""
-        return Coming(self._crew.submit("launch", sequences, options))
-
-    def hidden_states(self, sequences: Sequence[np.ndarray], **options: Any) -> list[np.ndarray]:
-        """As `Runner.hidden_states`."""
-        rows: list[np.ndarray] = self._crew.submit("hidden_states", sequences, options).result()
+    def hidden_states(self, sequences: Sequence[np.ndarray], *, adapter: str | None = None) -> list[np.ndarray]:
+        rows: list[np.ndarray] = self._crew.submit("hidden_states", sequences, {"adapter": adapter}).result()
         return rows
-
-
-class Coming:
-    """Rows that a process was told to compute."""
-
-    def __init__(self, future: Future[np.ndarray]) -> None:
-        self._future = future
-
-    def wait(self) -> np.ndarray:
-        return self._future.result()
 
 
 @dataclass(eq=False)

@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from unpadded.execution.runner import OnTheWay, Runner
+from unpadded.execution.backend import PendingVectors
+from unpadded.execution.runner import Runner
 
 # A runner's method ("launch", "hidden_states"), ids end to end [total_tokens] int32, the length of each text, keywords.
 Job: TypeAlias = tuple[str, np.ndarray, list[int], dict[str, Any]]
@@ -85,7 +86,7 @@ def _work(runner: Runner, device: torch.device, jobs: SimpleQueue[Job], send: Se
             ahead = _attempt(partial(getattr(runner, method), sequences, **options), device)
         if behind is not None:
             launched = behind[1]
-            send(*(_attempt(launched.wait, device) if isinstance(launched, OnTheWay) else behind))
+            send(*(_attempt(launched.wait, device) if isinstance(launched, PendingVectors) else behind))
         behind = ahead
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from langchain_core.embeddings import Embeddings
 
 from unpadded.engine import Engine
-from unpadded.options import Options
+from unpadded.options import EncodeKeywords
 
 # What nomic, jina-embeddings-v3 and sentence-transformers call the tasks.
 QUERY = ("search_query", "retrieval.query", "query")
@@ -18,7 +18,9 @@ class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # An
     query, document: options of `Engine.encode` for each kind of text. Without them the checkpoint's own tasks.
     """
 
-    def __init__(self, engine: Engine, *, query: Options | None = None, document: Options | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, query: EncodeKeywords | None = None, document: EncodeKeywords | None = None
+    ) -> None:
         self.engine = engine
         self.query = _options(engine, QUERY) if query is None else query
         self.document = _options(engine, DOCUMENT) if document is None else document
@@ -36,6 +38,6 @@ class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # An
         return list((await self.engine.aencode(text, **self.query)).tolist())
 
 
-def _options(engine: Engine, names: tuple[str, ...]) -> Options:
+def _options(engine: Engine, names: tuple[str, ...]) -> EncodeKeywords:
     name = next((name for name in names if name in engine.checkpoint.prompts), None)
-    return Options() if name is None else Options(task=name)
+    return EncodeKeywords() if name is None else EncodeKeywords(task=name)

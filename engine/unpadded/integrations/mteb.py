@@ -10,7 +10,7 @@ from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 
 from unpadded.engine import Engine
-from unpadded.options import Options
+from unpadded.options import EncodeKeywords
 
 # The task that nomic's models are evaluated with, by mteb's names of task types and of sides.
 NOMIC_TASKS = {
@@ -51,10 +51,10 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
         known = engine.checkpoint.prompts
         published = (*NOMIC_TASKS.items(), *JINA_TASKS.items())
         tasks = {name: task for name, task in published if task in known} | {name: name for name in known}
-        self.options: dict[str, Options] = (
-            {name: Options(task=task) for name, task in tasks.items()}
+        self.options: dict[str, EncodeKeywords] = (
+            {name: EncodeKeywords(task=task) for name, task in tasks.items()}
             if prompts is None
-            else {name: Options(prompt=prompt) for name, prompt in prompts.items()}
+            else {name: EncodeKeywords(prompt=prompt) for name, prompt in prompts.items()}
         )
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"unpadded/{engine.checkpoint.name.rpartition('/')[2]}", "revision": "local"}
@@ -73,6 +73,6 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
         """[texts, dimensions] of batches with a column `text`. batch_size has no say: the engine has a token budget."""
         name = get_prompt_name(dict.fromkeys(self.options, ""), task_metadata, prompt_type)
         texts = (text for batch in inputs for text in batch["text"])
-        options = self.options[name] if name else Options(prompt="")
+        options = self.options[name] if name else EncodeKeywords(prompt="")
         vectors = self.engine.encode(texts, show_progress=False, **options)
         return np.asarray(vectors)

@@ -102,7 +102,9 @@ def _check_dimensionality(dimensionality: int | None, engine: Engine) -> None:
 
 def _own_tokens(counts: np.ndarray, engine: Engine, task_type: str, long_text_mode: str) -> int:
     """The texts' tokens, those that two chunks share counted twice; InputError for one too long to average."""
-    around = len(next(engine.read([""], engine.plan(task=task_type, long_text="mean"))).sequences[0])
+    around = len(
+        next(engine._pipeline.windows([""], engine._pipeline.plan(task=task_type, long_text="mean"))).sequences[0]
+    )
     chunks = -(-counts // min(CHUNK_TOKENS, engine.checkpoint.max_length))  # all but the last are full
     own = counts - chunks * around
     lengths = own - (chunks - 1) * CHUNK_OVERLAP

@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 import unpadded
 from unpadded.errors import InputError, OptionError
-from unpadded.options import Options
+from unpadded.options import EncodeKeywords
 
 # Rows that an actor takes at once, and loses when it dies: as many texts as an engine looks at together.
 BATCH_ROWS = 4096
@@ -22,8 +22,9 @@ class UnpaddedEmbedder:
     """For `Dataset.map_batches`, in the formats "pyarrow" and "numpy": adds columns to every batch.
 
     column: the texts. output: the name of the vectors, fixed-size lists in the dtype of `precision`; tokens and
-    truncated: the names of what `Engine.embed` says beside them, None to leave one out. settings: the words of
-    `unpadded.load` and of `Options`. int8 and uint8 need `ranges`, or a vector would depend on the batch it is in.
+    truncated: the names of what `Engine.embed` says beside them, None to leave one out. settings: the options
+    of `unpadded.load` and of `Engine.encode`. int8 and uint8 require `ranges`, because a vector would otherwise depend
+    on its batch.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class UnpaddedEmbedder:
     ) -> None:
         self._column = column
         self._names = (output, tokens, truncated)
-        self._options = {name: settings.pop(name) for name in Options.__annotations__ if name in settings}
+        self._options = {name: settings.pop(name) for name in EncodeKeywords.__annotations__ if name in settings}
         self._engine = unpadded.load(model, **settings)
         self._engine.stream((), **self._options)  # checks them
 

@@ -215,11 +215,11 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             or Path(transformer.tokenizer.name_or_path) != engine.checkpoint.folder
         ):
             return None
-        runner = engine.runner
+        runner = engine._pipeline.runner
         if (runner.pooling, _addresses(runner.dense)) != (pipeline[0], _addresses(pipeline[1])):
             runner = Runner(runner.encoder, runner.device, pooling=pipeline[0], dense=pipeline[1])
-        if runner is not engine.runner or length != engine.checkpoint.max_length:
-            transformer.model.engine = engine = engine.with_runner(runner, max_length=length)
+        if runner is not engine._pipeline.runner or length != engine.checkpoint.max_length:
+            transformer.model.engine = engine = Engine(engine._pipeline.with_runner(runner, max_length=length))
         return engine
 
     def _normalizes(self) -> bool:

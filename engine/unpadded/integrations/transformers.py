@@ -28,6 +28,7 @@ from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.checkpoint.safetensors_header import read_header
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
+from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Dense, Runner
 from unpadded.integrations import attention_interface
 from unpadded.integrations.padding import pad, unpad
@@ -62,7 +63,7 @@ class UnpaddedModel(nn.Module):
         super().__init__()
         self.engine = engine
         self.config = make_config(engine.checkpoint)
-        weights = plain_weights(engine.runner.encoder.weights)
+        weights = plain_weights(engine._pipeline.runner.encoder.weights)
         self._weights = _as_parameters(weights, lambda name, value: self.register_parameter(name, value))
         self.eval()
 
@@ -141,7 +142,7 @@ class UnpaddedModel(nn.Module):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         output = run_padded(
-            self.engine.runner,
+            self.engine._pipeline.runner,
             input_ids,
             attention_mask,
             token_type_ids,
@@ -196,15 +197,16 @@ class UnpaddedModel(nn.Module):
 
     def _move(self) -> None:
         """Run where the parameters are, as they are: on a CPU their products take a copy, see `weights.prepacked`."""
-        old = self.engine.runner
+        old = self.engine._pipeline.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
-        self.engine = self.engine.with_runner(_make_runner(self.engine.checkpoint, self._weights, name, old.dense))
+        runner = _make_runner(self.engine.checkpoint, self._weights, name, old.dense)
+        self.engine = Engine(self.engine._pipeline.with_runner(runner))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: the engine, which holds kernels, is made anew there."""
         engine = self.engine
-        runner = engine.runner
-        parts = (engine.checkpoint, engine.token_budget, runner.encoder.attention.name, runner.dense)
+        runner = engine._pipeline.runner
+        parts = (engine.checkpoint, engine._pipeline.token_budget, runner.encoder.attention.name, runner.dense)
         return {**self.__dict__, "engine": parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +214,7 @@ class UnpaddedModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case)
         runner = _make_runner(checkpoint, self._weights, attention, dense)
-        self.engine = Engine(checkpoint, tokenizer, runner, token_budget)
+        self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, token_budget))
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ class Application:
 
     def _explain(self, error: BaseException) -> tuple[int, bytes, dict[str, str]]:
         problem = as_problem(error)
-        if isinstance(error, WorkerError) and not self.state.service.engine.ready:
+        if isinstance(error, WorkerError) and not self.state.service.pipeline.backend.ready_devices:
             problem.kind = "no_device"  # the fault is not these texts'
         if problem.kind == "internal":
             logger.error("a request raised", exc_info=error)

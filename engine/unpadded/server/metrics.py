@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from unpadded import Engine
 from unpadded.execution.batcher import Batcher, Timing
+from unpadded.execution.pipeline import EmbeddingPipeline
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = tuple(2**power for power in range(4, 18))
@@ -38,13 +38,15 @@ class Metrics:
         self.batch_texts = Histogram("unpadded_batch_texts", "texts of a batch", buckets=TOKENS, registry=registry)
         self.tokens_per_second = 0.0  # of the model, lately
 
-    def watch(self, engine: Engine, batcher: Batcher) -> None:
+    def watch(self, pipeline: EmbeddingPipeline, batcher: Batcher) -> None:
         """Read an engine's devices and a batcher's queue whenever somebody asks."""
         devices = Gauge("unpadded_devices", "devices that take batches", registry=self._registry)
-        devices.set_function(lambda: engine.ready)
-        if engine.parallelism == 1 and engine.runner.device.type == "cuda":  # of several, other processes hold it
+        devices.set_function(lambda: pipeline.backend.ready_devices)
+        if (
+            pipeline.backend.parallelism == 1 and pipeline.runner.device.type == "cuda"
+        ):  # of several, other processes hold it
             memory = Gauge("unpadded_gpu_memory_bytes", "GPU memory held by tensors", registry=self._registry)
-            memory.set_function(partial(torch.cuda.memory_allocated, engine.runner.device))
+            memory.set_function(partial(torch.cuda.memory_allocated, pipeline.runner.device))
         calls = Gauge("unpadded_queued_requests", "requests that wait for a batch", registry=self._registry)
         calls.set_function(lambda: batcher.queued_calls)
         tokens = Gauge("unpadded_queued_tokens", "tokens that wait for a batch", registry=self._registry)

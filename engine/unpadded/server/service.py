@@ -15,7 +15,7 @@ from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
 from unpadded.execution.batcher import Timing, run_windows
-from unpadded.options import Options
+from unpadded.options import EncodeKeywords
 from unpadded.server.errors import Problem
 from unpadded.server.metrics import Metrics
 from unpadded.server.options import ServerOptions
@@ -42,12 +42,13 @@ class Service:
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         if options.default_task is not None:
-            engine.plan(task=options.default_task)
+            engine._pipeline.plan(task=options.default_task)
         self.engine = engine
+        self.pipeline = engine._pipeline
         self.options = options
         self.metrics = Metrics()
-        self.batcher = engine.batcher(self.metrics.observe_batch)
-        self.metrics.watch(engine, self.batcher)
+        self.batcher = engine._pipeline.batcher(self.metrics.observe_batch)
+        self.metrics.watch(self.pipeline, self.batcher)
         self.name = engine.checkpoint.name
         self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
@@ -57,18 +58,18 @@ class Service:
     def warm_up(self) -> None:
         """Run a small and a full batch on every device; on GPUs also sizes between, each of which they prepare."""
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
-        work = self.engine.work(self.engine.plan())
+        work = self.pipeline.vector_work(self.pipeline.plan())
         for tokens, texts in self._sizes():
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # side by side, so that each device has one
-            calls = [self.batcher.submit(sequences, work) for _ in range(self.engine.parallelism)]
+            calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.parallelism)]
             for call in calls:
                 call.future.result()
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         """Tokens and texts of the batches of `warm_up`."""
-        budget = self.engine.token_budget
+        budget = self.pipeline.token_budget
         if self.device != "cuda":
             yield from ((1, 1), (budget, 1))
             return
@@ -94,36 +95,36 @@ class Service:
         return max(1, min(LONGEST_WAIT, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
 
     async def embed(
-        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[Options]
+        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> Embeddings:
         """Embed in batches shared with every other request."""
         self._count(texts, usage)
         if options.get("task") is None and "prompt" not in options:
             options["task"] = self.options.default_task
-        plan = self.engine.plan(**options)
-        windows = self._windows(self.engine.read(texts, plan), usage, self._refuses(refuse_long))
+        plan = self.pipeline.plan(**options)
+        windows = self._windows(self.pipeline.windows(texts, plan), usage, self._refuses(refuse_long))
         done = await run_windows(
             self.batcher,
             windows,
-            self.engine.work(plan),
+            self.pipeline.vector_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )
-        return self.engine.collect(done, plan)
+        return self.pipeline.collect(done, plan)
 
     async def embed_tokens(
-        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[Options]
+        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> list[np.ndarray]:
         """The last hidden states of each text: [tokens, hidden]."""
         self._count(texts, usage)
-        plan = self.engine.plan(**options)
+        plan = self.pipeline.plan(**options)
         windows = self._windows(
-            self.engine.read(texts, plan), usage, self._refuses(refuse_long), max_tokens=MAX_TOKEN_VECTORS
+            self.pipeline.windows(texts, plan), usage, self._refuses(refuse_long), max_tokens=MAX_TOKEN_VECTORS
         )
         done = await run_windows(
             self.batcher,
             windows,
-            self.engine.token_work(plan),
+            self.pipeline.token_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )

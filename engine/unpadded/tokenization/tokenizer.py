@@ -13,16 +13,15 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 import tokenizers
 from tokenizers import Encoding
 
 from unpadded.errors import CheckpointError, InputError, OptionError
+from unpadded.options import Truncation, check_choice
 from unpadded.tokenization.tokenizer_files import part_names, read_tokenizer
-
-Truncation = Literal["right", "left", "error"]
 
 # 736 English documents took 3.8 characters a token (median), 4.8 (99th percentile) and 5.1 (largest) with BERT's
 # vocabulary, 2026-11-23.
@@ -100,8 +99,7 @@ class Tokenizer:
         "right" keeps the first tokens; "left" keeps the prompt's and the last of the text's; "error" raises InputError
         for a text that is too long. Errors name a text by its entry in `indices`, or else its place in `texts`.
         """
-        if truncation not in get_args(Truncation):
-            raise OptionError(f"truncation is unknown: {truncation!r}; use one of {', '.join(get_args(Truncation))}")
+        check_choice("truncation", truncation, get_args(Truncation))
         indices = range(len(texts)) if indices is None else indices
         _check_texts(texts, indices)
         if len(texts) == 0:

@@ -36,7 +36,7 @@ def measure(
     scaling: numbers of paragraphs to embed, one after the other, with the last engine.
     result: the dict to fill and return, so that an interrupted run keeps what it has measured.
     """
-    device = next(iter(engines.values())).runner.device
+    device = next(iter(engines.values()))._pipeline.runner.device
     model = Model(name, engines, half_dtype(device))
     providers, reasons = make_providers(model, against)
     for provider, reason in reasons.items():

@@ -109,7 +109,8 @@ def scaling(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iter
 
 def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
     """Return each stage's share of the time when no stages overlap; "copy" packs a batch and moves it to the device."""
-    plan, runner = engine.plan(prompt=""), engine.runner
+    pipeline = engine._pipeline
+    plan, runner = pipeline.plan(prompt=""), pipeline.runner
     seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -121,29 +122,30 @@ def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
         seconds[name] += time.perf_counter() - start
 
     with stage("tokenize"):
-        windows = list(engine.read(texts, plan))
+        windows = list(pipeline.windows(texts, plan))
     with torch.inference_mode():
         for window in windows:
-            rows = np.empty((len(window.sequences), plan.dimensions), np.float32)
-            for batch in schedule([len(ids) for ids in window.sequences], engine.token_budget):
+            rows = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
+            for batch in schedule([len(ids) for ids in window.sequences], pipeline.token_budget):
                 with stage("copy"):
                     packed = runner._to_device(pack([window.sequences[i] for i in batch], runner.encoder.spec))
                 with stage("forward"):
-                    pooled = runner._pooled(packed, **plan.shape)
+                    pooled = runner._pooled(packed, plan.vector_options)
                 with stage("output"):
                     rows[batch] = pooled.cpu().numpy()
             with stage("output"):
-                engine.collect([(window, rows)], plan)
+                pipeline.collect([(window, rows)], plan)
     return {name: spent / sum(seconds.values()) for name, spent in seconds.items()}
 
 
 def forward_alone(engine: Engine, windows: Sequence[Window]) -> np.ndarray:
     """Run the batches that `encode` runs, from token ids, without tokenizing or reordering."""
-    plan = engine.plan(prompt="")
+    pipeline = engine._pipeline
+    plan = pipeline.plan(prompt="")
     launched = [
-        engine.runner.launch([window.sequences[i] for i in batch], **plan.shape)
+        pipeline.runner.launch([window.sequences[i] for i in batch], plan.vector_options)
         for window in windows
-        for batch in schedule([len(ids) for ids in window.sequences], engine.token_budget)
+        for batch in schedule([len(ids) for ids in window.sequences], pipeline.token_budget)
     ]
     return np.concatenate([rows.wait() for rows in launched])
 
@@ -158,7 +160,7 @@ def flops(spec: EncoderSpec, lengths: np.ndarray) -> int:
 
 
 def _windows(engine: Engine, texts: Sequence[str]) -> Iterator[Window]:
-    return engine.read(texts, engine.plan(prompt=""))
+    return engine._pipeline.windows(texts, engine._pipeline.plan(prompt=""))
 
 
 def _from_disk(encode: Encode, file: Path) -> np.ndarray:

@@ -35,7 +35,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.engine.runner.device
+        return self.engine._pipeline.runner.device
 
 
 def make_providers(model: Model, names: Sequence[str]) -> tuple[dict[str, Encode], dict[str, str]]:

@@ -153,7 +153,7 @@ async def _root(service: Service, request: RootRequest, exchange: Exchange) -> R
 
 async def _tokenize(service: Service, request: TokenizeRequest, exchange: Exchange) -> Response:
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-    prompt = service.engine.plan(task=request.prompt_name).prompt
+    prompt = service.pipeline.plan(task=request.prompt_name).prompt
     backend = service.engine.tokenizer.backend
     loop = asyncio.get_running_loop()
     given = [prompt + text for text in texts]
@@ -213,7 +213,7 @@ async def _info(service: Service, request: None, exchange: Exchange) -> Response
 
 
 async def _health(service: Service, request: None, exchange: Exchange) -> Response:
-    if not service.engine.ready:
+    if not service.pipeline.backend.ready_devices:
         raise Problem("no_device", "no device takes batches: its process died; wait until it has started again")
     return Response(lambda: b"", "text/plain")
 
