@@ -2,7 +2,7 @@
 
     PYTHONPATH=engine:kernels:tests python bench/tune.py [--only NAME ...] [--out FILE.json]
 
-For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `ops.py`, and
+For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `op_cases`, and
 the fastest is named; one that is wrong, or does not launch, says so. All are compiled beforehand, many beside each
 other: what is timed comes from triton's cache. The winner is entered by hand, with where and when. What decides
 FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies run, to keep the
@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import harness
-import ops
+import op_cases
 import torch
 
 from unpadded.cli.benchmark.machine import seconds
@@ -48,7 +48,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--only", nargs="*", help="sweeps by name (default: all)")
     args = parser.parse_args()
-    found = sweeps(tiles.generation(ops.DEVICE))
+    found = sweeps(tiles.generation(op_cases.DEVICE))
     names = args.only or list(found)
     if unknown := sorted(set(names) - found.keys()):
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(found)}")
@@ -66,10 +66,10 @@ def main() -> None:
 
 
 def sweeps(generation: int) -> dict[str, Sweep]:
-    fp32 = torch.finfo(ops.DTYPE).bits == 32
+    fp32 = torch.finfo(op_cases.DTYPE).bits == 32
     key_generation = 80 if fp32 else generation
     tma = not fp32 and generation >= 90
-    attention_cases = tuple(name for name in ops.CASES if name.startswith("attention, texts of"))
+    attention_cases = tuple(name for name in op_cases.CASES if name.startswith("attention, texts of"))
     attention = tuple(
         Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, overlap=overlap)
         for m, n, warps, stages, overlap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3), {tma, False})
@@ -88,7 +88,7 @@ def sweeps(generation: int) -> dict[str, Sweep]:
     fused = "unpadded" if fp32 else "unpadded, fused"
     return {
         "attention": Sweep(
-            attention_cases, "unpadded", tiles.ATTENTION, (fp32, ops.HEAD_DIM, key_generation), attention
+            attention_cases, "unpadded", tiles.ATTENTION, (fp32, op_cases.HEAD_DIM, key_generation), attention
         ),
         **{
             f"linear, {follows}": Sweep(
@@ -115,10 +115,10 @@ def compile_all(candidates: dict[str, int]) -> None:
 def run_once(job: tuple[str, int]) -> str | None:
     """What went wrong, if anything, with a candidate: its sweep's name, and its place there."""
     name, index = job
-    sweep = sweeps(tiles.generation(ops.DEVICE))[name]
+    sweep = sweeps(tiles.generation(op_cases.DEVICE))[name]
     sweep.table[sweep.key] = candidate = sweep.candidates[index]
     try:
-        for case in map(ops.CASES.__getitem__, sweep.cases):
+        for case in map(op_cases.CASES.__getitem__, sweep.cases):
             made = case()
             made.providers[sweep.provider](*made.arguments)
     except Exception as error:  # whatever a compiler or a launch raises; `run` meets and reports it again
@@ -143,10 +143,10 @@ def run(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 def time_of(name: str, provider: str) -> float:
     torch.manual_seed(0)
-    case = ops.CASES[name]()
+    case = op_cases.CASES[name]()
     call = case.providers[provider]
-    ops.assert_correct(call, case)
-    return statistics.median(seconds(lambda: call(*case.arguments), ops.DEVICE, TIMES if ops.CUDA else 1))
+    op_cases.assert_correct(call, case)
+    return statistics.median(seconds(lambda: call(*case.arguments), op_cases.DEVICE, TIMES if op_cases.CUDA else 1))
 
 
 if __name__ == "__main__":
