@@ -1,4 +1,4 @@
-"""Bulk jobs over real files with a real model: what is read, what is written, and what a kill leaves."""
+"""Bulk jobs over real files with a real model: reading, writing, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import unpadded
-from unpadded.bulk import Broken, Row, read_rows
-from unpadded.bulk.dataset_output import open_dataset
-from unpadded.bulk.readers import Place, expand_inputs
-from unpadded.bulk.writers import Columns
+from unpadded.bulk import RejectedRow, Row, read_rows
+from unpadded.bulk.dataset_output import open_dataset_output
+from unpadded.bulk.readers import expand_inputs
+from unpadded.bulk.writers import OutputColumns
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +68,8 @@ def vectors_of(table: pa.Table) -> np.ndarray:
     return vectors.flatten().to_numpy().reshape(len(table), -1)
 
 
-def write_every_kind(folder: Path) -> list[str]:
-    """The same nine texts, as columns where there are any, in every kind of file."""
+def write_every_format(folder: Path) -> list[str]:
+    """Write the same nine texts in every input format, with a column of ids where the format has columns."""
     texts = ["plain", "zwölf Boxkämpfer", 'with "quotes", commas', "日本語", *TEXTS[:5]]
     names = [f"d{i}" for i in range(len(texts))]
     lines = "".join(json.dumps({"doc": name, "text": text}) + "\n" for name, text in zip(names, texts, strict=True))
@@ -83,10 +83,10 @@ def write_every_kind(folder: Path) -> list[str]:
     return texts
 
 
-def test_a_folder_of_every_kind_of_file_reads_the_same_texts(tmp_path: Path) -> None:
-    texts = write_every_kind(tmp_path)
+def test_a_folder_reads_the_same_texts_from_files_of_every_format(tmp_path: Path) -> None:
+    texts = write_every_format(tmp_path)
     for hidden in ("_manifest.json", ".hidden.txt", "notes.md", "picture.png"):
-        (tmp_path / hidden).write_bytes(b"\xff not a text")
+        (tmp_path / hidden).write_bytes(b"\xff not UTF-8")
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper/z.txt").write_text("last")
     files = expand_inputs([str(tmp_path)])
@@ -100,29 +100,26 @@ def test_a_folder_of_every_kind_of_file_reads_the_same_texts(tmp_path: Path) -> 
     assert expand_inputs([str(tmp_path / "*.csv*")]) == [str(tmp_path / "c.csv"), str(tmp_path / "d.csv.gz")]
 
 
-def test_reading_goes_on_from_any_row(tmp_path: Path) -> None:
-    write_every_kind(tmp_path)
+def test_reading_resumes_at_any_row(tmp_path: Path) -> None:
+    write_every_format(tmp_path)
     files = expand_inputs([str(tmp_path / "*.*v*"), str(tmp_path / "*.jsonl*"), str(tmp_path / "e.parquet")])
-    rows = [row for row in read_rows(files, beside=["doc"]) if isinstance(row, Row)]
-    assert len(rows) == 5 * 9 and [row.beside for row in rows[:9]] == [[f"d{i}"] for i in range(9)]
-    for behind, row in enumerate(rows):
-        assert (
-            list(read_rows(files, beside=["doc"], start=Place(row.number + 1, row.source, row.row)))
-            == rows[behind + 1 :]
-        )
+    rows = [row for row in read_rows(files, extra_columns=["doc"]) if isinstance(row, Row)]
+    assert len(rows) == 5 * 9 and [row.extra_values for row in rows[:9]] == [[f"d{i}"] for i in range(9)]
+    for index, row in enumerate(rows):
+        assert list(read_rows(files, extra_columns=["doc"], start=row.next_position)) == rows[index + 1 :]
 
 
-def test_a_csv_field_may_be_long_and_hold_lines(tmp_path: Path) -> None:
+def test_a_csv_field_may_be_long_and_have_several_lines(tmp_path: Path) -> None:
     long = "word " * 50_000
     (tmp_path / "in.csv").write_text(f'n,body\r\n1,"two\nlines"\r\n\r\n2,"{long}"\r\n3,a,b\r\n4,last\r\n', newline="")
-    first, second, broken, last = read_rows([str(tmp_path / "in.csv")], "body")
+    first, second, rejected, last = read_rows([str(tmp_path / "in.csv")], "body")
     assert isinstance(first, Row) and first.text == "two\nlines"
     assert isinstance(second, Row) and second.text == long
-    assert isinstance(broken, Broken) and broken.row == 6 and "3 fields under 2 columns" in broken.error
+    assert isinstance(rejected, RejectedRow) and rejected.row == 6 and "3 fields for 2 columns" in rejected.error
     assert isinstance(last, Row) and last.text == "last" and last.number == 3
 
 
-BAD_ROWS = {
+INVALID_ROWS = {
     "json.jsonl": (b'"fine"\n{"text": \n"fine"\n', 2, "not JSON"),
     "field.jsonl": (b'"fine"\n{"body": "b"}\n"fine"\n', 2, "no field 'text'"),
     "number.jsonl": (b'"fine"\n{"text": 12}\n"fine"\n', 2, "not a text"),
@@ -130,7 +127,7 @@ BAD_ROWS = {
     "surrogate.jsonl": (b'"fine"\n"a \\ud800 alone"\n"fine"\n', 2, "not UTF-8"),
     "latin.txt": (b"fine\nZ\xfcrich\nfine\n", 2, "not UTF-8"),
     "latin.csv": (b"text\nfine\nZ\xfcrich\nfine\n", 3, "not UTF-8"),
-    "short.csv": (b"n,text\n1,fine\n2\n3,fine\n", 3, "1 fields under 2 columns"),
+    "short.csv": (b"n,text\n1,fine\n2\n3,fine\n", 3, "1 fields for 2 columns"),
     "null.parquet": (pa.array(["fine", None, "fine"]), 1, "is null"),
     "latin.parquet": (
         pa.Array.from_buffers(
@@ -144,11 +141,11 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_broken_row_is_named_or_skipped(
+@pytest.mark.parametrize("name", INVALID_ROWS)
+def test_an_invalid_row_is_reported_or_skipped(
     engine: unpadded.Engine, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content, row, reason = BAD_ROWS[name]
+    content, row, problem = INVALID_ROWS[name]
     if isinstance(content, bytes):
         Path(name).write_bytes(content)
     else:
@@ -156,32 +153,32 @@ def test_a_broken_row_is_named_or_skipped(
     assert embed(name, "-o", "out.npy") == 2
     where = f"{name!r} {'row' if name.endswith('.parquet') else 'line'} {row}"
     stderr = capsys.readouterr().err
-    assert reason in stderr and where in stderr and stderr.count("\n") == 1
+    assert problem in stderr and where in stderr and stderr.count("\n") == 1
 
     assert embed(name, "-o", "out.npy", "--on-error", "skip") == 0
     assert "1 skipped" in capsys.readouterr().err
     np.testing.assert_array_equal(np.load("out.npy"), engine.encode(["fine", "fine"]))
     (rejected,) = map(json.loads, Path("out.npy.rejects.jsonl").read_text().splitlines())
     assert rejected.keys() == {"file", "row", "error"} and (rejected["file"], rejected["row"]) == (name, row)
-    assert reason in rejected["error"]
+    assert problem in rejected["error"]
 
     assert embed(name, "-o", "parts/", "--on-error", "skip") == 0
     assert json.loads(Path("parts/_rejects.jsonl").read_text()) == rejected
     assert pq.read_table("parts")["id"].to_pylist() == [0, 2]
 
 
-def test_a_cut_gzip_is_an_error_even_when_rows_are_skipped(
+def test_a_truncated_gzip_file_is_an_error_even_if_invalid_rows_are_skipped(
     engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("in.txt.gz").write_bytes(gzip.compress("\n".join(["\udcff", *TEXTS]).encode("utf-8", "surrogateescape"))[:-20])
     assert embed("in.txt.gz", "-o", "out.npy", "--on-error", "skip") == 2
-    assert "the input cannot be read: 'in.txt.gz'" in capsys.readouterr().err
+    assert "'in.txt.gz'" in capsys.readouterr().err
     assert os.listdir() == ["in.txt.gz"]
     assert embed("in.txt.gz", "-o", "parts/", "--on-error", "skip") == 2
-    assert os.listdir("parts") == []  # a reject was written before the error
+    assert os.listdir("parts") == []  # the reject that was written before the error is removed
 
 
-def test_a_dataset_holds_what_the_engine_gives(engine: unpadded.Engine, tmp_path: Path) -> None:
+def test_a_dataset_has_the_vectors_of_the_engine(engine: unpadded.Engine, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     flags = ["--part-rows", "150", "--id-column", "doc", "--carry", "n", "--dimensions", "96"]
     assert embed(source, "-o", "parts/", *flags) == 0
@@ -206,7 +203,7 @@ def test_a_dataset_holds_what_the_engine_gives(engine: unpadded.Engine, tmp_path
 
 
 @pytest.mark.parametrize("flags", [["-o", "parts/", "--part-rows", "8"], ["-o", "one.parquet"]])
-def test_vectors_open_in_pandas_polars_and_duckdb(engine: unpadded.Engine, tmp_path: Path, flags: list[str]) -> None:
+def test_pandas_polars_and_duckdb_read_the_output(engine: unpadded.Engine, tmp_path: Path, flags: list[str]) -> None:
     polars, duckdb = pytest.importorskip("polars"), pytest.importorskip("duckdb")
     assert embed(write_jsonl(tmp_path / "in.jsonl", TEXTS[:20]), *flags, "--carry", "doc,text") == 0
     path = "parts/*.parquet" if flags[1] == "parts/" else flags[1]
@@ -220,7 +217,7 @@ def test_vectors_open_in_pandas_polars_and_duckdb(engine: unpadded.Engine, tmp_p
         assert frame["tokens"].tolist() == expected.token_counts.tolist(), tool
 
 
-def test_columns_of_parquet_keep_their_types(engine: unpadded.Engine) -> None:
+def test_parquet_columns_keep_their_types(engine: unpadded.Engine) -> None:
     days = pa.array([0, 19_000, None], pa.date32())
     source = pa.table(
         {"text": TEXTS[:3], "key": pa.array([7, 8, 9], pa.int16()), "day": days, "tags": [["a"], [], None]}
@@ -249,14 +246,14 @@ def test_vectors_keep_their_precision(engine: unpadded.Engine, tmp_path: Path, p
     np.testing.assert_array_equal(vectors, expected)
 
 
-def test_no_texts_make_a_dataset_that_opens(engine: unpadded.Engine) -> None:
+def test_an_empty_input_makes_a_dataset_that_can_be_opened(engine: unpadded.Engine) -> None:
     Path("in.txt").touch()
     assert embed("in.txt", "-o", "parts/") == 0
     table = pq.read_table("parts")
     assert len(table) == 0 and table.schema.field("embedding").type == pa.list_(pa.float32(), 384)
 
 
-def test_the_summary_counts_padding(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_reports_padding(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
     Path("in.txt").write_text("\n".join(TEXTS))
     assert embed("in.txt", "-o", "parts/") == 0
     counts = engine.embed(TEXTS).token_counts
@@ -269,11 +266,11 @@ def test_the_summary_counts_padding(engine: unpadded.Engine, capsys: pytest.Capt
 
 
 class Killed(BaseException):
-    """Stands for a kill between two steps."""
+    """Simulates a kill between two steps."""
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
-    """Let the sync or rename of this number, and each after it, not happen; returns the steps there were."""
+    """Raise instead of the sync or rename with this number and all later ones; return a list with their count."""
     steps = [0]
 
     def counted(real: Any) -> Any:
@@ -290,7 +287,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
     return steps
 
 
-def test_resuming_after_a_stop_at_every_step_gives_the_same_bytes(engine: unpadded.Engine, tmp_path: Path) -> None:
+def test_resuming_after_a_stop_at_every_step_writes_the_same_bytes(engine: unpadded.Engine, tmp_path: Path) -> None:
     bad = {2: b"{", 3: b"{", 8: b'{"n": 1}', 11: b"12"}  # 8 rows remain: parts of 3, 3 and 2
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:12], bad)
     flags = ["--part-rows", "3", "--on-error", "skip", "--carry", "n"]
@@ -325,7 +322,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def runs() -> Iterator[subprocess.Popen[str]]:
-    """Runs the command line in a process each, forked from one that has done the slow imports."""
+    """A process that runs each command line in a fork of itself, after the slow imports."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", RUNS]
     with subprocess.Popen(
@@ -338,7 +335,7 @@ def runs() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_at_ten_random_moments_gives_the_same_bytes(
+def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(
     runs: subprocess.Popen[str], tmp_path: Path, minilm: Path
 ) -> None:
     draw = random.Random(0)
@@ -378,12 +375,12 @@ def test_kill_at_ten_random_moments_gives_the_same_bytes(
     assert len(pq.read_table(killed)) == len(TEXTS) - len(bad)
 
 
-def test_two_runs_do_not_write_one_dataset(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_cannot_write_to_one_dataset(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
     Path("in.txt").write_text("\n".join(TEXTS[:3]))
     Path("parts").mkdir()
-    with open_dataset("parts/", Columns(), part_rows=8, resume=True):
+    with open_dataset_output("parts/", OutputColumns(), part_rows=8, resume=True):
         assert embed("in.txt", "-o", "parts/", "--resume") == 2
-        assert "another run writes the output: 'parts/'" in capsys.readouterr().err
+        assert "another run is writing the output: 'parts/'" in capsys.readouterr().err
     assert embed("in.txt", "-o", "parts/", "--resume") == 0
 
 
@@ -397,7 +394,7 @@ def test_two_runs_do_not_write_one_dataset(engine: unpadded.Engine, capsys: pyte
         (["--precision", "float16"], "settings.precision 'float32', this run 'float16'"),
     ],
 )
-def test_another_setting_is_not_resumed(
+def test_resuming_with_another_setting_is_an_error(
     engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], difference: str
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
@@ -408,7 +405,7 @@ def test_another_setting_is_not_resumed(
     assert contents(Path("parts")) == before
 
 
-def test_another_input_or_model_is_not_resumed(
+def test_resuming_with_another_input_or_model_is_an_error(
     engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
@@ -425,7 +422,7 @@ def test_another_input_or_model_is_not_resumed(
     assert "model_files.model.safetensors.sha256_of_samples" in capsys.readouterr().err
 
 
-def test_a_dataset_is_not_written_over(
+def test_a_dataset_is_not_overwritten(
     engine: unpadded.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:10])
@@ -433,7 +430,7 @@ def test_a_dataset_is_not_written_over(
     assert embed(source, "-o", "parts") == 0
     before = contents(Path("parts"))
     assert embed(source, "-o", "parts") == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "pass --resume" in capsys.readouterr().err
     assert embed(source, "-o", "parts", "--resume") == 0
     assert "0 texts after 10 done before" in capsys.readouterr().err
     assert contents(Path("parts")) == before
@@ -447,10 +444,10 @@ def test_a_dataset_is_not_written_over(
     assert "not empty: 'other/' has 'mine.txt'" in capsys.readouterr().err
 
 
-def test_what_was_mended_is_gone_on_with_by_skipping(
+def test_on_error_may_change_when_a_job_is_resumed(
     engine: unpadded.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that stopped at a broken row keeps its parts; --on-error may change, as it changes no row before."""
+    """A run that stopped at an invalid row keeps its parts, and --on-error does not affect the rows in them."""
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:20], {17: b"{"})
     assert embed(source, "-o", "parts/", "--part-rows", "4") == 2
@@ -461,32 +458,37 @@ def test_what_was_mended_is_gone_on_with_by_skipping(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value", "remedy"),
     [
-        (["in.jsonl", "-o", "out.npy", "--resume"], "--resume is for a dataset, not for 'out.npy'"),
-        (["in.jsonl", "--part-rows", "4"], "--part-rows is for a dataset, not for 'stdout'"),
-        (["in.jsonl", "-o", "parts/", "--part-rows", "0"], "--part-rows is not positive: 0"),
-        (["in.jsonl", "--on-error", "skip"], "no place for what it skips"),
-        (["-", "-o", "parts/", "--resume"], "--resume cannot read standard input again"),
-        (["in.jsonl", "-o", "out.npy", "--carry", "n"], "carried into Parquet only: 'n'"),
-        (["in.txt", "-o", "parts/", "--carry", "n"], "a text file has none: 'n' of 'in.txt'"),
-        (["in.jsonl", "-o", "parts/", "--carry", "tokens"], "there twice: 'tokens'"),
-        (["in.jsonl", "in.parquet", "-o", "parts/", "--carry", "n"], "carried together: 'in.parquet', 'in.jsonl'"),
-        (["in.parquet", "-o", "parts/", "--carry", "m"], "no column 'm': 'in.parquet' has 'text', 'n'"),
-        (["in.parquet", "other.parquet", "-o", "parts/", "--carry", "n"], "'n' is string in 'other.parquet' and int64"),
-        (["folder", "-o", "folder/parts/"], "lies in an input folder: 'folder/parts/'"),
-        (["folder", "-o", "folder/"], "would replace an input: 'folder/'"),
-        (["*.md", "-o", "parts/"], "no file is named like the input: '*.md'"),
-        (["in.txt", "-o", "out.txt/"], "the output is a file: 'out.txt/'"),
-        (["in.parquet.gz", "-o", "parts/"], "gzipped Parquet"),
+        (["in.jsonl", "-o", "out.npy", "--resume"], "'out.npy'", "pass a folder such as -o vectors/"),
+        (["in.jsonl", "--part-rows", "4"], "'stdout'", "pass a folder such as -o vectors/"),
+        (["in.jsonl", "-o", "parts/", "--part-rows", "0"], "0", "pass the number of rows per part"),
+        (["in.jsonl", "--on-error", "skip"], "'stdout'", "pass an output with -o"),
+        (["-", "-o", "parts/", "--resume"], "'-'", "pass files"),
+        (["in.jsonl", "-o", "out.npy", "--carry", "n"], "'n'", "pass -o vectors/ or vectors.parquet"),
+        (["in.txt", "-o", "parts/", "--carry", "n"], "'n' of 'in.txt'", "omit --id-column and --carry"),
+        (["in.jsonl", "-o", "parts/", "--carry", "tokens"], "'tokens'", "omit it from --carry"),
+        (["in.jsonl", "in.parquet", "-o", "parts/", "--carry", "n"], "'in.parquet', 'in.jsonl'", "in two jobs"),
+        (["in.parquet", "-o", "parts/", "--carry", "m"], "'m': 'in.parquet' has 'text', 'n'", "use one of these names"),
+        (
+            ["in.parquet", "other.parquet", "-o", "parts/", "--carry", "n"],
+            "'n' is string in 'other.parquet' and int64 in 'in.parquet'",
+            "convert one of them",
+        ),
+        (["folder", "-o", "folder/parts/"], "'folder/parts/' in 'folder'", "pass another folder"),
+        (["folder", "-o", "folder/"], "would replace an input: 'folder/'", "pass another name"),
+        (["*.md", "-o", "parts/"], "'*.md'", "check it"),
+        (["in.txt", "-o", "out.txt/"], "is a file: 'out.txt/'", "pass a folder"),
+        (["in.parquet.gz", "-o", "parts/"], "'in.parquet.gz'", "decompress it"),
     ],
 )
-def test_what_cannot_be_done_is_said_first(
+def test_invalid_arguments_are_reported_before_the_model_is_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    message: str,
+    value: str,
+    remedy: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(Path("in.jsonl"), TEXTS[:2])
@@ -500,5 +502,5 @@ def test_what_cannot_be_done_is_said_first(
     before = sorted(tmp_path.rglob("*"))
     assert embed(*arguments) == 2
     stderr = capsys.readouterr().err
-    assert message in stderr and stderr.count("\n") == 1, stderr
+    assert value in stderr and remedy in stderr and stderr.count("\n") == 1, stderr
     assert sorted(tmp_path.rglob("*")) == before

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import unpadded
 from unpadded.bulk import Row, read_rows
-from unpadded.bulk.progress import Meter, Metered
-from unpadded.bulk.readers import Place
+from unpadded.bulk.progress import EstimatedTexts, ReadProgress
+from unpadded.bulk.readers import ReadPosition
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +47,11 @@ def write_files(folder: Path, ending: str) -> list[str]:
     return names
 
 
-def hints(names: list[str], start: Place) -> list[int]:
+def hints(names: list[str], start: ReadPosition) -> list[int]:
     """The length hint as each text is given, and once more at the end."""
-    meter = Meter(names)
-    rows = read_rows(names, start=start, meter=meter)
-    texts = Metered((row.text for row in rows if isinstance(row, Row)), meter)
+    progress = ReadProgress(names)
+    rows = read_rows(names, start=start, progress=progress)
+    texts = EstimatedTexts((row.text for row in rows if isinstance(row, Row)), progress)
     assert operator.length_hint(texts) == 0
     found = [operator.length_hint(texts) for _ in texts]
     return [*found, operator.length_hint(texts)]
@@ -60,17 +60,21 @@ def hints(names: list[str], start: Place) -> list[int]:
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", pytest.param(".jsonl.gz", marks=AT_ONCE), ".csv", ".parquet"])
 def test_the_texts_to_come_are_estimated_from_the_bytes_read(tmp_path: Path, ending: str) -> None:
     names = write_files(tmp_path, ending)
-    for start, count in ((Place(), 3 * ROWS), (Place(2 * ROWS, 1, ROWS), ROWS), (Place(2 * ROWS, 2), ROWS)):
+    for start, count in (
+        (ReadPosition(), 3 * ROWS),
+        (ReadPosition(2 * ROWS, 1, ROWS), ROWS),
+        (ReadPosition(2 * ROWS, 2), ROWS),
+    ):
         found = hints(names, start)
         assert len(found) == count + 1 and found[-1] == count
         # Short texts come first: their bytes alone would let expect nearly twice as many as there are.
         assert all(count / 2 < hint < 2 * count for hint in found[count // 3 :])
-    assert max(hints(names[:1], Place())[ROWS // 2 :]) < 1.02 * ROWS
+    assert max(hints(names[:1], ReadPosition())[ROWS // 2 :]) < 1.02 * ROWS
 
 
 def test_nothing_is_expected_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter(["-"])
-    texts = Metered(iter(["a", "b"]), meter)
+    progress = ReadProgress(["-"])
+    texts = EstimatedTexts(iter(["a", "b"]), progress)
     assert [operator.length_hint(texts) for _ in texts] == [0, 0]
 
 

@@ -229,41 +229,42 @@ BAD_FILES = {
     "number.jsonl": b'{"text": "a"}\n{"text": 12}\n',
     "list.jsonl": b'["a"]\n',
     "latin.txt": b"fine\nZ\xfcrich\n",
-    "not.parquet": b"PAR1 but not really",
+    "not.parquet": b"PAR1 and no more",
 }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value", "remedy"),
     [
-        (["absent.txt"], "does not exist: 'absent.txt'"),
-        (["folder"], "is a folder: 'folder'"),
-        (["bad.jsonl"], "'bad.jsonl' line 2"),
-        (["field.jsonl"], "no field 'text': 'field.jsonl' line 1 has 'title', 'body'"),
-        (["number.jsonl"], "'number.jsonl' line 2: '12'"),
-        (["list.jsonl"], "'list.jsonl' line 1"),
-        (["latin.txt"], "'latin.txt' line 2"),
-        (["not.parquet"], "not a parquet file: 'not.parquet'"),
-        (["good.parquet", "--column", "body"], "no column 'body': 'good.parquet' has 'text', 'number'"),
-        (["good.parquet", "--column", "number"], "'number' of 'good.parquet' is int64"),
-        (["good.parquet"], "'good.parquet' row 1 of 'text' is null"),
-        (["good.txt", "--column", "body"], "--column 'body'"),
-        (["good.txt", "-o", "out.csv"], "unknown ending: 'out.csv'; use one of .npy, .jsonl, .parquet"),
-        (["good.txt", "-o", "out"], "unknown ending: 'out'"),
-        (["good.txt", "-o", "absent/out.npy"], "cannot be written: 'absent/out.npy'"),
-        (["good.txt", "-o", "folder.npy"], "is a folder: 'folder.npy'"),
-        (["good.txt", "--ranges", "good.txt"], "ranges cannot be read: 'good.txt'"),
-        (["good.txt", "--ranges", "ranges.npy"], "wrong shape: 'ranges.npy' (3,)"),
-        (["good.jsonl", "-o", "good.jsonl"], "would replace an input: 'good.jsonl'"),
+        (["absent.txt"], "does not exist: 'absent.txt'", "pass a file"),
+        (["folder"], "in the input folder: 'folder'", "pass another"),
+        (["bad.jsonl"], "'bad.jsonl' line 2", "fix the line"),
+        (["field.jsonl"], "'text': 'field.jsonl' line 1 has 'title', 'body'", "use one of these names"),
+        (["number.jsonl"], "'number.jsonl' line 2: '12'", "use a string"),
+        (["list.jsonl"], "'list.jsonl' line 1", "use a string"),
+        (["latin.txt"], "'latin.txt' line 2", "save the file as UTF-8"),
+        (["not.parquet"], "not a Parquet file: 'not.parquet'", "check the file"),
+        (["good.parquet", "--column", "body"], "'body': 'good.parquet' has 'text', 'number'", "use one of these names"),
+        (["good.parquet", "--column", "number"], "'number' of 'good.parquet' is int64", "pass another with --column"),
+        (["good.parquet"], "'good.parquet' row 1 of 'text' is null", "use a string"),
+        (["good.txt", "--column", "body"], "--column 'body'", "omit it"),
+        (["good.txt", "-o", "out.csv"], "'out.csv'", "use one of .npy, .jsonl, .parquet"),
+        (["good.txt", "-o", "out"], "'out'", "or a folder such as 'out/'"),
+        (["good.txt", "-o", "absent/out.npy"], "'absent/out.npy'", "check its folder"),
+        (["good.txt", "-o", "folder.npy"], "is a folder: 'folder.npy'", "pass a file name"),
+        (["good.txt", "--ranges", "good.txt"], "'good.txt'", ".npy"),
+        (["good.txt", "--ranges", "ranges.npy"], "'ranges.npy' (3,)", "[2, dimensions]"),
+        (["good.jsonl", "-o", "good.jsonl"], "'good.jsonl'", "pass another name"),
     ],
 )
-def test_bad_files_are_named(
+def test_an_error_names_the_file_and_a_remedy(
     engine: FakeEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    message: str,
+    value: str,
+    remedy: str,
 ) -> None:
     for name, content in BAD_FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -277,7 +278,7 @@ def test_bad_files_are_named(
     monkeypatch.chdir(tmp_path)
     assert embed(*arguments, *([] if "-o" in arguments else ["-o", "out.npy"])) == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith("unpadded: error: ") and message in stderr and stderr.count("\n") == 1
+    assert stderr.startswith("unpadded: error: ") and value in stderr and remedy in stderr and stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -1,4 +1,4 @@
-"""Files that take their name only when they are whole, and are then on the disk."""
+"""Files that appear under their final name only when they are complete and on disk."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from unpadded.errors import OutputError
 
 
 class AtomicFile:
-    """A file under a temporary name until it is committed."""
+    """A file that has a temporary name until it is committed. Error messages call it `display_name`."""
 
-    def __init__(self, final: Path, temporary: Path, shown: str) -> None:
+    def __init__(self, final: Path, temporary: Path, display_name: str) -> None:
         self._final = final
         self._temporary = temporary
-        self._shown = shown
-        self.file = io.BufferedWriter(OutputFile(temporary, shown))
+        self._display_name = display_name
+        self.file = io.BufferedWriter(OutputFile(temporary, display_name))
 
     def commit(self) -> None:
-        """Give it its name once it is on the disk."""
+        """Sync the file to disk, then rename it to its final name."""
         try:
-            sync_file(self.file, self._shown)
+            sync_file(self.file, self._display_name)
             self.file.close()
             os.replace(self._temporary, self._final)
             sync_folder(self._final.parent)
         except OSError as error:
-            raise unwritable(self._shown, error) from error
+            raise write_error(self._display_name, error) from error
 
     def abandon(self) -> None:
-        """Remove it, unless it was committed."""
-        with contextlib.suppress(OutputError):  # what it could not take before
+        """Remove the file unless it was committed."""
+        with contextlib.suppress(OutputError):  # closing flushes what could not be written before
             self.file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_file(final: Path, temporary: Path, shown: str) -> Iterator[BinaryIO]:
-    """Write a file that takes its name when the block ends well, and leaves nothing when it does not."""
-    whole = AtomicFile(final, temporary, shown)
+def atomic_file(final: Path, temporary: Path, display_name: str) -> Iterator[BinaryIO]:
+    """Open a file that is committed when the block succeeds and removed when it raises."""
+    output = AtomicFile(final, temporary, display_name)
     try:
-        yield whole.file
-        whole.commit()
+        yield output.file
+        output.commit()
     finally:
-        whole.abandon()
+        output.abandon()
 
 
-def sync_file(file: BinaryIO | io.BufferedWriter, shown: str) -> None:
-    """Return when what was written is on the disk."""
+def sync_file(file: BinaryIO | io.BufferedWriter, display_name: str) -> None:
+    """Flush a file and wait until its contents are on disk."""
     try:
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
-        raise unwritable(shown, error) from error
+        raise write_error(display_name, error) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Without it a power cut may undo a rename."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    """Wait until a folder's entries are on disk; without this, a power failure may undo a rename."""
+    if os.name != "posix":  # other systems cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -69,8 +69,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path, shown: str) -> int | None:
-    """A descriptor that keeps other runs out until it is closed, if only by a kill; None where there are no locks."""
+def lock_folder(folder: Path, display_name: str) -> int | None:
+    """Return a descriptor that locks the folder until it is closed, or None where locks are not available.
+
+    The system closes the descriptor of a killed process. Raises OutputError if another run holds the lock.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -80,32 +83,35 @@ def lock_folder(folder: Path, shown: str) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise OutputError(f"another run writes the output: {shown!r}; wait for it, or give another folder") from error
-    except OSError:  # a file system without locks
+        raise OutputError(
+            f"another run is writing the output: {display_name!r}; wait until it has finished, or pass another folder"
+        ) from error
+    except OSError:  # the file system does not support locks
         os.close(descriptor)
         return None
     return descriptor
 
 
 class OutputFile(io.FileIO):
-    """A file whose failures are OutputErrors, so that those of inputs and models are not taken for its own."""
+    """An unbuffered file that raises OutputError, to tell its failures from those of inputs and models."""
 
-    def __init__(self, path: Path, shown: str, mode: str = "wb") -> None:
-        self._shown = shown
+    def __init__(self, path: Path, display_name: str, mode: str = "wb") -> None:
+        self._display_name = display_name
         try:
             super().__init__(path, mode)
         except OSError as error:
-            raise unwritable(shown, error) from error
+            raise write_error(display_name, error) from error
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            raise unwritable(self._shown, error) from error
+            raise write_error(self._display_name, error) from error
 
 
-def unwritable(shown: str, error: OSError) -> OutputError:
-    """The error for an output that cannot be written."""
+def write_error(display_name: str, error: OSError) -> OutputError:
+    """Return the OutputError for a failed write."""
     return OutputError(
-        f"the output cannot be written: {shown!r} ({error.strerror or error}); check its folder and space"
+        f"the output cannot be written: {display_name!r} ({error.strerror or error}); "
+        "check its folder and the free disk space"
     )

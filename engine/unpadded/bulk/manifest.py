@@ -1,4 +1,4 @@
-"""What a dataset was made of, beside its parts: a run that goes on must be of the same model, settings and inputs."""
+"""The manifest of a dataset: its parts, and the model, settings and inputs that a resumed run must share."""
 
 from __future__ import annotations
 
@@ -13,81 +13,86 @@ import numpy as np
 
 import unpadded
 from unpadded.bulk.atomic_files import atomic_file
-from unpadded.bulk.writers import Columns
+from unpadded.bulk.writers import OutputColumns
 from unpadded.errors import InputError, OptionError, OutputError
 
 if TYPE_CHECKING:
     from unpadded.engine import Engine
 
 FORMAT = 1
-SAMPLES = 64  # of a weight file, evenly spread, with its first and last bytes among them
+SAMPLES = 64  # of a model file, evenly spaced, including its first and last bytes
 SAMPLE_BYTES = 65536
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-NO_BEARING = ("token_budget", "defaults")  # of Engine.describe: they change no vector
+SMALL_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+FREE_TO_CHANGE = ("token_budget", "defaults")  # entries of Engine.describe that change no vector
 
 
 def describe_run(
-    engine: Engine, inputs: Sequence[str], column: str, columns: Columns, part_rows: int, options: dict[str, Any]
+    engine: Engine,
+    inputs: Sequence[str],
+    column: str,
+    columns: OutputColumns,
+    part_rows: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """What must not change between a run and the one that goes on with it, in plain values."""
+    """Return what must be the same in a run and in the runs that resume it, as JSON values."""
     checkpoint = engine.checkpoint
     weights = [*checkpoint.weight_files, *(dense.weight_file for dense in checkpoint.dense)]
-    small = [path for name in SMALL_FILES if (path := checkpoint.folder / name).exists()]
+    small = [path for name in SMALL_MODEL_FILES if (path := checkpoint.folder / name).exists()]
     ranges = options.get("ranges")
-    settings = options | {"ranges": None if ranges is None else np.asarray(ranges).tolist()}
-    running = {name: value for name, value in engine.describe().items() if name not in NO_BEARING}
-    described = {
+    run = {
         "format": FORMAT,
         "unpadded": unpadded.__version__,
-        "model": running,
+        "model": {name: value for name, value in engine.describe().items() if name not in FREE_TO_CHANGE},
         "model_files": {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]},
-        "settings": settings,
+        "settings": options | {"ranges": None if ranges is None else np.asarray(ranges).tolist()},
         "layout": {
             "part_rows": part_rows,
             "column": column,
             "id_column": columns.id_column,
-            "carry": list(columns.carry),
+            "carry": list(columns.carried_columns),
             "types": [str(kind) for kind in columns.types],
         },
-        "inputs": [_input(name) for name in inputs],
+        "inputs": [_describe_input(name) for name in inputs],
     }
-    plain: dict[str, Any] = json.loads(json.dumps(described))
-    return plain
+    as_json: dict[str, Any] = json.loads(json.dumps(run))
+    return as_json
 
 
-def check_same(before: dict[str, Any], here: dict[str, Any], shown: str) -> None:
-    """Raise OptionError with the first value that differs."""
-    for name, old, new in _differences(before, here, ""):
+def check_same_run(previous: dict[str, Any], current: dict[str, Any], display_name: str) -> None:
+    """Raise OptionError for the first value that differs between two descriptions of a run."""
+    for name, old, new in _differences(previous, current, ""):
         raise OptionError(
-            f"the dataset was begun differently: {shown!r} has {name} {old!r:.200}, this run {new!r:.200}; "
-            "resume with the same, or write to another folder"
+            f"the dataset was started by a different run: {display_name!r} has {name} {old!r:.200}, this run "
+            f"{new!r:.200}; resume it with the same value, or write to another folder"
         )
 
 
-def read_manifest(path: Path, shown: str) -> dict[str, Any]:
-    """The manifest of a dataset."""
+def read_manifest(path: Path, display_name: str) -> dict[str, Any]:
+    """Read the manifest of a dataset."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise OutputError(f"the manifest cannot be read: {shown!r} ({error}); write to another folder") from error
+        raise OutputError(
+            f"the manifest cannot be read: {display_name!r} ({error}); write to another folder"
+        ) from error
     if not isinstance(manifest, dict) or not {"run", "parts", "finished", "rejects"} <= manifest.keys():
-        raise OutputError(f"the manifest is not one of ours: {shown!r}; write to another folder")
+        raise OutputError(f"the manifest was not written by unpadded: {display_name!r}; write to another folder")
     return manifest
 
 
-def write_manifest(path: Path, manifest: dict[str, Any], shown: str) -> None:
-    """Replace the manifest of a dataset, whole or not at all."""
-    with atomic_file(path, path.with_name(f".{path.name}.tmp"), shown) as file:
+def write_manifest(path: Path, manifest: dict[str, Any], display_name: str) -> None:
+    """Replace the manifest of a dataset atomically."""
+    with atomic_file(path, path.with_name(f".{path.name}.tmp"), display_name) as file:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
-def _input(name: str) -> dict[str, Any]:
+def _describe_input(name: str) -> dict[str, Any]:
     found = os.stat(name)
     return {"path": os.path.abspath(name), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and a hash of evenly spread samples: reading all of a large model would take as long as loading it."""
+    """Return the size and a hash of samples of a file: reading all of a large model takes as long as loading it."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     try:
@@ -101,6 +106,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the path and both values of each difference between two JSON values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)

@@ -1,4 +1,4 @@
-"""How far the inputs of a job are read, and so how many texts there will be."""
+"""The progress of a job through its inputs, and an estimate of the number of texts."""
 
 from __future__ import annotations
 
@@ -7,47 +7,49 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 
-class Meter:
-    """The share of the inputs' bytes that is read; a reader says where it is in the input that it has open."""
+class ReadProgress:
+    """The fraction of the inputs' bytes that has been read; the reader of each input reports its own position."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        self.known = all(map(os.path.isfile, inputs))  # not of standard input or of a pipe
-        self._before = [0, *accumulate(os.path.getsize(name) if self.known else 0 for name in inputs)]
-        self._source = 0
-        self._place: Callable[[], float] = float
+        self.known = all(map(os.path.isfile, inputs))  # False for standard input and pipes
+        self._bytes_before = [0, *accumulate(os.path.getsize(name) if self.known else 0 for name in inputs)]
+        self._input_index = 0
+        self._position: Callable[[], float] = float
 
-    def enter(self, source: int) -> None:
-        """All inputs before this one are read."""
-        self._source, self._place = source, float
+    def start_input(self, index: int) -> None:
+        """Mark all inputs before `index` as read."""
+        self._input_index, self._position = index, float
 
-    def follow(self, place: Callable[[], float]) -> None:
-        """`place` gives how many bytes of the open input are read."""
-        self._place = place
+    def track(self, position: Callable[[], float]) -> None:
+        """Use `position` as the number of bytes read of the current input."""
+        self._position = position
 
-    def share(self) -> float:
-        """Of all inputs, from 0 to 1."""
-        return (self._before[self._source] + self._place()) / (self._before[-1] or 1)
+    def fraction(self) -> float:
+        """Return the fraction of all inputs that has been read, from 0 to 1."""
+        return (self._bytes_before[self._input_index] + self._position()) / (self._bytes_before[-1] or 1)
 
 
-class Metered:
-    """Texts that say, as their length hint, how many they will have been, going by the share that is read."""
+class EstimatedTexts:
+    """An iterable of texts; its length hint is their total number, estimated from the progress of reading."""
 
-    def __init__(self, texts: Iterable[str], meter: Meter) -> None:
+    def __init__(self, texts: Iterable[str], progress: ReadProgress) -> None:
         self._texts = texts
-        self._meter = meter
-        self._given = 0
-        self._first = 0.0  # the share that was read when the first was given: a job may go on in the middle
+        self._progress = progress
+        self._count = 0
+        self._first_fraction = 0.0  # read before the first text: a resumed job starts in the middle
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            if not self._given:
-                self._first = self._meter.share()
-            self._given += 1
+            if not self._count:
+                self._first_fraction = self._progress.fraction()
+            self._count += 1
             yield text
 
     def __length_hint__(self) -> int:
-        """0 where nothing can be known."""
-        if not self._meter.known or not self._given:
+        """Return the estimated total, or 0 if the inputs' sizes are not known."""
+        if not self._progress.known or not self._count:
             return 0
-        read = self._meter.share() - self._first
-        return round(self._given + (self._given - 1) * (1 - self._first - read) / read) if read > 0 else self._given
+        read = self._progress.fraction() - self._first_fraction
+        if read <= 0:
+            return self._count
+        return round(self._count + (self._count - 1) * (1 - self._first_fraction - read) / read)

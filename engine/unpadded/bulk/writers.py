@@ -1,4 +1,4 @@
-"""Vectors into an open file, block by block."""
+"""Writers that append blocks of vectors to an open file."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from unpadded.bulk.atomic_files import unwritable
-from unpadded.bulk.readers import Row
+from unpadded.bulk.atomic_files import write_error
+from unpadded.bulk.readers import RejectedRow, Row
 from unpadded.errors import OptionError
 
-GROUP_ROWS = 4096  # rows of a Parquet row group: small groups make slow files
-OWN_COLUMNS = ("id", "embedding", "tokens", "truncated")
+GROUP_ROWS = 4096  # rows per Parquet row group: small groups make files slow to read
+RESULT_COLUMNS = ("id", "embedding", "tokens", "truncated")
 
 
 class Block(NamedTuple):
-    """Consecutive rows and what became of them."""
+    """Consecutive rows and their results."""
 
     rows: Sequence[Row]
     vectors: np.ndarray  # [rows, dimensions]
     token_counts: np.ndarray  # [rows]
     truncated: np.ndarray  # [rows]
 
-    def cut(self, start: int, stop: int) -> Block:
+    def slice(self, start: int, stop: int) -> Block:
         return Block(
             self.rows[start:stop],
             self.vectors[start:stop],
@@ -38,27 +38,27 @@ class Writer(Protocol):
         """Append the rows of a block."""
 
     def finish(self) -> None:
-        """Write what makes the file whole."""
+        """Write what completes the file."""
 
 
-class Columns(NamedTuple):
-    """The columns that come from the inputs, and how the vectors are written beside them."""
+class OutputColumns(NamedTuple):
+    """The columns of an output that are copied from the inputs, and the precision of its vectors."""
 
-    id_column: str | None = None  # None: the row's number among all inputs
-    carry: tuple[str, ...] = ()
-    types: tuple[Any, ...] = ()  # the Arrow type of each of `beside`
+    id_column: str | None = None  # None: the id is the row's number among all inputs
+    carried_columns: tuple[str, ...] = ()
+    types: tuple[Any, ...] = ()  # Arrow types of `extra_columns`
     precision: str = "float32"
 
     @property
-    def beside(self) -> list[str]:
-        """What is read beside the text."""
-        return [*([] if self.id_column is None else [self.id_column]), *self.carry]
+    def extra_columns(self) -> list[str]:
+        """The columns to read in addition to the text: the ids, if they have a column, then the carried ones."""
+        return [*([] if self.id_column is None else [self.id_column]), *self.carried_columns]
 
 
 class NpyWriter:
-    """Rows behind a header that is written again once their number is known; numpy pads it so that it fits."""
+    """Writes rows after a header, which is rewritten once the number of rows is known; numpy pads it for that."""
 
-    def __init__(self, file: BinaryIO, columns: Columns) -> None:
+    def __init__(self, file: BinaryIO, columns: OutputColumns) -> None:
         self._file = file
         self._header: dict[str, Any] = {}
         self._rows = 0
@@ -79,9 +79,9 @@ class NpyWriter:
 
 
 class JsonlWriter:
-    """An object per text: index (its row among all inputs), embedding, tokens, truncated."""
+    """Writes one JSON object per text: index (the row's number among all inputs), embedding, tokens, truncated."""
 
-    def __init__(self, file: BinaryIO, columns: Columns) -> None:
+    def __init__(self, file: BinaryIO, columns: OutputColumns) -> None:
         self._file = file
 
     def write(self, block: Block) -> None:
@@ -93,33 +93,33 @@ class JsonlWriter:
             self._file.flush()
         except BrokenPipeError:
             raise
-        except OSError as error:  # of stdout: those of a file are OutputErrors already
-            raise unwritable("stdout", error) from error
+        except OSError as error:  # from stdout; other files raise OutputError themselves
+            raise write_error("stdout", error) from error
 
     def finish(self) -> None:
         pass
 
 
 class ParquetWriter:
-    """Columns id, embedding (fixed-size list), tokens, truncated and those carried along, in groups of equal rows."""
+    """Writes id, embedding (a fixed-size list), tokens, truncated and the carried columns, in equal row groups."""
 
-    def __init__(self, file: BinaryIO, columns: Columns) -> None:
+    def __init__(self, file: BinaryIO, columns: OutputColumns) -> None:
         self._file = file
         self._columns = columns
         self._parquet: Any = None
         self._blocks: list[Block] = []
-        self._waiting = 0  # rows of _blocks
+        self._buffered_rows = 0  # in _blocks
 
     def write(self, block: Block) -> None:
-        while len(block.vectors) >= (room := GROUP_ROWS - self._waiting):
-            self._blocks.append(block.cut(0, room))
+        while len(block.vectors) >= (missing := GROUP_ROWS - self._buffered_rows):
+            self._blocks.append(block.slice(0, missing))
             self._write_group()
-            block = block.cut(room, len(block.vectors))
+            block = block.slice(missing, len(block.vectors))
         self._blocks.append(block)
-        self._waiting += len(block.vectors)
+        self._buffered_rows += len(block.vectors)
 
     def finish(self) -> None:
-        if self._waiting or self._parquet is None:
+        if self._buffered_rows or self._parquet is None:
             self._write_group()
         self._parquet.close()
 
@@ -127,33 +127,37 @@ class ParquetWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        columns = self._columns
         rows = [row for block in self._blocks for row in block.rows]
         vectors = np.concatenate([block.vectors for block in self._blocks])
         try:
-            beside = [
-                pa.array([row.beside[place] for row in rows], kind) for place, kind in enumerate(self._columns.types)
-            ]
+            extra = [pa.array([row.extra_values[i] for row in rows], kind) for i, kind in enumerate(columns.types)]
         except pa.ArrowException as error:
             raise OptionError(
-                f"a column cannot be carried: {self._columns.beside!r} ({error}); leave it out"
+                f"a column cannot be copied to the output: {columns.extra_columns!r} ({error}); omit it"
             ) from error
-        ids = pa.array([row.number for row in rows], pa.int64()) if self._columns.id_column is None else beside.pop(0)
+        ids = pa.array([row.number for row in rows], pa.int64()) if columns.id_column is None else extra.pop(0)
         table = pa.table(
             {
                 "id": ids,
                 "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
                 "tokens": pa.array(np.concatenate([block.token_counts for block in self._blocks]), pa.int32()),
                 "truncated": pa.array(np.concatenate([block.truncated for block in self._blocks])),
-                **dict(zip(self._columns.carry, beside, strict=True)),
+                **dict(zip(columns.carried_columns, extra, strict=True)),
             }
         )
-        # The type alone does not tell packed bits from int8 and uint8.
-        field = table.schema.field("embedding").with_metadata({"precision": self._columns.precision})
+        # The Arrow type does not tell packed bits from int8 and uint8.
+        field = table.schema.field("embedding").with_metadata({"precision": columns.precision})
         table = table.cast(table.schema.set(table.schema.names.index("embedding"), field))
         if self._parquet is None:
-            # A dictionary of vectors holds each of them once more.
-            dictionary = ["id", *self._columns.carry]
+            # A dictionary for the embedding column would store every vector twice.
+            dictionary = ["id", *columns.carried_columns]
             self._parquet = pq.ParquetWriter(self._file, table.schema, compression="zstd", use_dictionary=dictionary)
         self._parquet.write_table(table, row_group_size=GROUP_ROWS)
         self._blocks.clear()
-        self._waiting = 0
+        self._buffered_rows = 0
+
+
+def reject_line(row: RejectedRow) -> bytes:
+    """Return a rejected row as a line of JSON with its file, row and error."""
+    return json.dumps(row._asdict()).encode() + b"\n"

@@ -76,12 +76,12 @@ def _check_names(flag: str, names: list[str] | None, known: tuple[str, ...]) -> 
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
-    from unpadded.bulk.readers import Broken, expand_inputs, read_rows
+    from unpadded.bulk.readers import RejectedRow, expand_inputs, read_rows
 
     texts: list[str] = []
     for row in read_rows(expand_inputs(args.input), args.column):
-        if isinstance(row, Broken):
-            raise InputError(f"{row.source}, row {row.row}: {row.error}; fix the row or pass other files")
+        if isinstance(row, RejectedRow):
+            raise InputError(f"{row.file}, row {row.row}: {row.error}; fix the row or pass other files")
         texts.append(row.text)
         if len(texts) == args.texts:
             break

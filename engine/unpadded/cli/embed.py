@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         output=args.output,
         column=args.column,
         id_column=args.id_column,
-        carry=args.carry,
+        carried_columns=args.carry,
         on_error=args.on_error,
         part_rows=args.part_rows,
         resume=args.resume,

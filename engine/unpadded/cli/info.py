@@ -1,4 +1,4 @@
-"""`unpadded info`: what a checkpoint is, without reading its weights."""
+"""`unpadded info`: describe a checkpoint without reading its weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from unpadded.cli.load_flags import Commands
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-VALUE_COLUMN = 22  # of what `info` prints
+NAME_WIDTH = 22
 
 
 def add_command(commands: Commands) -> None:
-    """The flags of `unpadded info`."""
+    """Add the command `unpadded info`."""
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(command=run)
     info.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
@@ -23,7 +23,7 @@ def add_command(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the description."""
+    """Print the description of a checkpoint."""
     from unpadded.checkpoint.families import FAMILIES
     from unpadded.checkpoint.reader import open_checkpoint
 
@@ -45,5 +45,5 @@ def _print_nested(values: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name}")
             _print_nested(value, indent + "  ")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            print(f"{indent}{name}".ljust(VALUE_COLUMN) + str("none" if shown in (None, "", {}) else shown))
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{indent}{name}".ljust(NAME_WIDTH) + str("none" if text in (None, "", {}) else text))

@@ -1,4 +1,4 @@
-"""The command line, `unpadded COMMAND`. Nothing heavy is imported before a command runs."""
+"""The command `unpadded COMMAND`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 
 from unpadded.cli import bench, embed, info, serve
 from unpadded.cli import map as map_command
-from unpadded.errors import OutputError, UnpaddedError
+from unpadded.errors import UnpaddedError
 
 COMMANDS = (embed, map_command, serve, info, bench)
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-STDOUT = 1  # the file descriptor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,26 +29,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnpaddedError as error:
         print(f"unpadded: error: {error}", file=sys.stderr)
-        if isinstance(error, OutputError) and args.command is embed.run and args.output is None:
-            _abandon_stdout()
+        _discard_unwritten_output()
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("unpadded: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _abandon_stdout()
+        _discard_unwritten_output()
         return EXIT_BROKEN_PIPE
     return 0
 
 
-def _abandon_stdout() -> None:
-    """Without it the interpreter flushes what stdout could not take once more as it exits, and complains."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), STDOUT)
+def _discard_unwritten_output() -> None:
+    """Discard what stdout cannot write; otherwise the interpreter flushes it again at exit and prints a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unpadded", description="Text to embeddings, without padding.")
+    parser = argparse.ArgumentParser(prog="unpadded", description="Turn text into embeddings, without padding.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_command(commands)

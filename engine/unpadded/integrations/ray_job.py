@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import unpadded
-from unpadded.bulk.atomic_files import unwritable
+from unpadded.bulk.atomic_files import write_error
 from unpadded.bulk.dataset_output import PART_ROWS
-from unpadded.bulk.file_output import OUTPUT_ENDINGS, output_ending
-from unpadded.bulk.readers import DEFAULT_COLUMN, STDIN, TABLES, ending
-from unpadded.bulk.writers import GROUP_ROWS, OWN_COLUMNS
+from unpadded.bulk.file_output import OUTPUT_EXTENSIONS, output_extension
+from unpadded.bulk.job import check_carried_columns
+from unpadded.bulk.readers import DEFAULT_COLUMN, STDIN, TABLE_EXTENSIONS, extension
+from unpadded.bulk.writers import GROUP_ROWS, RESULT_COLUMNS
 from unpadded.errors import InputError, OptionError, OutputError, UnpaddedError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-NOT_PARQUET = (".txt", *(name for name in TABLES if name != ".parquet"))
+NOT_PARQUET = (".txt", *(name for name in TABLE_EXTENSIONS if name != ".parquet"))
 
 
 class RayTotals(NamedTuple):
@@ -96,15 +97,13 @@ def _run(
 
 def _check(inputs: Sequence[str], output: str | None, id_column: str | None, carry: Sequence[str]) -> tuple[str, str]:
     for name in inputs:
-        if name == STDIN or ending(name) in NOT_PARQUET:
+        if name == STDIN or extension(name) in NOT_PARQUET:
             raise OptionError(f"--ray reads Parquet only: {name!r}; give a folder, a bucket or files of it")
-    if output is None or output_ending(output) in OUTPUT_ENDINGS:
+    if output is None or output_extension(output) in OUTPUT_EXTENSIONS:
         raise OptionError(f"--ray writes a folder, not {output or 'stdout'!r}; give one as -o vectors/")
     if id_column is None:
         raise OptionError("--ray needs ids: rows read on many machines have no number; name a column with --id-column")
-    for name in carry:
-        if name in OWN_COLUMNS or carry.count(name) > 1:
-            raise OptionError(f"a carried column would be there twice: {name!r}; carry others")
+    check_carried_columns(carry)
     return output, id_column
 
 
@@ -115,7 +114,7 @@ def _check_new(folder: str) -> None:
         filesystem, path = fs.FileSystem.from_uri(folder)
         found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise write_error(folder, error) from error
     if found:
         raise OutputError(f"the output folder is not empty: {folder!r}; give a new one")
 
@@ -147,7 +146,7 @@ def _read(inputs: Sequence[str], columns: Sequence[str]) -> Dataset:
 
 def _arranged(table: pa.Table, ids: str, carry: list[str]) -> pa.Table:
     """The columns of a dataset in their order, the ids under their name there."""
-    own = list(OWN_COLUMNS)
+    own = list(RESULT_COLUMNS)
     return table.select([ids, *own[1:], *carry]).rename_columns([*own, *carry])
 
 
