@@ -1,4 +1,4 @@
-"""The bodies that ops have of their own on a CPU, against their references in float64, and row by row."""
+"""The CPU bodies of ops: against their references in float64, and bit for bit row by row."""
 
 import itertools
 import sys
@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
 
 @pytest.fixture(params=["onednn", "without"], autouse=True)
 def products(request, monkeypatch):
-    """With oneDNN, and as on a processor or build that lacks it."""
+    """Run with oneDNN, and as on a processor or build without it."""
     torch.manual_seed(0)
     if request.param == "without":
         for module in ("linear", "linear_prepacked"):
@@ -71,8 +71,8 @@ def test_linear_activation(dtype, bias, kind, rows):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
-def test_products_in_blocks_of_rows(monkeypatch, kind, rows):
-    """As on a processor with AMX, on any."""
+def test_matmuls_in_blocks_of_rows(monkeypatch, kind, rows):
+    """As on a processor with AMX."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     x, weight, bias = (draw(*shape, dtype=torch.bfloat16) for shape in ((300, 96), (128, 96), (128,)))
 
@@ -102,7 +102,7 @@ def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind):
         assert torch.equal(linear_prepacked(x, prepacked, added), expected)
 
 
-def test_an_unknown_activation_is_refused():
+def test_an_unknown_activation_raises():
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         linear_activation(torch.ones(2, 4), torch.ones(4, 4), None, "relu")
 
@@ -110,7 +110,7 @@ def test_an_unknown_activation_is_refused():
 @BOTH
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_attention(dtype, head_dim):
-    """Runs of equal lengths, both sides of where a text goes head by head, and texts of no tokens."""
+    """Runs of equal lengths, lengths on both sides of the limit for head by head, and texts without tokens."""
     lengths = [1, 0, 2, 7, 40, 40, 40, 384, 385, 0, 513, 768, 769, 3, 3]
     qkv = draw(sum(lengths), 3, 2, head_dim, dtype=dtype)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -123,26 +123,28 @@ def test_attention(dtype, head_dim):
 
 
 @BOTH
-@pytest.mark.parametrize("head_dim", [64, 256])  # 256 is more than the kernels of a GPU take
+@pytest.mark.parametrize("head_dim", [64, 256])  # 256 exceeds what the Triton kernel supports
 def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
-    """The bits of all of it where oneDNN multiplies, and of no more queries than were asked for."""
-    module, asked = sys.modules["unpadded_kernels.attention"], []
+    """Only the requested queries are computed, and with oneDNN their bits are those of the whole text."""
+    module, requested = sys.modules["unpadded_kernels.attention_cpu"], []
     attend = module._attend_head_by_head
     lengths, scale = (900, 900, 7, 1000), 0.125
     qkv, cu_seqlens = draw(sum(lengths), 3, 2, head_dim, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
     whole = attention(qkv, cu_seqlens, 1000, scale)
     monkeypatch.setattr(
-        module, "_attend_head_by_head", lambda *rest, queries: asked.append(queries) or attend(*rest, queries=queries)
+        module,
+        "_attend_head_by_head",
+        lambda *rest, queries: requested.append(queries) or attend(*rest, queries=queries),
     )
     block = attention_block_m(dtype, head_dim, qkv.device)
     tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [1807, 1000, 0]]
-    found = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
-    assert asked == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
+    partial = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
+    assert requested == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
     for first, count in ((896, 4), (900, block), (1800, 7), (1807, block), (2063, block)):
         rows = slice(first, first + count)
         if sys.modules["unpadded_kernels.linear"].onednn_runs(dtype):
-            assert torch.equal(found[rows], whole[rows])
-        assert_close(found[rows], whole[rows].double(), dtype)
+            assert torch.equal(partial[rows], whole[rows])
+        assert_close(partial[rows], whole[rows].double(), dtype)
 
 
 @BOTH
@@ -159,7 +161,7 @@ def test_attention_in_a_window_and_with_slopes(dtype):
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "last"])
-def test_pool_of_no_tokens_is_zero_and_rows_are_their_own(mode):
+def test_pool_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64(mode):
     hidden, lengths = torch.randn(300, 40), [0, 1, 200, 0, 99]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = pool(hidden, cu_seqlens, mode, False, 40, False)
@@ -174,8 +176,8 @@ def test_pool_of_no_tokens_is_zero_and_rows_are_their_own(mode):
 
 
 @BOTH
-def test_rotary_turns_q_and_k_by_position_and_leaves_v(dtype):
-    """As complex numbers of float64; one table a text."""
+def test_rotary_rotates_q_and_k_by_position_and_leaves_v(dtype):
+    """As complex numbers in float64, with frequencies per text."""
     lengths, heads, half = [600, 5], 2, 8
     cu_seqlens, positions = (
         torch.tensor([0, 600, 605], dtype=torch.int32),
@@ -183,10 +185,10 @@ def test_rotary_turns_q_and_k_by_position_and_leaves_v(dtype):
     )
     inv_freq = torch.rand(2, half)
     qkv = draw(605, 3, heads, 2 * half, dtype=dtype)
-    turned = qkv.clone()
-    rotary_(turned, rotary_cos_sin(positions.int(), inv_freq, cu_seqlens))
-    assert torch.equal(turned[:, 2], qkv[:, 2])
+    rotated = qkv.clone()
+    rotary_(rotated, rotary_cos_sin(positions.int(), inv_freq, cu_seqlens))
+    assert torch.equal(rotated[:, 2], qkv[:, 2])
     angle = (positions[:, None].float() * inv_freq.repeat_interleave(torch.tensor(lengths), 0)).double()
     first, second = qkv[:, :2].double().chunk(2, -1)
     expected = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
-    assert_close(turned[:, :2], torch.cat((expected.real, expected.imag), -1), dtype)
+    assert_close(rotated[:, :2], torch.cat((expected.real, expected.imag), -1), dtype)

@@ -1,11 +1,12 @@
-"""Variable-length attention: both Triton kernels against the reference."""
+"""Variable-length attention: the Triton kernel, through pointers and descriptors, against the reference."""
 
+import itertools
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from support.devices import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches, packed
 
 from unpadded_kernels.attention import (
     attention,
@@ -19,10 +20,22 @@ attention_module = sys.modules["unpadded_kernels.attention"]  # the package's at
 
 pytestmark = [
     pytest.mark.usefixtures("seed", "poison_empty"),
-    # queries beyond a text's end may see no key; their rows are never stored
+    # queries past the end of a text may see no key; their rows are never stored
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered"),
 ]
-RAGGED = [[1], [7], [1, 257, 64], [128, 64], [5, 0, 70], [0, 0, 3, 0], [2] * 9, [129, 1, 1, 31]]
+RAGGED = [[1, 257, 64], [1], [7], [128, 64], [5, 0, 70], [0, 0, 3, 0], [2] * 9, [129, 1, 1, 31]]
+
+
+def variants(name, values):
+    """Parametrize by values, dtype and kernel. fp32 takes no descriptors, so its two kernels are the same.
+
+    In the interpreter only the first value runs in fp16 through pointers, whose branches are those of fp32.
+    """
+    cases = list(itertools.product(values, DTYPES, ["pointers", "descriptors"]))
+    if not HAS_CUDA:
+        cases = [case for case in cases if case[1:] in ((torch.float32, "pointers"), (torch.float16, "descriptors"))]
+        cases.append((values[0], torch.float16, "pointers"))
+    return pytest.mark.parametrize(f"{name}, dtype, kernel", cases, indirect=["kernel"], ids=str)
 
 
 def inputs(lengths, heads, head_dim, dtype):
@@ -38,29 +51,25 @@ def expected(qkv, *rest):
     return attention_reference(qkv.float(), *rest)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+@variants("lengths", RAGGED)
 def test_matches_the_reference(lengths, dtype, kernel):
     arguments = inputs(lengths, 2, 32, dtype)
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 24, 64, 96, 128])
+@variants("head_dim", [16, 24, 64, 96, 128])
 def test_head_dims(head_dim, dtype, kernel):
     arguments = inputs([70, 3], 3, head_dim, dtype)
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [0, 1, 20, 64, 500])
+@variants("window", [0, 1, 20, 64, 500])
 def test_windows(window, dtype, kernel):
     arguments = *inputs([1, 0, 260, 30], 1, 16, dtype), window
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [None, 33])
+@variants("window", [None, 33])
 def test_alibi(window, dtype, kernel):
     arguments = *inputs([1, 0, 200, 30], 3, 16, dtype), window, slopes(3)
     assert_matches(attention_triton(*arguments), expected(*arguments))
@@ -72,8 +81,7 @@ def test_the_scale_is_used(kernel):
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [None, 20])
+@variants("window", [None, 20])
 def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
     lengths = [130, 1, 200, 64]
     qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 32, dtype)
@@ -84,21 +92,20 @@ def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
         assert torch.equal(whole[rows], alone)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+@variants("lengths", RAGGED)
 def test_values_added_during_the_next_softmax_have_the_same_bits(lengths, dtype, kernel, monkeypatch):
     arguments = inputs(lengths, 2, 32, dtype)
-    own = attention_tile(dtype, 32, 80 if kernel == "pointers" else 90)
+    default = attention_tile(dtype, 32, 80 if kernel == "pointers" else 90)
     results = []
-    for tile in (replace(own, overlap=False), replace(own, overlap=True)):
+    for tile in (replace(default, overlap=False), replace(default, overlap=True)):
         monkeypatch.setattr(attention_module, "attention_tile", lambda *_, tile=tile: tile)
         results.append(attention_triton(*arguments))
     assert torch.equal(*results)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the neighbors' own rows
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, for the rows of the neighbors
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_stands_in_the_neighbors_does_not_matter(dtype, kernel):
+def test_infinity_and_nan_in_the_neighbors_do_not_matter(dtype, kernel):
     qkv, cu_seqlens, max_seqlen, scale = inputs([20, 70, 20], 2, 32, dtype)
     clean = attention_triton(qkv, cu_seqlens, max_seqlen, scale)
     qkv[:20], qkv[90:] = float("inf"), float("nan")
@@ -130,27 +137,27 @@ def test_tokens_past_two_to_the_31_elements(lengths, far_tokens, kernel):
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
-def test_a_map_made_by_the_host(kernel):
+def test_a_tile_map_made_on_the_host(kernel):
     lengths = [3, 0, 140, 129]
     arguments = *inputs(lengths, 2, 32, torch.float16), None, None
     block_m = attention_tile(torch.float16, 32, 80).block_m
     tile_map = make_tile_map(lengths, block_m).to(DEVICE)
     assert torch.equal(attention_triton(*arguments, tile_map), attention_triton(*arguments))
-    filled = torch.cat((tile_map, tile_map.new_zeros(2, 3)))  # as a captured graph fills its map
-    assert torch.equal(attention_triton(*arguments, filled), attention_triton(*arguments))
+    padded = torch.cat((tile_map, tile_map.new_zeros(2, 3)))  # as in a captured graph
+    assert torch.equal(attention_triton(*arguments, padded), attention_triton(*arguments))
 
 
-def test_some_tiles_of_a_map(kernel):
+def test_a_tile_map_of_some_blocks(kernel):
     lengths = [3, 0, 140, 129]
     arguments = *inputs(lengths, 2, 32, torch.float16), None, None
     tile_map = torch.tensor([[0, 3, 0], [143, 129, 1]], dtype=torch.int32, device=DEVICE)
-    found, whole = attention_triton(*arguments, tile_map), attention_triton(*arguments)
+    partial, whole = attention_triton(*arguments, tile_map), attention_triton(*arguments)
     for rows in (slice(0, 3), slice(271, 272)):
-        assert torch.equal(found[rows], whole[rows])
-    assert found[3:271].isnan().all()
+        assert torch.equal(partial[rows], whole[rows])
+    assert partial[3:271].isnan().all()
 
 
-def test_the_map_has_the_longest_first_and_no_empty_tile():
+def test_the_tile_map_has_the_longest_texts_first_and_no_empty_tile():
     long, longer, small = [[3, 300, block] for block in range(3)], [[431, 129, 0], [431, 129, 1]], [[303, 128, 0]]
     assert make_tile_map([3, 0, 300, 128, 129], 128).tolist() == [*long, *longer, *small, [0, 3, 0]]
     assert make_tile_map([], 128).shape == (0, 3)
@@ -158,18 +165,18 @@ def test_the_map_has_the_longest_first_and_no_empty_tile():
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_both_kernels_take_one_map(dtype, head_dim):
+def test_all_generations_take_the_same_tile_map(dtype, head_dim):
     """The host makes the map before it knows whether qkv fits a descriptor."""
     generations = {generation for _, _, generation in ATTENTION}
     assert len({attention_tile(dtype, head_dim, generation).block_m for generation in generations}) == 1
     assert attention_block_m(dtype, head_dim, torch.device(DEVICE)) == attention_tile(dtype, head_dim, 80).block_m
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     qkv, cu_seqlens, max_seqlen, scale = inputs([32], 2, 32, torch.float32)
     with pytest.raises(ValueError, match="the rows of a head must be contiguous"):
         attention_triton(qkv.transpose(2, 3), cu_seqlens, max_seqlen, scale)
-    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+    with pytest.raises(ValueError, match="scale must be positive, got 0: use"):
         attention_triton(qkv, cu_seqlens, max_seqlen, 0)
     with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
         attention_triton(qkv, cu_seqlens, max_seqlen, scale, -1)
@@ -199,17 +206,17 @@ def test_a_captured_graph_follows_its_inputs(kernel):
     block_m = attention_block_m(qkv.dtype, 64, qkv.device)
     tiles = max(len(make_tile_map(lengths, block_m)), len(make_tile_map(others, block_m)))
 
-    def map_of(lengths):
+    def padded_map(lengths):
         tile_map = make_tile_map(lengths, block_m)
         return torch.cat((tile_map, tile_map.new_zeros(tiles - len(tile_map), 3))).to(DEVICE)
 
-    tile_map = map_of(lengths)
-    attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)  # compiled before the capture
+    tile_map = padded_map(lengths)
+    attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attention_triton(qkv, cu_seqlens, max_seqlen, scale, tile_map=tile_map)
     qkv.normal_()
     cu_seqlens.copy_(packed(others))
-    tile_map.copy_(map_of(others))
+    tile_map.copy_(padded_map(others))
     graph.replay()
     assert_matches(out, expected(qkv, packed(others), 140, scale))

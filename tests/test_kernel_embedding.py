@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.devices import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches, pairwise, with_dtypes
 
 from unpadded_kernels.embedding import embedding, embedding_reference, embedding_triton
 
@@ -11,8 +11,8 @@ EPS = 1e-12
 VOCABULARY, POSITIONS, TYPES = 61, 40, 3
 
 
-def inputs(tokens, hidden, dtype, types="of each", position=True):
-    """types: a row "of each" token, row 0 "of all", or None."""
+def inputs(tokens, hidden, dtype, types="given", position=True):
+    """types: token types "given", all "zero" by omission, or None for no table of types."""
 
     def rows(count):
         return torch.randn(count, hidden, device=DEVICE, dtype=dtype)
@@ -20,7 +20,7 @@ def inputs(tokens, hidden, dtype, types="of each", position=True):
     def ids(limit):
         return torch.randint(limit, (tokens,), device=DEVICE, dtype=torch.int32)
 
-    token_types, token_type = ids(TYPES) if types == "of each" else None, rows(TYPES) if types else None
+    token_types, token_type = ids(TYPES) if types == "given" else None, rows(TYPES) if types else None
     tables = rows(VOCABULARY), token_type, rows(POSITIONS) if position else None
     return ids(VOCABULARY), ids(POSITIONS), token_types, *tables, *rows(2)
 
@@ -30,16 +30,16 @@ def expected(input_ids, positions, token_types, *tensors):
     return embedding_reference(input_ids, positions, token_types, *tensors, EPS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("position", [True, False], ids=["positions", "no positions"])
-@pytest.mark.parametrize("types", ["of each", "of all", None])
-@pytest.mark.parametrize("tokens, hidden", [(1, 384), (33, 768), (9, 100)])
-def test_matches_the_reference(tokens, hidden, types, position, dtype):
-    tensors = inputs(tokens, hidden, dtype, types, position)
+@pytest.mark.parametrize(
+    "shape, types, position, dtype",
+    pairwise([(1, 384), (33, 768), (9, 100)], ["given", "zero", None], [True, False], DTYPES),
+)
+def test_matches_the_reference(shape, types, position, dtype):
+    tensors = inputs(*shape, dtype, types, position)
     assert_matches(embedding_triton(*tensors, EPS), expected(*tensors))
 
 
-def test_the_formula():
+def test_the_reference_is_the_published_formula():
     input_ids, positions, token_types, word, token_type, position, weight, bias = inputs(9, 96, torch.float32)
     for t in range(9):
         for types, row in ((token_types, token_type[token_types[t]]), (None, token_type[0])):
@@ -57,12 +57,11 @@ def test_the_first_and_the_last_row_of_every_table():
     assert_matches(embedding_triton(*tensors, EPS), expected(*tensors))
 
 
-@pytest.mark.parametrize("op", [embedding_triton, embedding_reference])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_types_of_0_give_the_bits_of_no_types(dtype, op):
+@pytest.mark.parametrize("op, dtype", with_dtypes([embedding_triton, embedding_reference]))
+def test_types_of_zero_equal_no_types_bit_for_bit(op, dtype):
     input_ids, positions, token_types, *tables = inputs(20, 384, dtype)
-    given = op(input_ids, positions, torch.zeros_like(token_types), *tables, EPS)
-    assert torch.equal(given, op(input_ids, positions, None, *tables, EPS))
+    with_zeros = op(input_ids, positions, torch.zeros_like(token_types), *tables, EPS)
+    assert torch.equal(with_zeros, op(input_ids, positions, None, *tables, EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,7 +72,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
     assert torch.equal(whole[7:8], embedding_triton(*(one[7:8] for one in ids), *tables, EPS))
 
 
-def test_eps_counts_where_the_variance_is_small():
+def test_eps_is_used_when_the_variance_is_small():
     tensors = [value * 1e-4 if 3 <= at < 6 else value for at, value in enumerate(inputs(5, 96, torch.float32))]
     for eps in (1e-5, 1e-12):
         assert_matches(embedding_triton(*tensors, eps), embedding_reference(*tensors, eps))
@@ -93,35 +92,33 @@ def test_strided_tables_are_read_in_place():
     assert_matches(embedding_triton(*tensors, EPS), same)
 
 
-def test_refuses_tables_that_are_not_contiguous():
+def test_strided_rows_of_a_table_raise():
     *ids, _, token_type, position, weight, bias = inputs(4, 96, torch.float32)
     word = torch.randn(96, VOCABULARY, device=DEVICE).t()
     with pytest.raises(ValueError, match=r"rows must be contiguous and 96 wide, got word of \(61, 96\)"):
         embedding_triton(*ids, word, token_type, position, weight, bias, EPS)
 
 
-def test_refuses_strided_and_ragged_ids():
+def test_strided_ids_and_ids_of_other_lengths_raise():
     *ids, word, token_type, position, weight, bias = inputs(8, 96, torch.float32)
     tables = word, token_type, position, weight, bias
     for at, name in enumerate(["input_ids", "positions", "token_types"]):
         strided = [one[::2] if at == which else one[:4].contiguous() for which, one in enumerate(ids)]
-        with pytest.raises(ValueError, match=f"must be contiguous and equally long, got {name} of"):
+        with pytest.raises(ValueError, match=f"must be contiguous and of one length, got {name} of"):
             embedding_triton(*strided, *tables, EPS)
-    with pytest.raises(ValueError, match=r"got token_types of \(7,\) beside \(8,\)"):
+    with pytest.raises(ValueError, match=r"got token_types of \(7,\), .* input_ids of \(8,\)"):
         embedding_triton(*ids[:2], ids[2][:7], *tables, EPS)
 
 
-def test_refuses_types_without_their_table():
+def test_types_without_their_table_raise():
     *ids, word, token_type, position, weight, bias = inputs(4, 96, torch.float32)
-    for given, found in ((None, "None"), (token_type[0], r"\(96,\)")):
-        with pytest.raises(
-            ValueError, match=rf"token_type must be the table of every type, \[types, 96\], got {found}"
-        ):
-            embedding_triton(*ids, word, given, position, weight, bias, EPS)
+    for table, shape in ((None, "None"), (token_type[0], r"\(96,\)")):
+        with pytest.raises(ValueError, match=rf"token_type must be a table of \[types, 96\], got {shape}"):
+            embedding_triton(*ids, word, table, position, weight, bias, EPS)
 
 
 def test_op_contract(monkeypatch):
     monkeypatch.undo()  # opcheck compares what torch.empty returns
     torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32), EPS))
-    torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, "of all"), EPS))
+    torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, "zero"), EPS))
     torch.library.opcheck(embedding, (*inputs(5, 96, torch.float32, None, False), EPS))

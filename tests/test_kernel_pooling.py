@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.devices import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, assert_matches, packed, pairwise, with_dtypes
 
 from unpadded_kernels.padded_pooling import masked_mean_pool, masked_mean_pool_reference, masked_mean_pool_triton
 from unpadded_kernels.pooling import pool, pool_reference, pool_triton
@@ -17,28 +17,26 @@ def inputs(lengths, hidden, dtype):
     return torch.randn(sum(lengths), hidden, device=DEVICE, dtype=dtype), packed(lengths)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", RAGGED, ids=str)
+@pytest.mark.parametrize("lengths, mode, dtype", pairwise(RAGGED, MODES, DTYPES), ids=str)
 def test_matches_the_reference(lengths, mode, dtype):
     hidden, cu_seqlens = inputs(lengths, 192, dtype)
-    hidden += 1  # so that a mean is far from the zero it would be with rows left out
+    hidden += 1  # so that a mean without some of the rows differs
     arguments = cu_seqlens, mode, False, 192, False
     assert_matches(pool_triton(hidden, *arguments), pool_reference(hidden.float(), *arguments))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("width, dimensions", [(768, 768), (768, 256), (100, 37)])
-def test_steps_after_pooling(width, dimensions, normalize, layer_norm, mode):
+@pytest.mark.parametrize(
+    "shape, normalize, layer_norm, mode",
+    pairwise([(768, 768), (768, 256), (100, 37)], [False, True], [False, True], MODES),
+)
+def test_steps_after_pooling(shape, normalize, layer_norm, mode):
+    width, dimensions = shape
     hidden, cu_seqlens = inputs([3, 0, 40], width, torch.float32)
     arguments = hidden * 1e-2, cu_seqlens, mode, layer_norm, dimensions, normalize
     assert_matches(pool_triton(*arguments), pool_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, dtype", with_dtypes(MODES))
 def test_a_text_does_not_depend_on_its_batch(mode, dtype):
     lengths = [130, 1, 600, 77]
     hidden, cu_seqlens = inputs(lengths, 192, dtype)
@@ -70,13 +68,13 @@ def test_tokens_past_two_to_the_31_elements(mode, far_tokens):
     assert_matches(pool_triton(far_tokens, *arguments), pool_reference(far_tokens.float(), *arguments))
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     hidden, cu_seqlens = inputs([4, 92], 96, torch.float32)
     with pytest.raises(ValueError, match="rows must be contiguous"):
         pool_triton(hidden.t(), cu_seqlens, "mean", False, 96, True)
     with pytest.raises(ValueError, match="unknown pooling 'max'"):
         pool_triton(hidden, cu_seqlens, "max", False, 96, True)
-    with pytest.raises(ValueError, match=r"dimensions must lie in 1..96, got 97"):
+    with pytest.raises(ValueError, match="between 1 and 96, got 97"):
         pool_triton(hidden, cu_seqlens, "mean", False, 97, True)
 
 
@@ -87,37 +85,37 @@ def padded(lengths, max_seqlen, width, dtype):
 
 
 def model_card(hidden, mask):
-    """mean_pooling and F.normalize as nomic-embed-text's model card has them."""
+    """Compute mean_pooling and F.normalize as in the model card of nomic-embed-text."""
     expanded = mask.unsqueeze(-1).expand(hidden.size()).float()
     pooled = torch.sum(hidden * expanded, 1) / torch.clamp(expanded.sum(1), min=1e-9)
     return F.normalize(pooled, p=2, dim=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths, max_seqlen", [([1], 1), ([7, 1, 300], 300), ([130, 0, 128], 131)])
-@pytest.mark.parametrize("width", [192, 100])
-def test_padded_matches_the_reference(width, lengths, max_seqlen, dtype):
-    hidden, mask = padded(lengths, max_seqlen, width, dtype)
+@pytest.mark.parametrize(
+    "width, lengths, dtype", pairwise([192, 100], [([1], 1), ([7, 1, 300], 300), ([130, 0, 128], 131)], DTYPES), ids=str
+)
+def test_padded_matches_the_reference(width, lengths, dtype):
+    hidden, mask = padded(*lengths, width, dtype)
     for normalize in (False, True):
         expected = masked_mean_pool_reference(hidden.float(), mask, normalize)
         assert_matches(masked_mean_pool_triton(hidden, mask, normalize), expected)
 
 
-def test_padded_is_the_model_cards():
+def test_padded_matches_the_model_card():
     hidden, mask = padded([7, 1, 150], 150, 96, torch.float32)
     assert_matches(masked_mean_pool_triton(hidden, mask, True), model_card(hidden, mask))
     assert_matches(masked_mean_pool(hidden, mask, True), model_card(hidden, mask))
 
 
-def test_padded_takes_any_mask():
+def test_padded_accepts_any_mask():
     hidden, mask = padded([9, 140], 140, 96, torch.float32)
-    mask = mask * torch.randint(2, mask.shape, device=DEVICE)  # holes, as left padding and special tokens make them
+    mask = mask * torch.randint(2, mask.shape, device=DEVICE)  # with holes, as of left padding or special tokens
     expected = masked_mean_pool_reference(hidden, mask, False)
     for kind in (torch.bool, torch.int32, torch.float32):
         assert_matches(masked_mean_pool_triton(hidden, mask.to(kind), False), expected)
 
 
-def test_padded_reads_nothing_of_masked_tokens_and_depends_on_no_neighbor():
+def test_padded_depends_neither_on_masked_tokens_nor_on_other_texts():
     hidden, mask = padded([40, 260], 260, 96, torch.float32)
     expected = masked_mean_pool_triton(hidden[:1, :40].contiguous(), mask[:1, :40], True)
     hidden[0, 40:] = float("nan")
@@ -139,7 +137,7 @@ def test_padded_without_texts_or_tokens():
     assert masked_mean_pool_triton(hidden[:0], mask[:0], True).shape == (0, 96)
 
 
-def test_padded_refusals():
+def test_padded_invalid_arguments_raise():
     hidden, mask = padded([4, 5], 5, 96, torch.float32)
     with pytest.raises(ValueError, match=r"mask must be \(2, 5\), got \(2, 4\)"):
         masked_mean_pool_triton(hidden, mask[:, :4], True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.devices import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches, with_dtypes
 
 from unpadded_kernels.qk_norm import qk_norm_, qk_norm_reference, qk_norm_triton
 
@@ -16,10 +16,9 @@ def inputs(tokens, heads, head_dim, dtype):
     return qkv, weight, bias
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, heads, head_dim", [(1, 12, 64), (7, 6, 32), (130, 3, 24), (3, 1, 1)])
-def test_matches_the_reference_and_leaves_v(tokens, heads, head_dim, dtype):
-    qkv, weight, bias = inputs(tokens, heads, head_dim, dtype)
+@pytest.mark.parametrize("shape, dtype", with_dtypes([(7, 6, 32), (1, 12, 64), (130, 3, 24), (3, 1, 1)]), ids=str)
+def test_matches_the_reference_and_leaves_v(shape, dtype):
+    qkv, weight, bias = inputs(*shape, dtype)
     expected, before = qkv.float(), qkv.clone()
     qk_norm_reference(expected, weight.float(), bias.float(), EPS)
     qk_norm_triton(qkv, weight, bias, EPS)
@@ -27,7 +26,7 @@ def test_matches_the_reference_and_leaves_v(tokens, heads, head_dim, dtype):
     assert torch.equal(qkv[:, 2], before[:, 2])
 
 
-def test_it_is_over_all_heads():
+def test_the_norm_is_over_all_heads():
     qkv, weight, bias = inputs(5, 4, 16, torch.float64)
     flat = qkv.flatten(2).clone()
     qk_norm_reference(qkv, weight, bias, EPS)
@@ -51,7 +50,7 @@ def test_no_tokens():
     qk_norm_triton(*inputs(0, 4, 16, torch.float32), EPS)
 
 
-def test_refuses_what_it_would_misread():
+def test_invalid_arguments_raise():
     qkv, weight, bias = inputs(4, 3, 16, torch.float32)
     with pytest.raises(ValueError, match="heads of a token must be contiguous"):
         qk_norm_triton(qkv.transpose(2, 3), weight, bias, EPS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.devices import DEVICE, DTYPES, assert_matches
+from support.devices import DEVICE, DTYPES, assert_matches, pairwise, with_dtypes
 
 from unpadded_kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_triton
 
@@ -15,13 +15,14 @@ def inputs(tokens, hidden, dtype):
     return x, residual, torch.randn(hidden, device=DEVICE, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, hidden", [(1, 384), (7, 1152), (130, 1000), (3, 5), (4, 1)])
-@pytest.mark.parametrize("first", [False, True], ids=["residual", "none"])
-def test_matches_the_reference(tokens, hidden, dtype, first):
-    x, residual, weight = inputs(tokens, hidden, dtype)
-    residual = None if first else residual
-    expected = rms_norm_reference(x.float(), None if first else residual.float(), weight.float(), EPS)
+@pytest.mark.parametrize(
+    "shape, has_residual, dtype",
+    pairwise([(1, 384), (7, 1152), (130, 1000), (3, 5), (4, 1)], [True, False], DTYPES),
+)
+def test_matches_the_reference(shape, has_residual, dtype):
+    x, residual, weight = inputs(*shape, dtype)
+    residual = residual if has_residual else None
+    expected = rms_norm_reference(x.float(), residual.float() if has_residual else None, weight.float(), EPS)
     for actual, wanted in zip(rms_norm_triton(x, residual, weight, EPS), expected, strict=True):
         assert_matches(actual, wanted)
 
@@ -34,16 +35,15 @@ def test_the_reference_is_the_published_formula():
     assert torch.equal(total, x + residual)
 
 
-def test_eps_counts_where_the_row_is_small():
+def test_eps_is_used_when_the_row_is_small():
     x, _, weight = inputs(4, 96, torch.float32)
     for eps in (1e-5, 1e-12):
         small = (x * 1e-3, None, weight, eps)
         assert_matches(rms_norm_triton(*small)[0], rms_norm_reference(*small)[0])
 
 
-@pytest.mark.parametrize("run", [rms_norm, rms_norm_triton], ids=["op", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_does_not_depend_on_its_batch(dtype, run):
+@pytest.mark.parametrize("run, dtype", with_dtypes([rms_norm_triton, rms_norm]))
+def test_a_row_does_not_depend_on_its_batch(run, dtype):
     x, residual, weight = inputs(64, 2304, dtype)
     whole = run(x, residual, weight, EPS)
     alone = run(x[5:6], residual[5:6], weight, EPS)
@@ -69,7 +69,7 @@ def test_tokens_past_two_to_the_31_elements(far_tokens):
     assert_matches(rms_norm_triton(far_tokens, residual, weight, EPS)[0], expected[0])
 
 
-def test_refuses_what_it_would_misread():
+def test_invalid_arguments_raise():
     x, residual, weight = inputs(384, 384, torch.float32)
     with pytest.raises(ValueError, match=r"rows must be contiguous, got strides \[\(1, 384\)\]"):
         rms_norm_triton(x.t(), None, weight, EPS)

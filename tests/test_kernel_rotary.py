@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.devices import DEVICE, DTYPES, assert_matches, packed
+from support.devices import DEVICE, DTYPES, assert_matches, packed, with_dtypes
 
 from unpadded_kernels.rotary import (
     rotary_,
@@ -27,17 +27,16 @@ def inputs(tokens, heads, head_dim, dtype):
     return qkv, torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-def turned(qkv, cos_sin):
+def rotated(qkv, cos_sin):
     qkv = qkv.float().clone()
     rotary_reference(qkv, cos_sin)
     return qkv
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, heads, head_dim", [(1, 12, 64), (7, 3, 32), (33, 5, 96), (4, 1, 6)])
-def test_matches_the_reference_and_leaves_v(tokens, heads, head_dim, dtype):
-    qkv, cos_sin = inputs(tokens, heads, head_dim, dtype)
-    expected, v = turned(qkv, cos_sin), qkv[:, 2].clone()
+@pytest.mark.parametrize("shape, dtype", with_dtypes([(7, 3, 32), (1, 12, 64), (33, 5, 96), (4, 1, 6)]), ids=str)
+def test_matches_the_reference_and_leaves_v(shape, dtype):
+    qkv, cos_sin = inputs(*shape, dtype)
+    expected, v = rotated(qkv, cos_sin), qkv[:, 2].clone()
     rotary_triton(qkv, cos_sin)
     assert_matches(qkv, expected)
     assert torch.equal(qkv[:, 2], v)
@@ -52,13 +51,13 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
     assert torch.equal(qkv[4:5], alone)
 
 
-def test_strided_tokens_and_heads_are_turned_in_place():
+def test_strided_tokens_and_heads_are_rotated_in_place():
     qkv, cos_sin = inputs(9, 3, 32, torch.float32)
     wide = torch.randn(9, 4, 5, 48, device=DEVICE)
     before = wide.clone()
     wide[:, :3, 1:4, 8:40] = qkv
     rotary_triton(wide[:, :3, 1:4, 8:40], cos_sin)
-    assert_matches(wide[:, :3, 1:4, 8:40], turned(qkv, cos_sin))
+    assert_matches(wide[:, :3, 1:4, 8:40], rotated(qkv, cos_sin))
     wide[:, :3, 1:4, 8:40] = before[:, :3, 1:4, 8:40]
     assert torch.equal(wide, before)
 
@@ -66,7 +65,7 @@ def test_strided_tokens_and_heads_are_turned_in_place():
 def test_tokens_past_two_to_the_31_elements(far_tokens):
     _, cos_sin = inputs(5, 2, 32, torch.float32)
     qkv = far_tokens.unflatten(1, (3, 2, 32))
-    expected = turned(qkv, cos_sin)
+    expected = rotated(qkv, cos_sin)
     rotary_triton(qkv, cos_sin)
     assert_matches(qkv, expected)
 
@@ -77,7 +76,7 @@ def test_no_tokens():
     assert rotary_cos_sin_triton(empty, torch.ones(1, 16, device=DEVICE), packed([0])).shape == (0, 32)
 
 
-def test_refusals():
+def test_invalid_arguments_raise():
     qkv, cos_sin = inputs(4, 2, 32, torch.float32)
     with pytest.raises(ValueError, match="rows of a head must be contiguous"):
         rotary_triton(qkv.transpose(2, 3).contiguous().transpose(2, 3), cos_sin)
@@ -85,27 +84,27 @@ def test_refusals():
         rotary_triton(qkv, cos_sin.half())
     with pytest.raises(ValueError, match=r"cos_sin must be contiguous fp32 of \(4, 32\)"):
         rotary_triton(qkv, cos_sin[:3])
-    with pytest.raises(ValueError, match="odd head_dim of 31"):
+    with pytest.raises(ValueError, match="even head_dim, got 31"):
         rotary_triton(qkv[..., :31], cos_sin)
 
 
 @pytest.mark.parametrize("half", [32, 12, 3])
 @pytest.mark.parametrize("lengths", RAGGED, ids=str)
-def test_table_matches_the_reference_with_frequencies_a_text(lengths, half):
+def test_cos_sin_matches_the_reference_with_frequencies_per_text(lengths, half):
     inv_freq = torch.rand(len(lengths), half, device=DEVICE)
-    arguments = positions_of(lengths) + 1, inv_freq, packed(lengths)  # at position 0 every frequency gives the same
+    arguments = positions_of(lengths) + 1, inv_freq, packed(lengths)  # at position 0 all frequencies have one angle
     assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
 
 
-def test_table_matches_the_reference_with_frequencies_for_all():
+def test_cos_sin_matches_the_reference_with_common_frequencies():
     lengths = [300, 5, 77]
     inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
     arguments = positions_of(lengths), inv_freq, packed(lengths)
     assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
 
 
-def test_table_is_right_at_every_position():
-    """Against float64: the angle is fp32 by definition, its cosine and sine are not to add to that."""
+def test_cos_sin_is_accurate_at_every_position():
+    """Against float64: the angle is fp32 by definition, and its cosine and sine must add no error."""
     positions = torch.arange(0, 65536, 7, device=DEVICE, dtype=torch.int32)
     inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
     angle = (positions.float()[:, None] * inv_freq).double()
@@ -114,9 +113,9 @@ def test_table_is_right_at_every_position():
     torch.testing.assert_close(actual, exact, atol=2.5e-7, rtol=0)
 
 
-def test_table_refusals():
+def test_cos_sin_invalid_arguments_raise():
     positions, cu_seqlens = positions_of([2, 3, 4]), packed([2, 3, 4])
-    with pytest.raises(ValueError, match="one row or one a text, got 2 rows for 3 texts"):
+    with pytest.raises(ValueError, match="one row, or one per text, got 2 rows for 3 texts"):
         rotary_cos_sin_triton(positions, torch.rand(2, 16, device=DEVICE), cu_seqlens)
     with pytest.raises(ValueError, match="must be fp32 with contiguous rows"):
         rotary_cos_sin_triton(positions, torch.rand(1, 16, device=DEVICE).half(), cu_seqlens)

@@ -1,4 +1,4 @@
-"""Every op under torch.compile: alone, and all of a layer in one graph. Their contracts: test_kernel_*."""
+"""Every op under torch.compile: alone, and the ops of a layer in one graph. test_kernel_* check their contracts."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before():
+def reset_compiler():
     torch.compiler.reset()
 
 
@@ -23,7 +23,7 @@ def randn(*shape):
 
 
 def arguments(tokens):
-    """Of every op, at so many tokens in two texts."""
+    """Return the arguments of every op, for two texts of `tokens` tokens in all."""
     x, row, weight = randn(tokens, HIDDEN), randn(HIDDEN), randn(96, HIDDEN)
     qkv, cos_sin = randn(tokens, 3, HEADS, HEAD_DIM), randn(tokens, HEAD_DIM)
     cu_seqlens = packed([2, tokens - 2])
@@ -54,14 +54,14 @@ def arguments(tokens):
 
 
 def run_on_copies(call, values):
-    """What the call gives, and what it leaves in its tensors."""
+    """Return the results of the call and the arguments after it, which an op in place has changed."""
     copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in values]
-    given = call(*copies)
-    given = list(given) if isinstance(given, tuple) else [] if given is None else [given]
-    return [tensor.float() for tensor in (*given, *copies) if isinstance(tensor, torch.Tensor)]
+    results = call(*copies)
+    results = list(results) if isinstance(results, tuple) else [] if results is None else [results]
+    return [tensor.float() for tensor in (*results, *copies) if isinstance(tensor, torch.Tensor)]
 
 
-def test_every_op_is_there():
+def test_every_op_has_arguments():
     assert sorted(arguments(5)) == sorted(kernels.__all__)
 
 
@@ -71,13 +71,13 @@ def test_op_contract(name):
 
 
 @pytest.mark.parametrize("name", kernels.__all__)
-def test_compiled_op_gives_what_the_op_gives(name):
+def test_a_compiled_op_returns_the_same_bits(name):
     op = getattr(kernels, name)
     compiled = torch.compile(lambda *values: op(*values), backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (5, 9):
         values = arguments(tokens)[name]
-        for found, expected in zip(run_on_copies(compiled, values), run_on_copies(op, values), strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(run_on_copies(compiled, values), run_on_copies(op, values), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def layer(ids, positions, cu_seqlens, longest, inv_freq, word, row, qkv_weight, out_weight, up_weight, down_weight):
@@ -94,7 +94,7 @@ def layer(ids, positions, cu_seqlens, longest, inv_freq, word, row, qkv_weight, 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's own imports
 def test_a_layer_is_one_graph():
-    """Compiled by Inductor at one length, run at others: rotary in place and all."""
+    """Compiled by Inductor at one number of tokens and run at others, with rotary in place."""
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     weights = randn(100, HIDDEN), randn(HIDDEN), randn(3 * HIDDEN, HIDDEN), randn(HIDDEN, HIDDEN)
     weights = *weights, randn(96, HIDDEN), randn(HIDDEN, 48)

@@ -1,7 +1,7 @@
-"""Triton kernels for encoders over packed tokens: texts end to end, no padding.
+"""Triton kernels for encoders over packed tokens: texts are concatenated, without padding.
 
-Every op is a `torch.library.custom_op`: its reference body defines it and runs on any device, its Triton kernel runs on
-CUDA, and where plain torch is slow on a CPU it has a body of its own there too.
+Every op is a `torch.library.custom_op`. Its reference defines it and runs on any device; its Triton kernel runs on
+CUDA; an op whose reference is slow on a CPU has a separate CPU body.
 """
 
 from unpadded_kernels.activation import activation

@@ -1,4 +1,7 @@
-"""Triton where it is installed. Where it is not (macOS, Windows) a kernel stays a plain function that nothing calls."""
+"""Triton, which is optional: CUDA kernels need it, the CPU bodies do not.
+
+Without it a kernel is defined as a plain Python function, and an op raises ImportError when it receives a CUDA tensor.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+import_error: ImportError | None = None
 try:
     import triton
     import triton.language as tl
@@ -20,9 +24,10 @@ try:
     def _divide(x, y):
         return x / y
 
-    # x / y in two instructions, within 2 units in the last place; the interpreter runs nothing of libdevice
+    # x / y in two instructions, within 2 units in the last place; the interpreter has no libdevice
     fast_divide = _divide if triton.knobs.runtime.interpret else fast_dividef
-except ImportError:
+except ImportError as error:
+    import_error = error
     triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=None)
     TensorDescriptor = fast_divide = None
@@ -33,10 +38,15 @@ Result = TypeVar("Result")
 
 
 def device_guard(launcher: Callable[..., Result]) -> Callable[..., Result]:
-    """The launcher with its first tensor's device as the current one, where Triton launches; PyTorch's ops do this."""
+    """Return the launcher run with the device of its first tensor as the current one, where Triton launches."""
 
     @functools.wraps(launcher)
     def guarded(first: Tensor, *rest: object, **options: object) -> Result:
+        if import_error is not None:
+            raise ImportError(
+                f"the kernels for CUDA need triton 3.6 or later, which cannot be imported ({import_error}), and got a "
+                f"tensor on {first.device}: run pip install 'unpadded[cuda]', or keep the tensors on the CPU"
+            ) from import_error
         if first.device.index == torch.cuda.current_device():
             return launcher(first, *rest, **options)
         with torch.cuda.device(first.device):

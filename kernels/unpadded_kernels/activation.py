@@ -1,8 +1,8 @@
-"""Activations between the two products of an MLP.
+"""Activations between the two matmuls of an MLP.
 
-    swiglu: silu(gate) * up      geglu: gelu(gate) * up      gelu, gelu_tanh: of the whole row
+    swiglu: silu(gate) * up      geglu: gelu(gate) * up      gelu, gelu_tanh: gelu(x)
 
-A gated input row is gate then up. Bound by memory: 6 * intermediate bytes per token in 16 bits when gated, else 4.
+A gated input row is gate, then up. Bound by memory: 6 * intermediate bytes per token in 16 bits if gated, else 4.
 """
 
 import torch
@@ -15,18 +15,19 @@ from unpadded_kernels.tiles import row_launch
 GATED = ("swiglu", "geglu")
 KINDS = (*GATED, "gelu", "gelu_tanh")
 
-# Columns of one program.
+# Columns per program.
 _BLOCK_I = 1024
 
 
 def activation_reference(x: Tensor, kind: str) -> Tensor:
-    """x: [total_tokens, 2 * intermediate] when kind is gated, else [total_tokens, intermediate].
+    """Apply the activation in fp32.
 
-    Returns [total_tokens, intermediate] in x's dtype. kind: swiglu, geglu, gelu (erf) or gelu_tanh.
+    x: [total_tokens, 2 * intermediate] if kind is gated, else [total_tokens, intermediate]; kind: swiglu, geglu, gelu
+    (erf) or gelu_tanh. Returns [total_tokens, intermediate] in x's dtype.
     """
     h = x.float()
     if kind in GATED:
-        # contiguous: torch chooses the code of gelu by layout, and the halves of one row are, those of two are not
+        # contiguous: torch picks its gelu by layout, which differs between one row's halves and those of two rows
         gate, up = (half.contiguous() for half in h.chunk(2, dim=-1))
         h = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
     elif kind == "gelu":
@@ -40,15 +41,15 @@ def activation_reference(x: Tensor, kind: str) -> Tensor:
 
 @triton.jit
 def _times_sigmoid(x, z):
-    """x / (1 + exp(-z)), by the division and the exponential that take an instruction or two."""
+    """Return x / (1 + exp(-z)), by the fast division and exponential."""
     return fast_divide(x, 1.0 + tl.math.exp2(-1.4426950408889634 * z))
 
 
 @triton.jit
 def _gelu(x):
-    """max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2, erfc within 1.5e-7 (Abramowitz and Stegun 7.1.26).
+    """Return max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2, erfc within 1.5e-7 (Abramowitz and Stegun 7.1.26).
 
-    erf of libdevice takes more than twice the instructions, enough to bind a kernel that streams.
+    erf of libdevice takes more than twice the instructions, so many that they would bound the kernel, not memory.
     """
     magnitude = tl.abs(x)
     t = fast_divide(1.0, 1.0 + 0.3275911 * 0.7071067811865476 * magnitude)
@@ -63,7 +64,7 @@ def _gelu(x):
 
 @triton.jit
 def activate(gate, up, KIND: tl.constexpr):
-    """The activation of fp32 values; up counts where KIND is gated."""
+    """Return the activation of fp32 values. up is used only if KIND is gated."""
     if KIND == "swiglu":
         y = _times_sigmoid(gate, gate) * up
     elif KIND == "geglu":
@@ -98,13 +99,13 @@ def _activation_kernel(
 
 
 def activation_triton(x: Tensor, kind: str) -> Tensor:
-    """A token's row in blocks of columns. The tokens of x may be strided, their rows not."""
+    """Launch one program per token and block of columns. x may be strided by token; its rows must be contiguous."""
     if kind not in KINDS:
         raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
     total_tokens, width = x.shape
     gated = kind in GATED
     if gated and width % 2:
-        raise ValueError(f"a gated row is gate then up, got an odd width of {width}")
+        raise ValueError(f"a gated row is gate, then up: pass x of an even width, got {width}")
     if x.stride(1) != 1:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
     intermediate = width // 2 if gated else width

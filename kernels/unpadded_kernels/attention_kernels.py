@@ -1,8 +1,8 @@
-"""The kernel of attention, through pointers for any GPU and layout or, from sm_90 on, tensor descriptors (TMA).
+"""The attention kernel. It loads through pointers or, on sm_90 and later, through tensor descriptors (TMA).
 
-A program takes one head of one tile of queries through the keys of its text, with an online softmax (Milakov and
-Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; the part of one that ends the text
-comes last, after the loop.
+One program computes one head of one tile of queries: it loops over the keys of the text with an online softmax
+(Milakov and Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; a partial block at the
+end of the text follows after the loop.
 """
 
 from unpadded_kernels._triton import fast_divide, tl, triton
@@ -22,9 +22,10 @@ def _load(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows row.. of a text, from a column of packed qkv on. source: a descriptor with TMA, else a pointer.
+    """Load BLOCK_R rows of a text from `row` on, at one column of packed qkv.
 
-    MASKED: where rows may lie beyond the text; a pointer gives zeros for them, a descriptor the next text's.
+    source: a tensor descriptor if TMA, else a pointer. MASKED: rows may lie past the end of the text; a pointer load
+    returns zeros for them, a descriptor load the rows of the next text.
     """
     if TMA:
         x = source.load([text_start + row, column])
@@ -52,9 +53,10 @@ def _softmax(
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """One block of keys of an online softmax in powers of two: (highest score, sum of weights, weights, decay).
+    """Add one block of keys to an online softmax. Return the new (highest, total, weights, decay), all fp32.
 
-    weights: the block's own, over exp2(highest); decay: by what all that was summed before shrinks. fp32.
+    highest: maximum score; total: sum of the weights; weights: exp2(score - highest) of this block; decay: the factor
+    for the sums of earlier blocks.
     """
     if HAS_ALIBI:
         scores -= slope * tl.abs(query[:, None] - key[None, :])
@@ -62,14 +64,14 @@ def _softmax(
         scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
     if IS_TAIL:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
-    risen = tl.maximum(highest, tl.max(scores, axis=1) * scale)
-    origin = risen
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    origin = new_highest
     if HAS_WINDOW:
-        # a row whose window has not begun: -inf minus -inf would be NaN
-        origin = tl.where(risen == float("-inf"), 0.0, risen)
+        # before the window of a row starts, -inf - -inf would be NaN
+        origin = tl.where(new_highest == float("-inf"), 0.0, new_highest)
     weights = tl.math.exp2(scores * scale - origin[:, None])
     decay = tl.math.exp2(highest - origin)
-    return risen, total * decay + tl.sum(weights, axis=1), weights, decay
+    return new_highest, total * decay + tl.sum(weights, axis=1), weights, decay
 
 
 @triton.jit
@@ -79,15 +81,15 @@ def _add_values(acc, weights, decay, v):
 
 @triton.jit
 def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The keys that queries first.. see: whole blocks from `start` to `whole`, and a part of one if `tail`."""
+    """Return the keys of one tile of queries: whole blocks from `start` to `whole`, then a partial one if `tail`."""
     start = 0
     whole = length // BLOCK_N * BLOCK_N
     tail = whole < length
     if HAS_WINDOW:
         start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
-        farthest = first + BLOCK_M + window
-        tail = tail & (whole < farthest)
-        whole = tl.minimum(whole, tl.cdiv(farthest, BLOCK_N) * BLOCK_N)
+        window_end = first + BLOCK_M + window
+        tail = tail & (whole < window_end)
+        whole = tl.minimum(whole, tl.cdiv(window_end, BLOCK_N) * BLOCK_N)
     return start, whole, tail
 
 
@@ -114,19 +116,19 @@ def _attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """OVERLAP: whether a block's values are added during the softmax of the next, not after its own."""
+    """OVERLAP: add the values of a block during the softmax of the next block, not after its own."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     text_start = tl.load(tile_map_ptr + 3 * tile)
     length = tl.load(tile_map_ptr + 3 * tile + 1)
     first = tl.load(tile_map_ptr + 3 * tile + 2) * BLOCK_M
-    if first >= length:  # a captured graph fills its map with entries of no tokens
+    if first >= length:  # a captured graph pads its map with empty tiles
         return
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
 
     query, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    query_place = query.to(tl.float32)
+    query_position = query.to(tl.float32)
     q_column = head * stride_qh
     k_column, v_column = q_column + stride_qs, q_column + 2 * stride_qs
     q = _load(q_source, text_start, first, q_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -139,13 +141,13 @@ def _attention_kernel(
     for block in range(start, whole, BLOCK_N):
         k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        values = tl.maximum(block - BLOCK_N, start) if OVERLAP else block
-        v = _load(kv_source, text_start, values, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v_block = tl.maximum(block - BLOCK_N, start) if OVERLAP else block
+        v = _load(kv_source, text_start, v_block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         if OVERLAP:
-            # nothing in this iteration needs acc: the compiler lets it run on, and the softmax goes between its wgmmas
+            # this iteration does not read acc, so the compiler schedules the softmax between its wgmmas
             acc = _add_values(acc, weights, decay, v)
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_place, (block + n).to(tl.float32), length, scale, slope, window),
+            *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, window),
             *(False, HAS_WINDOW, HAS_ALIBI),
         )
         if not OVERLAP:
@@ -158,11 +160,11 @@ def _attention_kernel(
         k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         if TMA:
-            # a NaN or infinity of the next text times a weight of 0 would be NaN
+            # 0 * NaN and 0 * inf are NaN: drop the rows of the next text
             v = tl.where((whole + n < length)[:, None], v, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_place, (whole + n).to(tl.float32), length, scale, slope, window),
+            *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, window),
             *(True, HAS_WINDOW, HAS_ALIBI),
         )
         acc = _add_values(acc, weights, decay, v)

@@ -1,8 +1,8 @@
-"""Embedding: the word row of every token, plus its token-type and position rows, normalized.
+"""Embedding: the sum of each token's word, token-type and position rows, normalized.
 
     y[t] = LayerNorm(word[input_ids[t]] + token_type[token_types[t]] + position[positions[t]])
 
-Bound by memory: per token two rows read, one written (6 * hidden bytes in 16 bits), nothing kept between them.
+Bound by memory: two rows read and one written per token, 6 * hidden bytes in 16 bits.
 """
 
 import torch
@@ -25,12 +25,11 @@ def embedding_reference(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """Gather and normalize.
+    """Gather, add and normalize.
 
-    input_ids, positions, token_types: [total_tokens] int32, or no token_types where every token is of type 0; word:
+    input_ids, positions, token_types: [total_tokens] int32, token_types None if every token is of type 0; word:
     [vocabulary, hidden]; token_type: [types, hidden] or None; position: [position_rows, hidden] or None; weight, bias:
-    [hidden]. Returns [total_tokens, hidden] in word's dtype. Ids, positions and types beyond their tables are the
-    caller's to refuse.
+    [hidden]. Returns [total_tokens, hidden] in word's dtype. The caller checks that every index is within its table.
     """
     x = F.embedding(input_ids, word).float()
     if token_type is not None:
@@ -66,7 +65,7 @@ def _embedding_kernel(
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
 
-    # int64: vocabulary * hidden passes 2**31 for multilingual vocabularies of wide models
+    # int64: vocabulary * hidden exceeds 2**31 for multilingual vocabularies of wide models
     input_id = tl.load(input_ids_ptr + token).to(tl.int64)
     x = tl.load(word_ptr + input_id * stride_wv + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_TOKEN_TYPE:
@@ -90,17 +89,17 @@ def embedding_triton(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """One token per program. The rows of the tables may be strided, their elements not."""
+    """Launch one program per token. The tables may be strided by row; their rows must be contiguous."""
     total_tokens, hidden = input_ids.shape[0], word.shape[1]
     for name, ids in {"input_ids": input_ids, "positions": positions, "token_types": token_types}.items():
         if ids is not None and (ids.shape != input_ids.shape or not ids.is_contiguous()):
             raise ValueError(
-                f"input_ids, positions and token_types must be contiguous and equally long, got {name} of "
-                f"{tuple(ids.shape)} beside {tuple(input_ids.shape)}, strides {ids.stride()}"
+                f"input_ids, positions and token_types must be contiguous and of one length, got {name} of "
+                f"{tuple(ids.shape)}, strides {ids.stride()}, and input_ids of {tuple(input_ids.shape)}"
             )
     if (token_types is not None and token_type is None) or (token_type is not None and token_type.ndim != 2):
-        found = None if token_type is None else tuple(token_type.shape)
-        raise ValueError(f"token_type must be the table of every type, [types, {hidden}], got {found}")
+        got = None if token_type is None else tuple(token_type.shape)
+        raise ValueError(f"token_type must be a table of [types, {hidden}], got {got}")
     for name, tensor in {"word": word, "token_type": token_type, "position": position, "weight": weight}.items():
         if tensor is not None and (tensor.shape[-1] != hidden or tensor.stride(-1) != 1):
             raise ValueError(

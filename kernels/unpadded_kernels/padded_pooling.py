@@ -1,8 +1,8 @@
-"""Masked mean over padded rows, with L2: what a model card's `mean_pooling` and `F.normalize` do in five passes.
+"""Masked mean over padded rows, optionally L2-normalized: a model card's `mean_pooling` and `F.normalize`.
 
-    y[b] = sum of hidden[b, s] where mask[b, s] / the number of those s
+    y[b] = sum_s mask[b, s] * hidden[b, s] / sum_s mask[b, s]
 
-Sums are fp32. Bound by memory: 2 * hidden bytes per token in 16 bits, read once; masked tokens are not read.
+Sums are fp32. Bound by memory: 2 * hidden bytes per unmasked token in 16 bits, read once; masked tokens are not read.
 """
 
 import torch
@@ -10,13 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.pooling import BLOCK_C, BLOCK_H, CHUNK_T, OF_CHUNK, OF_TEXT, finish, mean_of_chunks
+from unpadded_kernels.pooling import (
+    BLOCK_C,
+    BLOCK_H,
+    CHUNK_LAUNCH,
+    CHUNK_T,
+    TEXT_LAUNCH,
+    mean_of_chunks,
+    postprocess_and_store,
+)
 
 
 def masked_mean_pool_reference(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
-    """hidden: [batch, max_seqlen, hidden]; mask: [batch, max_seqlen], not 0 where a token counts.
+    """Average the rows of each text.
 
-    Returns [batch, hidden] fp32. A text of no tokens gives zeros. What stands in a masked token does not matter.
+    hidden: [batch, max_seqlen, hidden]; mask: [batch, max_seqlen], any dtype, 0 for padding. Returns [batch, hidden]
+    fp32. The row of a text without tokens is zero. The values of masked tokens do not matter, NaN included.
     """
     counts = mask != 0
     sums = hidden.float().masked_fill(~counts[:, :, None], 0.0).sum(dim=1)
@@ -74,16 +83,21 @@ def _masked_mean_kernel(
         counts += (token_mask != 0).to(tl.int32)
     chunks = tl.cdiv(max_seqlen, CHUNK_T)
     pooled = mean_of_chunks(sums_ptr, text * chunks, chunks, tl.sum(counts, axis=0), HIDDEN, BLOCK_C, BLOCK)
-    finish(pooled, pooled_ptr, text, HIDDEN, HIDDEN, BLOCK, False, NORMALIZE)
+    postprocess_and_store(pooled, pooled_ptr, text, HIDDEN, HIDDEN, BLOCK, False, NORMALIZE)
 
 
 def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
-    """Chunks of tokens by blocks of columns, then a text per program. Texts and tokens may be strided, rows not."""
+    """Launch one program per chunk and block of columns, then one per text.
+
+    hidden may be strided by text and token, mask by text; their rows must be contiguous.
+    """
     batch, max_seqlen, width = hidden.shape
     if mask.shape != (batch, max_seqlen):
         raise ValueError(f"mask must be {(batch, max_seqlen)}, got {tuple(mask.shape)}")
     if hidden.stride(2) != 1 or mask.stride(1) != 1:
-        raise ValueError(f"rows must be contiguous, got strides {hidden.stride()} and {mask.stride()}")
+        raise ValueError(
+            f"rows must be contiguous, got strides {hidden.stride()} and {mask.stride()}: pass .contiguous()"
+        )
     pooled = torch.empty((batch, width), dtype=torch.float32, device=hidden.device)
     if batch == 0:
         return pooled
@@ -101,7 +115,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
             stride_ht=hidden.stride(1),
             stride_mb=mask.stride(0),
             HIDDEN=width,
-            **OF_CHUNK,
+            **CHUNK_LAUNCH,
         )
     _masked_mean_kernel[(batch,)](
         sums,
@@ -114,7 +128,7 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
         BLOCK_C=BLOCK_C,
         BLOCK=triton.next_power_of_2(width),
         NORMALIZE=normalize,
-        **OF_TEXT,
+        **TEXT_LAUNCH,
     )
     return pooled
 

@@ -1,10 +1,10 @@
-"""Pooling: one fp32 row per text from its packed token rows, and the steps that follow on that row.
+"""Pooling: one fp32 row per text from its packed token rows, then optional steps on that row.
 
     mean: sum of the text's rows / their number      cls: its first row      last: its last row
-    then, each where asked: layer norm without affine over hidden (nomic's matryoshka), cut to `dimensions`, L2
+    then: layer norm without affine parameters (nomic's matryoshka), truncation to `dimensions`, L2 normalization
 
-Sums are fp32 and run along the text alone, in chunks of its own, so that one long text fills a GPU too. Bound by
-memory: 2 * hidden bytes per token in 16 bits, read once.
+Sums are fp32, over chunks of one text, so that a single long text fills a GPU too. Bound by memory: 2 * hidden bytes
+per token in 16 bits, read once.
 """
 
 import torch
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
 
-# A mean is summed in chunks of this many tokens counted from the text's first, then over the chunks in their order.
+# Tokens per chunk, counted from the text's first token. A mean sums each chunk, then the chunks in order.
 CHUNK_T = 128
 BLOCK_T = 32
-# Columns of one chunk's program: 256 bytes of a row in 16 bits.
+# Columns per program of a chunk: 256 bytes of a row in 16 bits.
 BLOCK_H = 128
-# Chunk sums that the last kernel holds at once.
+# Chunk sums per step of the kernel that adds them up.
 BLOCK_C = 8
-# How the kernels of a chunk and of a text are launched.
-OF_CHUNK = {"CHUNK_T": CHUNK_T, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "num_warps": 4, "enable_fp_fusion": True}
-OF_TEXT = {"num_warps": 8, "enable_fp_fusion": True}
+# Launch options of the kernels with one program per chunk, and of those with one per text.
+CHUNK_LAUNCH = {"CHUNK_T": CHUNK_T, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "num_warps": 4, "enable_fp_fusion": True}
+TEXT_LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def matryoshka(pooled: Tensor, layer_norm: bool, dimensions: int, normalize: bool) -> Tensor:
-    """Layer norm, cut, L2, each where asked. pooled: [batch, hidden] fp32. Returns [batch, dimensions] fp32."""
+    """Apply the steps after pooling. pooled: [batch, hidden] fp32. Returns [batch, dimensions] fp32."""
     if layer_norm:
         pooled = F.layer_norm(pooled, pooled.shape[-1:])
     pooled = pooled[:, :dimensions]
@@ -36,9 +36,10 @@ def matryoshka(pooled: Tensor, layer_norm: bool, dimensions: int, normalize: boo
 def pool_reference(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, layer_norm: bool, dimensions: int, normalize: bool
 ) -> Tensor:
-    """hidden: [total_tokens, hidden]; cu_seqlens: [batch + 1] int32; mode: mean, cls or last.
+    """Pool text by text.
 
-    Returns [batch, dimensions] fp32. A text of no tokens gives zeros.
+    hidden: [total_tokens, hidden]; cu_seqlens: [batch + 1] int32; mode: mean, cls or last. Returns [batch, dimensions]
+    fp32. The row of a text without tokens is zero.
     """
     if mode not in ("mean", "cls", "last"):
         raise ValueError(f"unknown pooling {mode!r}: use mean, cls or last")
@@ -55,7 +56,7 @@ def pool_reference(
 
 
 @triton.jit
-def finish(
+def postprocess_and_store(
     pooled,
     pooled_ptr,
     text,
@@ -65,7 +66,7 @@ def finish(
     LAYER_NORM: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """Layer norm, cut, L2 of one fp32 row, and its store."""
+    """Apply the steps after pooling to one fp32 row and store it."""
     h = tl.arange(0, BLOCK)
     if LAYER_NORM:
         mean = tl.sum(pooled, axis=0) / HIDDEN
@@ -79,7 +80,7 @@ def finish(
 
 @triton.jit
 def mean_of_chunks(sums_ptr, first, chunks, length, HIDDEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of a text's chunks, from row `first` on, over its length."""
+    """Return the sum of rows first .. first + chunks of sums_ptr, divided by length."""
     h = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK_C, BLOCK], tl.float32)
     for start in range(0, chunks, BLOCK_C):
@@ -91,7 +92,7 @@ def mean_of_chunks(sums_ptr, first, chunks, length, HIDDEN: tl.constexpr, BLOCK_
 
 @triton.jit
 def _first_chunk(cu_seqlens_ptr, text, CHUNK_T: tl.constexpr):
-    """Where the chunks of a text lie among all: never fewer slots than chunks, and known without adding up lengths."""
+    """Return the row of a text's first chunk sum. Some rows stay unused, which saves a prefix sum over the chunks."""
     return tl.load(cu_seqlens_ptr + text) // CHUNK_T + text
 
 
@@ -108,7 +109,7 @@ def _chunk_sums_kernel(
     BLOCK_H: tl.constexpr,
 ):
     slot = tl.program_id(0)
-    text, beyond = 0, batch  # the last text whose chunks start at or before this slot: text <= answer < beyond
+    text, beyond = 0, batch  # bisect for the last text whose chunks start at or before this slot
     while text + 1 < beyond:
         middle = (text + beyond) // 2
         if _first_chunk(cu_seqlens_ptr, middle, CHUNK_T) <= slot:
@@ -146,7 +147,7 @@ def _mean_kernel(
     length = tl.load(cu_seqlens_ptr + text + 1) - tl.load(cu_seqlens_ptr + text)
     first = _first_chunk(cu_seqlens_ptr, text, CHUNK_T)
     pooled = mean_of_chunks(sums_ptr, first, tl.cdiv(length, CHUNK_T), length, HIDDEN, BLOCK_C, BLOCK)
-    finish(pooled, pooled_ptr, text, HIDDEN, DIMENSIONS, BLOCK, LAYER_NORM, NORMALIZE)
+    postprocess_and_store(pooled, pooled_ptr, text, HIDDEN, DIMENSIONS, BLOCK, LAYER_NORM, NORMALIZE)
 
 
 @triton.jit
@@ -169,27 +170,27 @@ def _token_kernel(
     if LAST:
         token = end.to(tl.int64) - 1
     h = tl.arange(0, BLOCK)
-    mask = h < tl.where(start < end, HIDDEN, 0)  # a text of no tokens gives zeros
+    mask = h < tl.where(start < end, HIDDEN, 0)  # the row of a text without tokens is zero
     pooled = tl.load(hidden_ptr + token * stride_ht + h, mask=mask, other=0.0).to(tl.float32)
-    finish(pooled, pooled_ptr, text, HIDDEN, DIMENSIONS, BLOCK, LAYER_NORM, NORMALIZE)
+    postprocess_and_store(pooled, pooled_ptr, text, HIDDEN, DIMENSIONS, BLOCK, LAYER_NORM, NORMALIZE)
 
 
 def pool_triton(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, layer_norm: bool, dimensions: int, normalize: bool
 ) -> Tensor:
-    """mean: chunks of tokens by blocks of columns, then a text per program; cls and last: a text per program."""
+    """Launch one program per text; for mean, first one program per chunk and block of columns."""
     (total_tokens, width), batch = hidden.shape, cu_seqlens.shape[0] - 1
     if mode not in ("mean", "cls", "last"):
         raise ValueError(f"unknown pooling {mode!r}: use mean, cls or last")
     if not 0 < dimensions <= width:
-        raise ValueError(f"dimensions must lie in 1..{width}, got {dimensions}")
+        raise ValueError(f"dimensions must be between 1 and {width}, got {dimensions}")
     if hidden.stride(1) != 1 or not cu_seqlens.is_contiguous():
         raise ValueError(f"rows must be contiguous, got strides {hidden.stride()}: pass .contiguous()")
     pooled = torch.empty((batch, dimensions), dtype=torch.float32, device=hidden.device)
     if batch == 0:
         return pooled
     block = triton.next_power_of_2(width)
-    steps = {"LAYER_NORM": layer_norm, "NORMALIZE": normalize, **OF_TEXT}
+    steps = {"LAYER_NORM": layer_norm, "NORMALIZE": normalize, **TEXT_LAUNCH}
     if mode != "mean":
         _token_kernel[(batch,)](
             hidden,
@@ -212,7 +213,7 @@ def pool_triton(
         batch=batch,
         stride_ht=hidden.stride(0),
         HIDDEN=width,
-        **OF_CHUNK,
+        **CHUNK_LAUNCH,
     )
     _mean_kernel[(batch,)](
         sums,

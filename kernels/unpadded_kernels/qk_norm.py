@@ -1,4 +1,4 @@
-"""LayerNorm of q and of k, each over all its heads, in place inside packed qkv.
+"""LayerNorm of q and of k in packed qkv, in place, each over all heads of a token.
 
     q = LayerNorm(q),   k = LayerNorm(k)
 
@@ -47,7 +47,7 @@ def _qk_norm_kernel(
 
 
 def qk_norm_triton(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """A token's q or its k per program. Tokens may be strided; the heads of one must lie end to end."""
+    """Launch one program per token for q and one for k. qkv may be strided by token; its heads must be contiguous."""
     total_tokens, _, heads, head_dim = qkv.shape
     hidden = heads * head_dim
     if qkv.stride()[2:] != (head_dim, 1) or not weight.is_contiguous() or not bias.is_contiguous():

@@ -1,4 +1,4 @@
-"""Residual add + RMSNorm of a pre-norm layer, whose residual goes on unnormalized.
+"""Residual add + RMSNorm of a pre-norm layer, which also needs the unnormalized sum.
 
     h = x + residual;  y = h * rsqrt(mean(h ** 2) + eps) * weight;  (y, h)
 
@@ -14,7 +14,10 @@ from unpadded_kernels.tiles import row_launch
 
 
 def rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [total_tokens, hidden], residual None for zeros; weight: [hidden]. Returns y and h in x's dtype."""
+    """Return y and h in x's dtype.
+
+    x: [total_tokens, hidden]; residual: the same, or None for zeros; weight: [hidden].
+    """
     h = x.float() + (0 if residual is None else residual.float())
     return F.rms_norm(h, weight.shape, weight.float(), eps).to(x.dtype), h.to(x.dtype)
 
@@ -34,14 +37,14 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    # int64: total_tokens * hidden passes 2**31 in one large batch
+    # int64: total_tokens * hidden exceeds 2**31 in a large batch
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
     x = tl.load(x_ptr + token * stride_xt + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
-    # before the sum, whose barrier no load passes
+    # loaded before the sum, whose barrier would delay it
     weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ptr + token * stride_yt + h, x, mask=mask)
     rstd = 1 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
@@ -49,7 +52,7 @@ def _rms_norm_kernel(
 
 
 def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """One row per program. The tokens of x and residual may be strided, their rows not."""
+    """Launch one program per row. x and residual may be strided by token; their rows must be contiguous."""
     total_tokens, hidden = x.shape
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape, got {tuple(residual.shape)} and {tuple(x.shape)}")

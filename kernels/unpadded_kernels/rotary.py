@@ -1,10 +1,10 @@
-"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864) on q and k inside packed qkv, half (NeoX) layout.
+"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864) of q and k in packed qkv, half (NeoX) layout.
 
     q[j], q[j + d/2]  ->  q[j] * cos - q[j + d/2] * sin,  q[j + d/2] * cos + q[j] * sin,  angle = position * inv_freq[j]
 
-Angles, cosines and sines are fp32: at position 8192 a bf16 angle is off by whole turns. The table is made once per
-batch, so that every text can have frequencies of its own. Bound by memory: 8 * hidden bytes per token in 16 bits (q and
-k read and written), 4 * head_dim for the table.
+Angles, cosines and sines are fp32: at position 8192 a bf16 angle is wrong by full rotations. The cosines and sines are
+computed once per batch, and each text can have its own frequencies. Bound by memory: 8 * hidden bytes per token in 16
+bits (q and k are read and written) and 4 * head_dim for the cosines and sines.
 """
 
 import torch
@@ -13,19 +13,18 @@ from torch import Tensor
 from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.tiles import row_launch
 
-# Tokens whose angles one program makes.
+# Tokens per program of rotary_cos_sin.
 _BLOCK_T = 32
-
-# Rows of a block whose fp32 temporaries stay in a core's cache (2048 x 12 x 64: 1.2 ms in blocks, 3.7 ms whole; EPYC,
-# 2026-11).
+# Tokens per block of the reference, whose fp32 temporaries then stay in a core's cache (2048 x 12 x 64: 1.2 ms in
+# blocks, 3.7 ms at once; EPYC, 2026-11).
 _CPU_BLOCK_T = 512
 
 
 def rotary_cos_sin_reference(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The table of a batch: [total_tokens, head_dim] fp32, cosines in the first half of a row, sines in the second.
+    """Return the cosines (first half of a row) and sines (second half) of every token: [total_tokens, head_dim] fp32.
 
-    positions: [total_tokens] int32; inv_freq: fp32, [1, head_dim / 2] for the whole batch or [batch, head_dim / 2], a
-    row a text; cu_seqlens: [batch + 1] int32.
+    positions: [total_tokens] int32; inv_freq: fp32, [1, head_dim / 2] for all texts or [batch, head_dim / 2] with one
+    row per text; cu_seqlens: [batch + 1] int32.
     """
     if inv_freq.shape[0] > 1:
         inv_freq = inv_freq.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=positions.shape[0])
@@ -34,7 +33,7 @@ def rotary_cos_sin_reference(positions: Tensor, inv_freq: Tensor, cu_seqlens: Te
 
 
 def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
-    """Turn q and k in place. qkv: [total_tokens, 3, heads, head_dim]; cos_sin: [total_tokens, head_dim] fp32."""
+    """Rotate q and k in place. qkv: [total_tokens, 3, heads, head_dim]; cos_sin: [total_tokens, head_dim] fp32."""
     for qkv_block, cos_sin_block in zip(qkv.split(_CPU_BLOCK_T), cos_sin.split(_CPU_BLOCK_T), strict=True):
         qk = qkv_block[:, :2]
         first, second = qk.float().chunk(2, dim=-1)
@@ -44,20 +43,20 @@ def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine of fp32 angles to 2.5e-7 up to 65536 radians; tl.cos, right for all of fp32, works on a stack.
+    """Return cosine and sine of fp32 angles, within 2.5e-7 up to 65536 radians. tl.cos goes further, but spills.
 
     Reduction by pi / 2 in parts of 8 bits (Cody and Waite), whose products are exact, then the polynomials of Cephes.
     """
-    turns = tl.floor(angle * 0.6366197723675814 + 0.5)
-    r = angle - turns * 1.5703125 - turns * 0.0004825592041015625
-    r = r - turns * 1.2665987014770508e-06 - turns * 9.920935796805404e-10
+    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = angle - quarters * 1.5703125 - quarters * 0.0004825592041015625
+    r = r - quarters * 1.2665987014770508e-06 - quarters * 9.920935796805404e-10
     r2 = r * r
     sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 - r2 * 1.9515295891e-4))
     cos = 1.0 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
-    quarter = turns.to(tl.int32) & 3
-    odd = (quarter & 1) == 1
-    cos_sign = tl.where((quarter == 1) | (quarter == 2), -1.0, 1.0)
-    sin_sign = tl.where(quarter >= 2, -1.0, 1.0)
+    quadrant = quarters.to(tl.int32) & 3
+    odd = (quadrant & 1) == 1
+    cos_sign = tl.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
+    sin_sign = tl.where(quadrant >= 2, -1.0, 1.0)
     return tl.where(odd, sin, cos) * cos_sign, tl.where(odd, cos, sin) * sin_sign
 
 
@@ -83,7 +82,7 @@ def _rotary_cos_sin_kernel(
 
     text = tl.zeros([BLOCK_T], tl.int32)
     if PER_TEXT:
-        # the last text that starts at or before the token: text <= answer < beyond
+        # bisect for the last text that starts at or before the token
         beyond = tl.zeros([BLOCK_T], tl.int32) + batch
         for _ in range(search_steps):
             middle = (text + beyond) // 2
@@ -128,10 +127,10 @@ def _rotary_kernel(
 
 
 def rotary_cos_sin_triton(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """A block of tokens per program; each finds its text by a binary search where every text has its frequencies."""
+    """Launch one program per block of tokens."""
     total_tokens, (rows, half), batch = positions.shape[0], inv_freq.shape, cu_seqlens.shape[0] - 1
     if rows not in (1, batch):
-        raise ValueError(f"inv_freq must have one row or one a text, got {rows} rows for {batch} texts")
+        raise ValueError(f"inv_freq must have one row, or one per text, got {rows} rows for {batch} texts")
     if inv_freq.dtype != torch.float32 or inv_freq.stride(1) != 1:
         raise ValueError(
             f"inv_freq must be fp32 with contiguous rows, got {inv_freq.dtype}, strides {inv_freq.stride()}"
@@ -159,9 +158,9 @@ def rotary_cos_sin_triton(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tenso
 
 
 def check_cos_sin(cos_sin: Tensor, total_tokens: int, head_dim: int) -> None:
-    """ValueError where a kernel cannot turn heads of head_dim by this table."""
+    """Raise ValueError unless cos_sin is from rotary_cos_sin for these tokens and this head_dim."""
     if head_dim % 2:
-        raise ValueError(f"rotary turns pairs, got an odd head_dim of {head_dim}")
+        raise ValueError(f"rotary needs an even head_dim, got {head_dim}")
     if cos_sin.shape != (total_tokens, head_dim) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(
             f"cos_sin must be contiguous fp32 of ({total_tokens}, {head_dim}), got {cos_sin.dtype} of "
@@ -170,7 +169,7 @@ def check_cos_sin(cos_sin: Tensor, total_tokens: int, head_dim: int) -> None:
 
 
 def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
-    """One token per program, every head of q and k in it. Tokens and heads may be strided, a head's row not."""
+    """Launch one program per token. qkv may be strided by token and head; the row of a head must be contiguous."""
     total_tokens, _, heads, head_dim = qkv.shape
     check_cos_sin(cos_sin, total_tokens, head_dim)
     if qkv.stride(3) != 1:

@@ -1,14 +1,17 @@
-"""The CPU's attention with a window or ALiBi against the reference, and a text's bits whatever stands beside it."""
+"""CPU attention with a window or ALiBi: against the reference, and bit for bit in any batch."""
 
 import pytest
 import torch
+from support.devices import TOLERANCE, assert_matches
 
-from unpadded_kernels.attention import attention_cpu, attention_reference
+from unpadded_kernels.attention import attention_reference
+from unpadded_kernels.attention_cpu import attention_cpu
 
 pytestmark = pytest.mark.usefixtures("seed")
 LENGTHS = [1, 2, 7, 64, 65, 66, 65, 129, 130, 513, 700]
 HEADS, HEAD_DIM, SCALE = 3, 32, 32**-0.5
 SLOPES = torch.tensor([0.5, 0.0625, 0.25])
+BIASES = pytest.mark.parametrize("window, slopes", [(64, None), (5, None), (0, None), (None, SLOPES), (64, SLOPES)])
 
 
 def packed_qkv(lengths, dtype):
@@ -16,31 +19,25 @@ def packed_qkv(lengths, dtype):
     return torch.randn(sum(lengths), 3, HEADS, HEAD_DIM).to(dtype), cu_seqlens
 
 
-BIASES = [(64, None), (5, None), (0, None), (None, SLOPES), (64, SLOPES)]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
-)
-@pytest.mark.parametrize(("window", "slopes"), BIASES)
-def test_matches_the_reference(window, slopes, dtype, tolerance):
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@BIASES
+def test_matches_the_reference(window, slopes, dtype):
     qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
-    expected = attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes)
     actual = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes)
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.float(), expected, atol=tolerance, rtol=tolerance)
+    assert_matches(actual, attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes))
 
 
-def test_a_long_text_goes_by_blocks_of_the_mask(monkeypatch):
-    monkeypatch.setattr("unpadded_kernels.attention_bias._MASK", 2**15)
+def test_a_long_text_takes_several_blocks_of_the_mask(monkeypatch):
+    monkeypatch.setattr("unpadded_kernels.attention_cpu._MAX_MASK", 2**15)
     qkv, cu_seqlens = packed_qkv([700, 90], torch.float32)
-    expected = attention_reference(qkv, cu_seqlens, 700, SCALE, None, SLOPES)
-    torch.testing.assert_close(attention_cpu(qkv, cu_seqlens, 700, SCALE, None, SLOPES), expected, atol=1e-5, rtol=1e-5)
+    arguments = qkv, cu_seqlens, 700, SCALE, None, SLOPES
+    assert_matches(attention_cpu(*arguments), attention_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "slopes"), BIASES)
-def test_a_text_depends_on_itself_alone(window, slopes, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@BIASES
+def test_a_text_does_not_depend_on_its_batch(window, slopes, dtype):
     qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
     whole = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes)
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -50,9 +47,9 @@ def test_a_text_depends_on_itself_alone(window, slopes, dtype):
 
 
 def test_alibi_in_bf16_keeps_fp32_distances():
-    """A distance past 256 has no exact bf16; a rounded bias would move the weights."""
+    """bf16 represents distances past 256 inexactly; a rounded bias would move the weights."""
     qkv = torch.zeros(600, 3, 1, 16, dtype=torch.bfloat16)
-    qkv[:, 2, 0, 0] = torch.arange(600) % 2  # even and odd keys differ, and lie next to each other
+    qkv[:, 2, 0, 0] = torch.arange(600) % 2  # the values of adjacent keys differ
     cu_seqlens, slopes = torch.tensor([0, 600], dtype=torch.int32), torch.tensor([0.01])
     expected = attention_reference(qkv.float(), cu_seqlens, 600, 1.0, None, slopes)
     actual = attention_cpu(qkv, cu_seqlens, 600, 1.0, None, slopes)

@@ -1,0 +1,113 @@
+"""Attention on a CPU: by runs of texts of equal length, without padding.
+
+The bits of a text depend on its own rows and length alone, so every block size follows from the length. A window
+costs 4 * heads * head_dim * (block + 2 * window) flops per token, whatever the length.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unpadded_kernels.linear import linear_cpu
+from unpadded_kernels.tiles import attention_block_m
+
+# Texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where
+# scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
+_LONG = {torch.float32: 384, torch.bfloat16: 768}
+# Queries per block there: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
+_BLOCK_Q = 512
+# Scores per batched matmul of short texts: beyond 32 MiB every allocation is mapped and faulted anew.
+_MAX_SCORES = 2**22
+# Elements of the mask of one block, 16 MiB in fp32, at any length.
+_MAX_MASK = 2**22
+
+
+def attention_cpu(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    tile_map: Tensor | None = None,
+) -> Tensor:
+    """Compute `attention_reference`. The queries of long texts that tile_map leaves out are skipped."""
+    total_tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(total_tokens, heads, head_dim)
+    block_m = attention_block_m(qkv.dtype, head_dim, qkv.device)
+    queries_by_text: dict[int, list[slice]] = {}  # by the first token of a text
+    for first, _, block in [] if tile_map is None else tile_map.tolist():
+        queries_by_text.setdefault(first, []).append(slice(block * block_m, (block + 1) * block_m))
+    start = 0
+    for length, run in itertools.groupby(cu_seqlens.diff().tolist()):
+        if length == 0:
+            continue
+        texts = len(list(run))
+        rows = slice(start, start + texts * length)
+        start = rows.stop
+        group = qkv[rows].view(texts, length, 3, heads, head_dim)
+        out_group = out[rows].view(texts, length, heads, head_dim)
+        if alibi_slopes is not None or (window is not None and length > window + 1):
+            _attend_biased(group, out_group, scale, window, alibi_slopes)
+        elif length > _LONG.get(qkv.dtype, length):
+            firsts = range(rows.start, rows.stop, length)
+            for first, text, out_text in zip(firsts, group, out_group, strict=True):
+                for queries in [slice(0, length)] if tile_map is None else queries_by_text.get(first, []):
+                    _attend_head_by_head(text, out_text, scale, queries=queries)
+        elif qkv.dtype == torch.bfloat16:
+            block_texts = max(1, _MAX_SCORES // (heads * length * length))
+            for text_block, out_block in zip(group.split(block_texts), out_group.split(block_texts), strict=True):
+                _attend_batched(text_block, out_block, scale)
+        else:
+            q, k, v = group.permute(2, 0, 3, 1, 4)
+            out_group.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+    return out.view(total_tokens, heads * head_dim)
+
+
+def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
+    """Attend in two batched matmuls over all texts and heads. qkv: [texts, length, 3, heads, head_dim]; writes out."""
+    texts, length, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, texts * heads, length, head_dim)
+    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
+    out.copy_(torch.bmm(weights, v).view(texts, heads, length, head_dim).transpose(1, 2))
+
+
+def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
+    """Attend from some queries of one text, a block of one head at a time, by oneDNN's linear.
+
+    qkv: [length, 3, heads, head_dim]; writes out: [length, heads, head_dim].
+    """
+    # Contiguous copies: the bits of a matmul follow the layout of its operands, which must not depend on the batch.
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    q, k, v_transposed = (q[:, queries] * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
+    out = out[queries]
+    for head in range(q.shape[0]):
+        for q_block, out_block in zip(q[head].split(_BLOCK_Q), out[:, head].split(_BLOCK_Q), strict=True):
+            weights = linear_cpu(q_block, k[head], None).softmax(-1)
+            out_block.copy_(linear_cpu(weights, v_transposed[head], None))
+
+
+def _attend_biased(qkv: Tensor, out: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None) -> None:
+    """Attend with a window or ALiBi, a block of queries at a time over the keys that it sees, the bias as a mask.
+
+    qkv: [texts, length, 3, heads, head_dim]; writes out: [texts, length, heads, head_dim].
+    """
+    length = qkv.shape[1]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    position = torch.arange(length)
+    mask_heads = 1 if alibi_slopes is None else len(alibi_slopes)
+    block = max(32, _MAX_MASK // (mask_heads * length)) if window is None else max(32, 2 * window)
+    for queries in position.split(block):
+        start, stop = int(queries[0]), int(queries[-1]) + 1
+        keys = slice(0, length) if window is None else slice(max(0, start - window), stop + window)
+        distance = (queries[:, None] - position[keys]).abs()
+        mask = torch.zeros(mask_heads, *distance.shape)
+        if alibi_slopes is not None:
+            mask -= alibi_slopes[:, None, None] * distance
+        if window is not None:
+            mask.masked_fill_(distance > window, float("-inf"))
+        rows = slice(start, stop)
+        attended = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, scale=scale)
+        out[:, rows] = attended.transpose(1, 2)
