@@ -1,8 +1,8 @@
-"""What this machine can do at most: the rate of a large matrix product and of a large copy, on random data.
+"""Measure this machine's ceilings: the rates of a large matmul and of a large copy, on random data.
 
     python bench/ceilings.py [--device cuda]
 
-Every share in the other benches is of these. The last line on stdout is JSON.
+The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     dtypes = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
-    found = {name: matmul_rate(device, getattr(torch, name)) for name in dtypes}
-    copied = copy_rate(device)
-    for name, rate in found.items():
-        print(f"matrix product in {name}: {rate / 1e12:.3g} TFLOP/s")
-    print(f"copy: {copied / 1e9:,.0f} GB/s")
-    harness.report({"flop_per_second": found, "copy_bytes_per_second": copied}, args.out)
+    matmul = {name: matmul_rate(device, getattr(torch, name)) for name in dtypes}
+    copy = copy_rate(device)
+    for name, rate in matmul.items():
+        print(f"matmul in {name}: {rate / 1e12:.3g} TFLOP/s")
+    print(f"copy: {copy / 1e9:,.0f} GB/s")
+    harness.report({"flop_per_second": matmul, "copy_bytes_per_second": copy}, args.out)
 
 
 if __name__ == "__main__":

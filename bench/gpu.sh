@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything a GPU can prove, in one command of at most 8 minutes: bash bench/gpu.sh --out DIR [--lengths FILE] [--small]
-# Needs torch, triton, transformers, sentence-transformers, safetensors, tokenizers, pytest and pytest-benchmark; nothing
-# is downloaded or installed. A step that fails says so and the others run; one that takes too long keeps what it measured.
-# DIR gets a JSON and a log a step, plots, and summary.md. --small tries every step on tiny shapes, without a GPU too.
+# Run all tests and benchmarks that need a GPU, in at most 8 minutes: bash bench/gpu.sh --out DIR [--lengths FILE] [--small]
+# Needs torch, triton, transformers, sentence-transformers, safetensors, tokenizers, pytest and pytest-benchmark, and
+# matplotlib for plots; installs and downloads nothing. A step that fails does not stop the others; one that takes too
+# long keeps its measurements so far. Writes one JSON file and one log per step, plots, and summary.md to DIR. --small
+# runs every step on tiny shapes, also without a GPU.
 set -uo pipefail
 
 out=
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
         *) echo "gpu.sh: unknown argument $1; use --out DIR [--lengths FILE] [--small]" >&2; exit 2 ;;
     esac
 done
-[ -n "$out" ] || { echo "gpu.sh: give --out DIR" >&2; exit 2; }
+[ -n "$out" ] || { echo "gpu.sh: --out is missing; use --out DIR" >&2; exit 2; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
@@ -32,10 +33,10 @@ unset "${!PYTEST_@}" # those of a pytest-xdist worker that runs this script woul
 export PYTHONPATH=engine:kernels:tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 failed=0
-patience=1 # multiplies every limit: a busy CPU tries --small, too
+patience=1 # factor of every time limit, larger for --small on a busy CPU
 [ ${#small[@]} -gt 0 ] && patience=10
-end=$((patience * 445)) # seconds from the start; summary has the rest of the 8 minutes
-step() { # step NAME SECONDS COMMAND...; interrupted after so many seconds, and at the end
+end=$((patience * 445)) # seconds from the start; the rest of the 8 minutes is for the summary
+step() { # step NAME SECONDS COMMAND...: run a command, interrupted after SECONDS or at $end
     local name=$1 limit=$((patience * $2)) start=$SECONDS left=$((end - SECONDS)) status
     shift 2
     echo "== $name"
@@ -49,10 +50,10 @@ step() { # step NAME SECONDS COMMAND...; interrupted after so many seconds, and 
     fi
     grep -v '^{' "$out/$name.log" | tail -n 15 | cut -c1-200 | sed 's/^/   /'
 }
-# The project turns warnings into errors for its own suite; another machine's libraries may warn as they like.
+# The project's own suite turns warnings into errors; other versions of libraries may warn here.
 test=(python -m pytest -q -W default -p no:cacheprovider)
 
-# A process a file: compiling takes longer than testing.
+# One process per file, since compiling takes longer than testing.
 each='printf "%s\n" "$@" | xargs -P 12 -n 1 '"${test[*]}"
 step ceilings 30 python bench/ceilings.py --out "$out/ceilings.json"
 step kernels-correct 100 bash -c "$each" - "${tests[@]}"

@@ -1,12 +1,12 @@
-"""The whole encoder, ids to pooled vectors, next to what people use: tokens/s, flop/s, share of the floor, peak memory.
+"""Measure a whole encoder, from token ids to pooled vectors: tokens/s, flop/s, share of the matmul rate, peak memory.
 
     PYTHONPATH=tests python bench/model.py [--device cuda] [--dtype float16] [--lengths FILE] [--out FILE.json]
 
-A NomicBERT of real dimensions with seeded weights, made on the spot, in fp16 on CUDA, fp32 and bf16 on a CPU. Every
-provider's vectors are held against ours in fp32, and the rounds are taken in turns. The floor is the time that the
-flops take at the rate of the fastest matrix product measured here. `--lengths` is a file of token counts, the mix of
-real documents beside the fixed lengths on CUDA; by default those of Python's 736 enhancement proposals, cut at 8192.
-What cannot run says why. The last line on stdout is JSON, also when the run is interrupted.
+A NomicBERT of real size with seeded weights, in fp16 on CUDA, in fp32 and bf16 on a CPU. The vectors of every provider
+are compared with unpadded's in fp32, and the rounds are interleaved. The matmul rate is the highest flop/s of a large
+matmul on this machine. `--lengths` is a file of token counts for the workload of real documents on CUDA; by default
+those of Python's 736 enhancement proposals, at most 8192. A provider that cannot run is listed with the reason. The
+last line on stdout is JSON, even if the run is interrupted.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from unpadded_kernels.pooling import pool_reference
 from unpadded_kernels.rotary import rotary_cos_sin_reference, rotary_reference
 
 LONGEST = 8192
-TOKENS = 65536  # of a workload of equal texts on CUDA
+TOKENS = 65536  # per workload of texts of one length on CUDA
 QUERY = 32  # tokens
-WARM_UP = 64  # tokens of a text on a CPU
+WARM_UP = 64  # tokens per text on a CPU
 INVARIANT, COMPILED = "unpadded, batch-invariant", "transformers, compiled"
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 Ids = list[np.ndarray]
@@ -56,7 +56,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="a tiny model and the shapes of CUDA, cut short")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="a tiny model and the workloads of CUDA with short texts, to test this script",
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     draw = np.random.default_rng(0)
@@ -105,16 +109,16 @@ def bench(
     small: bool,
     result: dict[str, Any],
 ) -> None:
-    """Fill the result for one dtype."""
+    """Measure every workload in one dtype and add the rows to the result."""
     device, draw = exact._pipeline.runner.device, np.random.default_rng(0)
     rate = matmul_rate(device, getattr(torch, dtype))
     result["matmul_rate"][dtype] = rate
-    print(f"{dtype}: matrix products alone reach {rate / 1e12:.3g} TFLOP/s")
+    print(f"{dtype}: a large matmul reaches {rate / 1e12:.3g} TFLOP/s")
     providers: dict[str, Run] = {}
     for name, make in makers(folder, device, dtype, small).items():
         try:
             providers[name] = make()
-        except Exception as error:  # whatever a library raises, the other rows still run
+        except Exception as error:  # one provider that raises must not stop the others
             not_run(result, f"{name}, {dtype}", error)
     texts = {
         workload: [draw.integers(5, 30000, length, dtype=np.int32) for length in lengths]
@@ -126,25 +130,25 @@ def bench(
     query_latency(dtype, folder, device, draw, result)
     if not compiled:
         return
-    for workload, ids in texts.items():  # last: a run that is cut short while this compiles has the rest
+    for workload, ids in texts.items():  # last, so that a run interrupted while this compiles has all other rows
         compare(workload, dtype, ids, compiled, exact, rate, rounds, result)
 
 
 def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[str, Callable[[], Run]]:
-    """Name -> what makes ids to mean-pooled vectors, or raises."""
+    """Return constructors of the functions from token ids to mean-pooled vectors; those that cannot run here raise."""
     cuda = device.type == "cuda"
     load = partial(unpadded.load, folder, device=device, dtype=dtype, max_length=LONGEST)
     found: dict[str, Callable[[], Run]] = {
-        "unpadded": lambda: ours(load()),
+        "unpadded": lambda: unpadded_run(load()),
         "transformers, padded": lambda: partial(padded, transformers(folder, device, dtype), device),
         "packed baseline": lambda: partial(packed_baseline, *plain(load())),
     }
     if cuda or small:
         found |= {
-            "unpadded, PyTorch's attention": lambda: ours(load(attention="torch")),
-            "unpadded, flash-attn": lambda: ours(load(attention="flash-attn")),
-            INVARIANT: lambda: ours(load(batch_invariant=True)),
-            "unpadded, float8": lambda: ours(load(dtype="float8")),
+            "unpadded, PyTorch's attention": lambda: unpadded_run(load(attention="torch")),
+            "unpadded, flash-attn": lambda: unpadded_run(load(attention="flash-attn")),
+            INVARIANT: lambda: unpadded_run(load(batch_invariant=True)),
+            "unpadded, float8": lambda: unpadded_run(load(dtype="float8")),
             "transformers, flash-attn": lambda: partial(
                 padded, transformers(folder, device, dtype, attn_implementation="flash_attention_2"), device
             ),
@@ -159,7 +163,7 @@ def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[
     return found
 
 
-def ours(engine: Engine) -> Run:
+def unpadded_run(engine: Engine) -> Run:
     return partial(engine.encode, prompt="")
 
 
@@ -172,7 +176,7 @@ def transformers(folder: Path, device: torch.device, dtype: str, **options: Any)
 
 @torch.inference_mode()
 def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray:
-    """transformers and sentence-transformers as people run them: sorted by length, 32 a batch, padded, mean-pooled."""
+    """Run a model as sentence-transformers does: texts sorted by length, batches of 32, padded, mean-pooled."""
     order = np.argsort([-len(row) for row in ids], kind="stable")
     vectors = []
     for start in range(0, len(ids), 32):
@@ -187,13 +191,13 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
 
 
 def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
-    """Its runner, and its weights as torch's own products take them."""
+    """Return an engine's runner and its weights in PyTorch's layout."""
     return engine._pipeline.runner, plain_weights(engine._pipeline.runner.encoder.weights)
 
 
 @torch.inference_mode()
 def packed_baseline(runner: Runner, weights: EncoderWeights, ids: Ids) -> np.ndarray:
-    """The same packed plan from library parts: F.linear, PyTorch's variable-length attention, elementwise in torch."""
+    """Run the packed batch with PyTorch's operations only: F.linear, its variable-length attention, elementwise ops."""
     spec = runner.encoder.spec
     batch: PackedBatch = runner._to_device(pack(ids, spec))
     x = embedding_reference(
@@ -235,7 +239,7 @@ def compare(
     rounds: int,
     result: dict[str, Any],
 ) -> None:
-    """One row a provider; one that fails says so and the others run."""
+    """Add one row per provider; one that fails is listed in "not run"."""
     device = exact._pipeline.runner.device
     lengths = np.array([len(row) for row in ids], np.int64)
     tokens, work = int(lengths.sum()), flops(exact.checkpoint.spec, lengths)
@@ -243,11 +247,13 @@ def compare(
     runs = {}
     for name, run in providers.items():
         try:
-            run(ids if device.type == "cuda" else [row[:WARM_UP] for row in ids])  # on CUDA it compiles and captures
+            run(
+                ids if device.type == "cuda" else [row[:WARM_UP] for row in ids]
+            )  # on CUDA compiles and captures graphs
             runs[name] = partial(run, ids)
         except Exception as error:
             not_run(result, f"{name}, {dtype}, {workload}", error)
-    seconds, vectors, grown = interleave(runs, rounds, device)
+    seconds, vectors, peaks = interleave(runs, rounds, device)
     for name in runs:
         median = statistics.median(seconds[name])
         row = {
@@ -261,11 +267,11 @@ def compare(
             "share_of_matmul_rate": work / median / rate,
             "min_cosine": float(cosines(vectors[name], expected).min()),
             "relative_error": float(np.linalg.norm(vectors[name] - expected) / np.linalg.norm(expected)),
-            "peak_bytes": grown[name],
+            "peak_bytes": peaks[name],
         }
         print(
             f"  {workload}, {name}: {tokens / median:,.0f} tokens/s, {work / median / 1e12:.3g} TFLOP/s, "
-            f"{row['share_of_matmul_rate']:.0%} of the floor, min cosine to fp32 {row['min_cosine']:.6f}"
+            f"{row['share_of_matmul_rate']:.0%} of the matmul rate, min cosine to fp32 {row['min_cosine']:.6f}"
         )
         result["rows"].append(row)
     here = [row for row in result["rows"] if (row["workload"], row["dtype"]) == (workload, dtype)]
@@ -282,10 +288,10 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def query_latency(
     dtype: str, folder: Path, device: torch.device, draw: np.random.Generator, result: dict[str, Any]
 ) -> None:
-    """Seconds of one 32-token query, ids to vector on the host: median and 90th percentile of 100."""
+    """Add the latency of one query of 32 tokens, from ids to the vector on the host: median and p90 of 100 runs."""
     ids = [draw.integers(5, 30000, QUERY, dtype=np.int32)]
-    ways = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
-    for name, graphs in ways.items():
+    modes = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
+    for name, graphs in modes.items():
         engine = unpadded.load(folder, device=device, dtype=dtype, max_length=LONGEST)
         engine._pipeline.runner._captures &= graphs
         seconds = []
@@ -295,7 +301,7 @@ def query_latency(
             seconds.append(time.perf_counter() - start)
         median, p90 = np.percentile(seconds[20:], [50, 90])
         name = f"{dtype} {name}".strip()
-        print(f"one query of {QUERY} tokens, {name}: {median * 1e3:.2f} ms (90th percentile {p90 * 1e3:.2f} ms)")
+        print(f"one query of {QUERY} tokens, {name}: {median * 1e3:.2f} ms (p90 {p90 * 1e3:.2f} ms)")
         result["latency"][name] = {"median": float(median), "p90": float(p90), "seconds": seconds[20:]}
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unpadded.errors import OptionError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,11 +38,14 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.page:
-        from unpadded.cli.benchmark import plots
-
         args.page.write_text(page(args.folder))
-        for name, figure in figures(args.folder).items():
-            plots.save(figure, args.page.parent / name)
+        try:
+            from unpadded.cli.benchmark import plots
+        except OptionError as error:
+            print(f"{args.page} has no plots: {error}")
+        else:
+            for name, figure in figures(args.folder).items():
+                plots.save(figure, args.page.parent / name)
     if args.readme:
         args.readme.write_text(with_summary(args.readme.read_text(), summary(args.folder)))
 

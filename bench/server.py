@@ -1,14 +1,14 @@
-"""The server under load: mixed sizes, every vector compared; four times what it takes in; infinity beside it.
+"""Measure the server under load, compare every vector that it returns, and optionally compare it with infinity.
 
     PYTHONPATH=tests python bench/server.py [--model FOLDER] [--seconds 60] [--infinity /path/to/infinity_emb]
 
-The clients run on the same machine. Those of the mixed load ask again as soon as they are answered, so 64 requests wait
-at any time: a query for about one batch, a large request for its turn behind the others. So latency is told by size. It
-prints tokens per second beside those of `engine.encode` on the same texts before and after, and the share of the
-server's processor time that went into writing answers. The overload offers four times what `engine.encode` does in a
-second to a short queue: only 200 and 429 may come, memory must stay flat, and a query afterwards must be answered at
-once. --infinity names the program of infinity-emb in an environment of its own: both serve the model, and take the same
-load in turns. Exits with an error where an answer is wrong or a status another. The last line on stdout is JSON.
+The clients run on the same machine. In the mixed load each client sends the next request as soon as it has a response,
+so 64 requests wait at any time and latency depends on the size of a request; it is reported per size. The throughput is
+compared with that of `engine.encode` on the same texts before and after. The overload sends four times the texts per
+second that `engine.encode` processes to a server with a short queue: only the statuses 200 and 429 are correct, memory
+must stay constant, and a query afterwards must be answered at once. --infinity is the program of infinity-emb in an
+environment of its own; both servers get the same load alternately. Exits with an error if a vector is wrong or a status
+is another. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from support.serving import Server, serving
 import unpadded
 from unpadded.cli.benchmark.workloads import TextSampler
 
-SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts of a request: most are queries
+SIZES = [1] * 14 + [8] * 4 + [64] * 2  # texts per request; most are queries
 LARGE = 64
-OVERLOAD = 4  # times what engine.encode does
+OVERLOAD = 4  # times the throughput of engine.encode
 OVERLOAD_QUEUE = 20_000  # tokens
-PARAGRAPHS, CLIENTS = 8, 16  # of a request, and that ask, beside infinity
-STARTS_IN = 120  # seconds, infinity
+PARAGRAPHS, CLIENTS = 8, 16  # paragraphs per request and clients, in the comparison with infinity
+START_TIMEOUT = 120  # seconds, of infinity
 MEBIBYTE = 2**20
 
 
@@ -51,37 +51,37 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--model", type=Path, default=checkpoints.MINILM, help="default: all-MiniLM-L6-v2")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--texts", type=int, default=2000, help="different ones that are asked for")
+    parser.add_argument("--texts", type=int, default=2000, help="number of different texts")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--answers", choices=["octets", "float", "base64"], default="octets")
-    parser.add_argument("--infinity", type=Path, help="the program infinity_emb, to serve the same model beside ours")
+    parser.add_argument("--responses", choices=["octets", "float", "base64"], default="octets")
+    parser.add_argument("--infinity", type=Path, help="the program infinity_emb, to compare with")
     args = parser.parse_args()
 
     engine = unpadded.load(args.model, device="cpu")
     texts = TextSampler(engine).workload("paragraphs", args.texts)
     found = engine.embed(texts)
-    load = Load(texts, found.vectors, found.token_counts, args.answers)
+    load = Load(texts, found.vectors, found.token_counts, args.responses)
     with harness.reporting(args.out) as result:
         loads = result["loads"] = {}
         loads[f"{args.clients} clients, mixed sizes"], rate = steady(load, engine, args)
         loads[f"{OVERLOAD} x capacity"] = overload(load, rate, args)
         if args.infinity:
             both = side_by_side(load, args)
-            ours, theirs = both.values()
+            own, other = both.values()
             loads |= both
             result["relative to infinity"] = {
-                name: round(ours[name] / theirs[name], 3) for name in ("texts/s", "p99, ms")
+                name: round(own[name] / other[name], 3) for name in ("texts/s", "p99, ms")
             }
-            print(f"to infinity: {result['to infinity']}")
+            print(f"relative to infinity: {result['to infinity']}")
         for name, row in loads.items():
             print(f"{name}: {row}")
     wrong = {name: row for name, row in loads.items() if row["wrong vectors"] or set(row["statuses"]) - {200, 429}}
     if wrong:
-        raise SystemExit(f"wrong answers or statuses: {wrong}")
+        raise SystemExit(f"wrong vectors or statuses: {wrong}")
 
 
 def steady(load: Load, engine: unpadded.Engine, args: Any) -> tuple[dict[str, Any], float]:
-    """The mixed load's row, and tokens/s of `engine.encode` on the same texts."""
+    """Return the row of the mixed load, and tokens/s of `engine.encode` on the same texts."""
     before = encode_rate(engine, load)
     with serving(args.model) as server:
         row = load.run(server, args.clients, args.seconds, SIZES)
@@ -92,7 +92,7 @@ def steady(load: Load, engine: unpadded.Engine, args: Any) -> tuple[dict[str, An
 
 
 def overload(load: Load, rate: float, args: Any) -> dict[str, Any]:
-    """Large requests at OVERLOAD times the rate, in tokens/s, that the machine can do."""
+    """Send large requests at OVERLOAD times `rate`, the tokens/s of `engine.encode`."""
     requests = OVERLOAD * rate / (LARGE * float(load.lengths.mean()))
     with serving(args.model, "--max-queued-tokens", str(OVERLOAD_QUEUE)) as server:
         load.run(server, 4, 2, [LARGE])
@@ -102,32 +102,32 @@ def overload(load: Load, rate: float, args: Any) -> dict[str, Any]:
         server.post("/embed", {"inputs": "after"})
         after = time.perf_counter() - start
     half = len(samples) // 2
-    grown = max(samples[half:]) - max(samples[: half or 1])
+    increase = max(samples[half:]) - max(samples[: half or 1])
     return row | {
         "requests sent per second": round(requests, 1),
-        "memory increase in the second half, MiB": round(grown / MEBIBYTE, 1),
+        "memory increase in the second half, MiB": round(increase / MEBIBYTE, 1),
         "memory, MiB": [round(sample / MEBIBYTE, 1) for sample in samples],
         "next query, s": round(after, 3),
     }
 
 
 def side_by_side(load: Load, args: Any) -> dict[str, dict[str, Any]]:
-    """Paragraphs in fp32 through ours and infinity's OpenAI interface, in four turns."""
+    """Send paragraphs to the OpenAI interface of unpadded and infinity, alternately, two rounds each."""
     load = Load(load.texts, load.expected, load.lengths, "base64")
-    with serving(args.model) as ours, Infinity(args.infinity, args.model) as theirs:
-        servers: dict[str, Target] = {"unpadded": ours, "infinity": theirs}
+    with serving(args.model) as own, Infinity(args.infinity, args.model) as infinity:
+        servers: dict[str, Target] = {"unpadded": own, "infinity": infinity}
         for server in servers.values():
             load.run(server, CLIENTS, min(3, args.seconds / 4), [PARAGRAPHS])
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
         for _ in range(2):
             for name, server in servers.items():
-                turns[name].append(load.run(server, CLIENTS, args.seconds / 4, [PARAGRAPHS]))
+                rounds[name].append(load.run(server, CLIENTS, args.seconds / 4, [PARAGRAPHS]))
     return {
         f"{CLIENTS} clients, {PARAGRAPHS} paragraphs per request, {name}": both[0]
         | {key: round(statistics.mean(row[key] for row in both), 1) for key in ("texts/s", "tokens/s")}
         | {key: max(row[key] for row in both) for key in ("p50, ms", "p99, ms")}
         | {"wrong vectors": sum(row["wrong vectors"] for row in both), "by size": {}, "rounds": both}
-        for name, both in turns.items()
+        for name, both in rounds.items()
     }
 
 
@@ -136,18 +136,18 @@ class Target(Protocol):
 
 
 class Load:
-    """Clients in threads that ask for slices of the texts and compare what comes."""
+    """Clients, one thread each, that request slices of the texts and compare the vectors returned."""
 
-    def __init__(self, texts: list[str], expected: np.ndarray, lengths: np.ndarray, answers: str) -> None:
+    def __init__(self, texts: list[str], expected: np.ndarray, lengths: np.ndarray, responses: str) -> None:
         self.texts = texts
         self.expected = expected
         self.lengths = lengths
-        self.answers = answers
+        self.responses = responses
 
     def run(
         self, server: Target, clients: int, seconds: float, sizes: list[int], per_second: float | None = None
     ) -> dict[str, Any]:
-        """per_second: requests offered, however fast they are answered; None: as fast as they are."""
+        """Run the clients. per_second: requests sent per second; None: each client waits only for its responses."""
         statuses: Counter[int] = Counter()
         latencies: dict[int, list[float]] = {}
         texts = tokens = wrong = 0
@@ -165,7 +165,7 @@ class Load:
                     size = draw.choice(sizes)
                     place = draw.randrange(len(self.texts) - size)
                     start = time.perf_counter()
-                    status, rows = self._ask(connection, self.texts[place : place + size])
+                    status, rows = self._request(connection, self.texts[place : place + size])
                     elapsed = time.perf_counter() - start
                     with lock:
                         statuses[status] += 1
@@ -173,7 +173,7 @@ class Load:
                             latencies.setdefault(size, []).append(elapsed)
                             texts += size
                             tokens += int(self.lengths[place : place + size].sum())
-                            wrong += not self._right(server, rows, self.expected[place : place + size])
+                            wrong += not self._is_correct(server, rows, self.expected[place : place + size])
 
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
         for thread in threads:
@@ -193,31 +193,31 @@ class Load:
             },
         }
 
-    def _right(self, server: Target, rows: np.ndarray, expected: np.ndarray) -> bool:
-        """Ours to the bit; another's, whose products add up in another order, to 1e-5."""
+    def _is_correct(self, server: Target, rows: np.ndarray, expected: np.ndarray) -> bool:
+        """Compare bit for bit; within 1e-5 for infinity, whose matmuls sum in another order."""
         if isinstance(server, Server):
             return np.array_equal(rows, expected)
         return rows.shape == expected.shape and bool(np.allclose(rows, expected, atol=1e-5))
 
-    def _ask(self, connection: Any, texts: list[str]) -> tuple[int, np.ndarray | None]:
-        accept = "application/octet-stream" if self.answers == "octets" else "application/json"
-        request = {"input": texts, "encoding_format": "base64" if self.answers == "base64" else "float"}
+    def _request(self, connection: Any, texts: list[str]) -> tuple[int, np.ndarray | None]:
+        accept = "application/octet-stream" if self.responses == "octets" else "application/json"
+        request = {"input": texts, "encoding_format": "base64" if self.responses == "base64" else "float"}
         headers = {"Accept": accept, "Content-Type": "application/json"}
         connection.request("POST", "/v1/embeddings", json.dumps(request).encode(), headers)
         response = connection.getresponse()
         body = response.read()
         if response.status != 200:
             return response.status, None
-        if self.answers == "octets":
+        if self.responses == "octets":
             return 200, np.frombuffer(body, "<f4").reshape(len(texts), -1)
         rows = [item["embedding"] for item in json.loads(body)["data"]]
-        if self.answers == "base64":
+        if self.responses == "base64":
             rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
         return 200, np.array(rows, np.float32)
 
 
 class Infinity:
-    """infinity serving a model as its own documentation starts it, until left."""
+    """A context in which infinity serves a model, started as its documentation shows."""
 
     def __init__(self, program: Path, model: Path) -> None:
         with socket.socket() as free:
@@ -234,7 +234,7 @@ class Infinity:
         )
 
     def __enter__(self) -> Infinity:
-        deadline = time.perf_counter() + STARTS_IN
+        deadline = time.perf_counter() + START_TIMEOUT
         while self.process.poll() is None and time.perf_counter() < deadline:
             with contextlib.suppress(OSError), contextlib.closing(self.connection()) as connection:
                 connection.request("GET", "/v1/models")
@@ -242,7 +242,9 @@ class Infinity:
                     return self
             time.sleep(0.5)
         self.__exit__()
-        raise SystemExit(f"infinity did not start: {self.process.args}")
+        raise SystemExit(
+            f"infinity did not start within {START_TIMEOUT} s: {self.process.args}; run it by hand to see why"
+        )
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
@@ -253,13 +255,13 @@ class Infinity:
 
 
 def percentiles(latencies: list[float]) -> dict[str, float]:
-    """Of no latencies none."""
+    """Return the median and the 99th percentile in ms; NaN without latencies."""
     cuts = np.percentile(latencies, [50, 99]) if latencies else [float("nan")] * 2
     return {"p50, ms": round(1000 * float(cuts[0]), 1), "p99, ms": round(1000 * float(cuts[1]), 1)}
 
 
 def encode_rate(engine: unpadded.Engine, load: Load) -> float:
-    """tokens/s of all the texts at once."""
+    """Return tokens/s of `engine.encode` for all texts in one call."""
     start = time.perf_counter()
     engine.encode(load.texts)
     return float(load.lengths.sum()) / (time.perf_counter() - start)
@@ -267,7 +269,7 @@ def encode_rate(engine: unpadded.Engine, load: Load) -> float:
 
 @contextlib.contextmanager
 def sampled_memory(server: Server) -> Iterator[list[int]]:
-    """Bytes that the server holds, every half second."""
+    """Yield a list to which the server's resident bytes are added every half second."""
     samples = [resident(server)]
     done = threading.Event()
 
@@ -285,14 +287,14 @@ def sampled_memory(server: Server) -> Iterator[list[int]]:
 
 
 def resident(server: Server) -> int:
-    """Bytes of memory the server holds."""
+    """Return the server's resident bytes."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 
 
 def processor_seconds(server: Server) -> float:
-    """What the server has used of all processors."""
+    """Return the CPU seconds that the server has used."""
     fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -1,10 +1,10 @@
-"""Text on disk to vectors in memory, next to what people use today: `unpadded bench` on the models of this project.
+"""Measure the speed from text on disk to vectors in memory, as `unpadded bench` does, and compare it with libraries.
 
     PYTHONPATH=tests python bench/throughput.py [--device cuda] [--rounds 3] [--out bench/results/throughput.json]
 
-On a CPU: all-MiniLM-L6-v2 (real weights) on queries and paragraphs, then on ever more paragraphs, and a NomicBERT of
-real width (seeded weights) on passages and on documents as long as real ones. On CUDA: the NomicBERT alone, on texts of
-50, 512 and 8192 tokens and on documents. The last line on stdout is JSON.
+On a CPU: all-MiniLM-L6-v2 (real weights) on queries, on paragraphs and on increasing numbers of paragraphs; NomicBERT
+(768 wide, seeded weights) on passages and on documents of realistic length. On CUDA: NomicBERT on texts of 50, 512 and
+8192 tokens and on documents. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unpadded.cli import benchmark
 from unpadded.cli.benchmark.workloads import TextSampler
 
 LONGEST = 8192
-AGAINST = ("sentence-transformers", "sentence-transformers-best")  # of the NomicBERT; the others pad alike
+AGAINST = ("sentence-transformers", "sentence-transformers-best")  # for NomicBERT; the others pad in the same way
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 
 
@@ -32,10 +32,12 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
-    parser.add_argument("--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt", help="of documents")
+    parser.add_argument("--layers", type=int, default=12, help="layers of NomicBERT (default: 12)")
+    parser.add_argument(
+        "--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt", help="file of token counts of documents"
+    )
     parser.add_argument("--scaling", type=int, nargs="*", default=[1000, 10_000, 100_000], help="numbers of paragraphs")
-    parser.add_argument("--small", action="store_true", help="tiny models and texts, to try every line of it")
+    parser.add_argument("--small", action="store_true", help="tiny models and texts, to test this script")
     args = parser.parse_args()
     device = torch.device(args.device)
     with harness.reporting(args.out) as result, tempfile.TemporaryDirectory() as folder:
@@ -57,13 +59,13 @@ def main() -> None:
 
 
 def load(model: str | Path, device: torch.device) -> dict[str, unpadded.Engine]:
-    """In the default dtype, and on a CPU in its fast 16-bit type, too."""
+    """Load a model in fp16 on CUDA, in fp32 and bf16 on a CPU."""
     dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
     return {dtype: unpadded.load(model, device=device, dtype=dtype) for dtype in dtypes}
 
 
 def texts(engines: dict[str, Any], device: torch.device, lengths: Path, small: bool) -> dict[str, Any]:
-    """Of the NomicBERT's workloads, by name."""
+    """Return NomicBERT's workloads by name: texts, or how many to sample."""
     if device.type == "cpu" and not small:
         return {"passages": 32, "documents": None}
     sampler = TextSampler(next(iter(engines.values())))

@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer of Python's manual, for seeded weights on a machine that has no model's vocabulary."""
+"""A WordPiece tokenizer trained on Python's manual, for models with seeded weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad"
 
 
 def write_tokenizer(folder: Path, model_max_length: int) -> None:
-    """tokenizer.json and tokenizer_config.json."""
+    """Write tokenizer.json and tokenizer_config.json."""
     tokenizer = BertWordPieceTokenizer()
     texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     tokenizer.train_from_iterator(texts, VOCABULARY, min_frequency=1, show_progress=False)

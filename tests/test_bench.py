@@ -1,4 +1,4 @@
-"""The benches on tiny settings: what they measure is what they say, and one part that fails does not end the rest."""
+"""The benchmarks on tiny settings: their figures are correct, and a part that fails does not stop the others."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def lengths_of(engine, texts):
     return engine.embed(texts, prompt="").token_counts
 
 
-def test_texts_have_the_lengths_of_their_workload(engine):
+def test_sampled_texts_have_the_lengths_of_their_workload(engine):
     sampler = TextSampler(engine)
     queries = sampler.workload("queries", 200)
     assert len(set(queries)) == 200
@@ -51,25 +51,25 @@ def test_texts_have_the_lengths_of_their_workload(engine):
     assert lengths.max() <= 32 and 18 <= np.median(lengths) <= 22
     assert 30 <= np.median(lengths_of(engine, sampler.workload("paragraphs", 300))) <= 50
     assert lengths_of(engine, sampler.workload("documents", 2)).tolist() == pytest.approx([128, 128], abs=6)
-    asked = [10, 40, 100]
-    found = lengths_of(engine, sampler.sample(asked))
-    assert all(0 <= a - f < 6 for a, f in zip(asked, found, strict=True)), found
+    wanted = [10, 40, 100]
+    lengths = lengths_of(engine, sampler.sample(wanted))
+    assert all(0 <= w - length < 6 for w, length in zip(wanted, lengths, strict=True)), lengths
     assert TextSampler(engine).workload("queries", 200) == queries
 
 
-def test_documents_have_the_lengths_of_real_ones():
+def test_document_lengths_are_quantiles_of_the_committed_lengths():
     lengths = np.sort(np.array((ROOT / "bench/lengths.txt").read_text().split(), np.int64).clip(max=8192))
-    middles = (np.arange(TEXTS["documents"]) + 0.5) / TEXTS["documents"]
-    assert tuple(lengths[(middles * len(lengths)).astype(int)]) == DOCUMENTS
+    quantiles = (np.arange(TEXTS["documents"]) + 0.5) / TEXTS["documents"]
+    assert tuple(lengths[(quantiles * len(lengths)).astype(int)]) == DOCUMENTS
 
 
-def test_flops_are_those_of_the_products_and_of_attention(engine):
+def test_flops_count_matmuls_and_attention(engine):
     spec = engine.checkpoint.spec
-    products = 2 * 128 * (4 * 128 + 2 * 512)
-    assert flops(spec, np.array([10, 3])) == spec.layers * (13 * products + 4 * 128 * (100 + 9))
+    matmuls = 2 * 128 * (4 * 128 + 2 * 512)
+    assert flops(spec, np.array([10, 3])) == spec.layers * (13 * matmuls + 4 * 128 * (100 + 9))
 
 
-def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys):
+def test_bench_command_compares_providers_on_the_same_texts(folder, engine, tmp_path, capsys):
     texts = ["The tide rises twice a day.", "Bread", "Yeast ferments sugar and gives off gas. " * 9]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
@@ -95,18 +95,21 @@ def test_bench_command_compares_the_same_texts(folder, engine, tmp_path, capsys)
         assert list(own["stages"]) == ["tokenize", "copy", "forward", "output"]
     assert [row["texts"] for row in result["scaling"]] == [3, 5]
     printed = capsys.readouterr().out
-    assert f"your texts: 3 texts, {found['tokens']:,} tokens" in printed and "of the forward pass alone" in printed
+    assert (
+        f"your texts: 3 texts, {found['tokens']:,} tokens" in printed
+        and "of the speed of the forward pass alone" in printed
+    )
     assert "your texts" in "".join(ElementTree.fromstring(plot.read_text()).itertext())
 
 
-def test_bench_command_names_what_it_does_not_know(folder, capsys):
+def test_bench_command_rejects_unknown_names(folder, capsys):
     assert main(["bench", str(folder), "--against", "word2vec"]) == 2
     assert "word2vec" in capsys.readouterr().err
     assert main(["bench", str(folder), "--workloads", "haiku"]) == 2
     assert "haiku; use some of queries" in capsys.readouterr().err
 
 
-def test_a_provider_that_fails_leaves_the_others(folder, engine, monkeypatch):
+def test_a_provider_that_fails_does_not_stop_the_others(folder, engine, monkeypatch):
     def broken(model):
         raise KeyError("no such thing")
 
@@ -118,7 +121,7 @@ def test_a_provider_that_fails_leaves_the_others(folder, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
-def test_padded_transformers_pools_as_the_checkpoint_says(tmp_path, pooling):
+def test_padded_transformers_uses_the_pooling_of_the_checkpoint(tmp_path, pooling):
     folder = add_sentence_transformers_files(write_bert(tmp_path), pooling=pooling)
     loaded = unpadded.load(folder, device="cpu")
     made, _ = make_providers(
@@ -160,7 +163,7 @@ def test_plot_without_matplotlib_names_the_extra(folder, tmp_path, monkeypatch, 
     assert "unpadded[bench]" in capsys.readouterr().err
 
 
-def test_an_interrupted_bench_reports_what_it_had(tmp_path, capsys):
+def test_an_interrupted_benchmark_reports_its_results_so_far(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), harness.reporting(tmp_path / "out.json") as result:
         result["rows"] = [1]
         raise KeyboardInterrupt
@@ -169,7 +172,7 @@ def test_an_interrupted_bench_reports_what_it_had(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == stored
 
 
-def test_a_report_of_a_run_that_ended_early_has_the_rest(tmp_path):
+def test_a_report_skips_what_an_interrupted_run_did_not_write(tmp_path):
     card = {"machine": {"cpu": "c", "threads": 2, "packages": {}, "commit": "x"}}
     (tmp_path / "model.json").write_text(json.dumps(card))
     ceilings = {"flop_per_second": {"float32": 4e11}, "copy_bytes_per_second": 4e10}
@@ -181,7 +184,7 @@ def test_a_report_of_a_run_that_ended_early_has_the_rest(tmp_path):
 
 @pytest.fixture
 def run_check(tmp_path, monkeypatch):
-    """The gate over one pair whose ratios come from a list."""
+    """Return a function that runs check.py on one pair with the given ratios."""
 
     def run(ratios, *flags):
         ratios = iter(ratios)
@@ -193,20 +196,20 @@ def run_check(tmp_path, monkeypatch):
     return run
 
 
-def test_check_fails_where_a_ratio_is_down_twice(run_check, tmp_path):
+def test_check_fails_if_a_ratio_is_too_low_twice(run_check, tmp_path):
     run_check([3.0])  # stores
     (stored,) = json.loads((tmp_path / "ratios.json").read_text()).values()
     assert stored["ratios"] == {"pair": 3.0}
     run_check([2.6])
-    run_check([2.0, 2.9])  # once by chance
+    run_check([2.0, 2.9])  # too low only once
     with pytest.raises(SystemExit, match="pair dropped by more than 15%"):
         run_check([2.5, 2.4])
     run_check([2.4, 2.3], "--update")
     run_check([2.1])
 
 
-def test_check_takes_the_median_of_neighbors(monkeypatch):
-    slow = iter([1, 1, 5, 5, 1, 1, 1, 1])  # a noise that lasts two runs stretches both sides
+def test_check_compares_adjacent_runs(monkeypatch):
+    slow = iter([1, 1, 5, 5, 1, 1, 1, 1])  # noise that lasts for two runs slows both sides
     clock = [0.0]
 
     def run(seconds):
@@ -217,15 +220,15 @@ def test_check_takes_the_median_of_neighbors(monkeypatch):
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A server that answers with row i for text "i": every third time 429, and a wrong row for "7"."""
+    """A server that returns vector i for text "i", a wrong vector for "7", and 429 for every third request."""
 
     protocol_version = "HTTP/1.1"
-    asked = 0
+    requests = 0
 
     def do_POST(self):
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-        Stub.asked += 1
-        full = Stub.asked % 3 == 0
+        Stub.requests += 1
+        full = Stub.requests % 3 == 0
         rows = [np.full(4, float(text) + (text == "7"), np.float32) for text in texts]
         data = [{"embedding": base64.b64encode(row.tobytes()).decode()} for row in rows]
         body = json.dumps({"data": data}).encode()
@@ -240,7 +243,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stub():
-    Stub.asked = 0
+    Stub.requests = 0
     http = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     http.daemon_threads = False
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -253,20 +256,22 @@ def stub():
     http.server_close()
 
 
-def test_the_load_counts_what_comes(stub):
+def test_the_load_counts_statuses_and_wrong_vectors(stub):
     rows = np.repeat(np.arange(20, dtype=np.float32)[:, None], 4, axis=1)
     load = server.Load([str(i) for i in range(20)], rows, np.full(20, 5), "base64")
     found = load.run(stub, 3, 0.5, [1, 4])
-    assert sum(found["statuses"].values()) == Stub.asked
-    assert abs(found["statuses"][429] - Stub.asked / 3) < 1
+    assert sum(found["statuses"].values()) == Stub.requests
+    assert abs(found["statuses"][429] - Stub.requests / 3) < 1
     assert 0 < found["wrong vectors"] < found["statuses"][200]
     assert sum(by_size["requests"] for by_size in found["by size"].values()) == found["statuses"][200]
     assert set(found["by size"]) == {1, 4} and found["p50, ms"] <= found["p99, ms"]
 
 
-def test_the_load_offers_no_more_than_it_is_told(stub):
+def test_the_load_keeps_its_request_rate(stub):
     load = server.Load(["1"] * 9, np.ones((9, 4), np.float32), np.full(9, 5), "base64")
-    assert 10 <= sum(load.run(stub, 4, 0.49, [1], per_second=40)["statuses"].values()) <= 20  # a busy machine is late
+    assert (
+        10 <= sum(load.run(stub, 4, 0.49, [1], per_second=40)["statuses"].values()) <= 20
+    )  # a busy machine sends fewer
 
 
 def gpu_run(python_folder, out, *flags):
@@ -275,7 +280,7 @@ def gpu_run(python_folder, out, *flags):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_gpu_run_goes_on_after_a_step_that_fails(tmp_path):
+def test_gpu_script_continues_after_a_step_that_fails(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench/model.py*) exit 3 ;; esac\n')
     python.chmod(0o755)
@@ -292,8 +297,7 @@ def test_gpu_run_goes_on_after_a_step_that_fails(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpu_run_in_small(tmp_path):
-    """Every line of it on a CPU."""
+def test_gpu_script_runs_every_step_with_small_shapes(tmp_path):
     ran = gpu_run(Path(sys.executable).parent, tmp_path, "--small")
     assert ran.returncode == 0, ran.stdout
     model, throughput, kernels = (
@@ -333,7 +337,7 @@ def test_tune_tries_tiles_in_place_of_those_of_the_table(tmp_path):
     assert all(row["seconds"] > 0 for rows in sweeps.values() for row in rows)
 
 
-def test_infinity_that_does_not_start_is_said(tmp_path):
+def test_infinity_that_does_not_start_raises(tmp_path):
     program = tmp_path / "infinity_emb"
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""`make demo` finds the right passages: the i-th passage of its file answers the i-th question."""
+"""`make demo` finds the passage that answers each question; both have the same index in demo.json."""
 
 from __future__ import annotations
 
