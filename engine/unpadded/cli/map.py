@@ -1,50 +1,65 @@
-"""`unpadded map`: the vectors of a Parquet output as a page with a map of them."""
+"""`unpadded map`: write an HTML page that shows a corpus as points, grouped by topic."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from unpadded.cli.load_flags import Commands
+from unpadded.errors import OptionError
 
+MAX_POINTS = 100_000  # a browser still pans and zooms this many smoothly
 EPILOG = """\
 examples:
-  unpadded embed corpus/ -m ./model --carry text,topic -o vectors/
-  unpadded map vectors/ --color-column topic -o map.html
+  unpadded embed corpus/ -m ./model --carry text,year -o vectors/
+  unpadded map vectors/ -o map.html
+  unpadded map vectors/ --color-column year --title "Our corpus" -o map.html
 """
 
 
 def add_command(commands: Commands) -> None:
-    """The flags of `unpadded map`."""
-    page = commands.add_parser(
+    """Add the flags of `unpadded map`."""
+    parser = commands.add_parser(
         "map",
-        help="draw a map of vectors",
-        description="Write a self-contained HTML page with a point for each vector of a .parquet file or a folder of\n"
-        "them. Near vectors lie near; a point shows its text, and a search box finds it. Needs the extra 'map'.",
+        help="draw a map of the texts",
+        description="Write one self-contained HTML page with a point for each text. Similar texts are close together,\n"
+        "clusters are named by their most characteristic words, and a point shows its text. Needs the extra 'map'.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    page.set_defaults(command=run)
-    page.add_argument("input", metavar="VECTORS", help="what unpadded embed wrote, or any Parquet with vectors")
-    page.add_argument("-o", "--output", metavar="OUT", help="the page (default: the name of VECTORS, with .html)")
-    page.add_argument("--text-column", metavar="NAME", help="shown of a point (default: text, or the first of strings)")
-    page.add_argument("--color-column", metavar="NAME", help="colors the points: categories, numbers or days")
-    page.add_argument("--vector-column", default="embedding", metavar="NAME", help="(default: embedding)")
-    page.add_argument(
-        "--sample", type=int, default=100_000, metavar="N", help="points, drawn at random (default: 100000)"
+    parser.set_defaults(command=run)
+    parser.add_argument("input", metavar="VECTORS", help="a .parquet file or a folder of them, as embed writes them")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the page (default: the name of VECTORS, with .html)")
+    parser.add_argument("--title", help="the heading of the page (default: the name of VECTORS)")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="the texts (default: text)")
+    parser.add_argument("--color-column", metavar="NAME", help="color by this column instead of by cluster")
+    parser.add_argument("--vector-column", default="embedding", metavar="NAME", help="the vectors (default: embedding)")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=MAX_POINTS,
+        metavar="N",
+        help="draw at most N points, chosen at random (%(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page, and say on stderr of how many vectors."""
-    from unpadded.cli.map_page import write_map
+    """Write the page and report the number of points on stderr."""
+    from unpadded.bulk.atomic_files import atomic_file
+    from unpadded.cli import topic_map
 
-    drawn = write_map(
-        args.input,
-        args.output,
-        vector_column=args.vector_column,
-        text_column=args.text_column,
-        color_column=args.color_column,
-        sample=args.sample,
-    )
-    print(f"unpadded: {drawn.points:,} of {drawn.rows:,} vectors -> {drawn.path}", file=sys.stderr)
+    name = Path(args.input).resolve().name.removesuffix(".parquet")
+    path = Path(args.output or Path(args.input).parent / f"{name}.html")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(f"the map is an HTML page: {str(path)!r}; use a name that ends in .html")
+    if args.sample < 1:
+        raise OptionError(f"--sample is not positive: {args.sample}; pass the maximum number of points")
+    topic_map.import_umap()
+    points = topic_map.read_points(args.input, args.vector_column, args.text_column, args.color_column, args.sample)
+    print(f"unpadded: placing {len(points.texts):,} texts (minutes for 100,000)", file=sys.stderr)
+    page = topic_map.draw(points, args.title or name, args.color_column)
+    final = path.resolve()
+    with atomic_file(final, final.with_name(f".{final.name}.tmp"), str(path)) as file:
+        file.write(page.encode())
+    print(f"unpadded: {len(points.texts):,} of {points.total_rows:,} texts -> {path}", file=sys.stderr)
