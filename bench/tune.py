@@ -1,12 +1,12 @@
-"""Other tiles than the table's, beside the table's: what a GPU says of each, correct first.
+"""Time other tile sizes than those in `tiles.py` on a GPU, and check each for correctness first.
 
     PYTHONPATH=engine:kernels:tests python bench/tune.py [--only NAME ...] [--out FILE.json]
 
 For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `op_cases`, and
-the fastest is named; one that is wrong, or does not launch, says so. All are compiled beforehand, many beside each
-other: what is timed comes from triton's cache. The winner is entered by hand, with where and when. What decides
-FUSED_ACTIVATION and FUSED_ROTARY `ops.py` shows, both ways side by side. On a CPU the CPU's bodies run, to keep the
-harness itself in order. The last line on stdout is JSON.
+the fastest is printed. A candidate that is wrong or does not launch is reported, and the others run. All are compiled
+beforehand in parallel, so that timed runs find them in Triton's cache. Enter the fastest in `tiles.py` by hand, with
+GPU and date. Whether a fused linear beats the library's matmul and a second kernel, `ops.py` measures. On a CPU the
+CPU bodies run, which only tests this script. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TIMES = 20  # runs of a candidate at one shape
 
 @dataclass(frozen=True)
 class Sweep:
-    """Candidates for one place of the table, and the cases of `ops` that they are timed by."""
+    """Candidates for one entry of a table in `tiles`, and the cases of `op_cases` that time them."""
 
     cases: tuple[str, ...]
     provider: str
@@ -74,10 +74,10 @@ def sweeps(generation: int) -> dict[str, Sweep]:
         Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, overlap=overlap)
         for m, n, warps, stages, overlap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3), {tma, False})
     )
-    products = tuple(
-        Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma, at_once=at_once)
-        for m, n, warps, stages, at_once in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4), (1, 2))
-        if m * n <= 128 * 256 and (at_once == 1 or warps == 4)
+    linear_tiles = tuple(
+        Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)
+        for m, n, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4))
+        if m * n <= 128 * 256
     )
     rows = ("add_layer_norm", "embedding", "swiglu", "rotary")
     linear = {
@@ -91,20 +91,20 @@ def sweeps(generation: int) -> dict[str, Sweep]:
             attention_cases, "unpadded", tiles.ATTENTION, (fp32, op_cases.HEAD_DIM, key_generation), attention
         ),
         **{
-            f"linear, {follows}": Sweep(
-                *(cases, "unpadded" if follows == "nothing" else fused),
-                *(tiles.LINEAR, (fp32, follows, key_generation)),
-                # a gated tile holds its columns of both products
-                tuple(one for one in products if follows != "gated" or one.block_m * one.block_n <= 128 * 128),
+            f"linear, {epilogue}": Sweep(
+                *(cases, "unpadded" if epilogue == "nothing" else fused),
+                *(tiles.LINEAR, (fp32, epilogue, key_generation)),
+                # a gated tile has block_n columns of gate and as many of up
+                tuple(tile for tile in linear_tiles if epilogue != "gated" or tile.block_m * tile.block_n <= 128 * 128),
             )
-            for follows, cases in linear.items()
+            for epilogue, cases in linear.items()
         },
         "rows": Sweep(rows, "unpadded", vars(tiles), "_ROW_ELEMENTS_PER_WARP", (256, 512, 1024)),
     }
 
 
 def compile_all(candidates: dict[str, int]) -> None:
-    """Run each candidate once, in processes beside each other. candidates: how many there are, by sweep."""
+    """Run each candidate once, in parallel processes. candidates: the number of them by sweep."""
     jobs = [(name, index) for name, count in candidates.items() for index in range(count)]
     workers = min(12, os.cpu_count() or 1)
     with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -113,7 +113,7 @@ def compile_all(candidates: dict[str, int]) -> None:
 
 
 def run_once(job: tuple[str, int]) -> str | None:
-    """What went wrong, if anything, with a candidate: its sweep's name, and its place there."""
+    """Run one candidate, given by its sweep's name and its index there. Return the error, or None."""
     name, index = job
     sweep = sweeps(tiles.generation(op_cases.DEVICE))[name]
     sweep.table[sweep.key] = candidate = sweep.candidates[index]
@@ -121,13 +121,13 @@ def run_once(job: tuple[str, int]) -> str | None:
         for case in map(op_cases.CASES.__getitem__, sweep.cases):
             made = case()
             made.providers[sweep.provider](*made.arguments)
-    except Exception as error:  # whatever a compiler or a launch raises; `run` meets and reports it again
+    except Exception as error:  # compilers and launches raise errors of any type; `run` reports this one again
         return f"{name}, {candidate}: {type(error).__name__}"
     return None
 
 
 def run(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """A row a candidate, the table's own first: the sum over the cases of the median seconds."""
+    """Yield one row per candidate, the table's own first, with the sum of the cases' median seconds."""
     own = sweep.table[sweep.key]
     try:
         for candidate in (own, *(one for one in sweep.candidates if one != own)):
@@ -135,7 +135,7 @@ def run(sweep: Sweep) -> Iterator[dict[str, Any]]:
             row = {"tile": asdict(candidate) if isinstance(candidate, Tile) else candidate}
             try:
                 yield row | {"seconds": sum(time_of(name, sweep.provider) for name in sweep.cases)}
-            except Exception as error:  # whatever a compiler or a launch raises, the others still run
+            except Exception as error:  # of any type; the other candidates still run
                 yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
     finally:
         sweep.table[sweep.key] = own

@@ -20,7 +20,7 @@ FLOATS = {"fp32", "fp16", "bf16"}
 DTYPES = {80: FLOATS, 89: {"fp8"}, 90: {*FLOATS, "fp8"}, 100: {*FLOATS, "fp8"}}
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
-PRODUCTS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_product_kernel")
+PRODUCTS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel")
 STREAMS = tuple(f"_{name}_kernel" for name in ("add_layer_norm", "rms_norm", "activation", "rotary", "quantize_rows"))
 # A row a text, from one token each: nothing to stream.
 NO_STREAM = ("_token_kernel",)

@@ -10,7 +10,7 @@ from unpadded_kernels import attention, linear, linear_activation, pool, rotary_
 from unpadded_kernels.activation import KINDS
 from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
-from unpadded_kernels.linear_prepacked import PrepackedWeight, linear_prepacked, prepacks
+from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, prepack, unpack
 from unpadded_kernels.pooling import pool_reference
 from unpadded_kernels.tiles import attention_block_m
 
@@ -23,8 +23,7 @@ def products(request, monkeypatch):
     """Run with oneDNN, and as on a processor or build without it."""
     torch.manual_seed(0)
     if request.param == "without":
-        for module in ("linear", "linear_prepacked"):
-            monkeypatch.setattr(sys.modules[f"unpadded_kernels.{module}"], "onednn_runs", lambda dtype: False)
+        monkeypatch.setattr(sys.modules["unpadded_kernels.linear_cpu"], "onednn_supports", lambda dtype: False)
 
 
 def assert_close(actual, expected, dtype):
@@ -91,15 +90,14 @@ def test_matmuls_in_blocks_of_rows(monkeypatch, kind, rows):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind):
     weight, added = draw(200, 96, dtype=dtype), draw(200, dtype=dtype) if bias else None
-    if not prepacks(weight):
+    if not can_prepack(weight):
         pytest.skip("oneDNN does not run")
-    prepacked = PrepackedWeight(weight, kind)
-    assert (prepacked.shape, prepacked.dtype) == (weight.shape, dtype)
-    assert torch.equal(prepacked.plain(), weight)
+    parts = prepack(weight, kind)
+    assert torch.equal(unpack(parts), weight)
     for rows in (0, 1, 2, 9, 128, 129, 300):
         x = draw(rows, 96, dtype=dtype)
         expected = linear(x, weight, added) if kind is None else linear_activation(x, weight, added, kind)
-        assert torch.equal(linear_prepacked(x, prepacked, added), expected)
+        assert torch.equal(linear_prepacked(x, parts, added, kind), expected)
 
 
 def test_an_unknown_activation_raises():
@@ -142,7 +140,7 @@ def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
     assert requested == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
     for first, count in ((896, 4), (900, block), (1800, 7), (1807, block), (2063, block)):
         rows = slice(first, first + count)
-        if sys.modules["unpadded_kernels.linear"].onednn_runs(dtype):
+        if sys.modules["unpadded_kernels.linear_cpu"].onednn_supports(dtype):
             assert torch.equal(partial[rows], whole[rows])
         assert_close(partial[rows], whole[rows].double(), dtype)
 

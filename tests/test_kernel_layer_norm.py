@@ -1,4 +1,4 @@
-"""Residual add + LayerNorm, alone and handing on its sum: the Triton kernel against its references."""
+"""Residual add + LayerNorm, with and without the sum as a second result: the Triton kernel and its references."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_matches_the_reference(tokens, hidden, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, hidden", SHAPES)
-def test_hands_on_its_sum(tokens, hidden, dtype):
+def test_pre_layer_norm_returns_the_sum_too(tokens, hidden, dtype):
     x, residual, weight, bias = inputs(tokens, hidden, dtype)
     alone = add_layer_norm_triton(x, residual, weight, bias, EPS)
     y, total = pre_layer_norm_triton(x, residual, weight, bias, EPS)
@@ -53,14 +53,14 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
     assert torch.equal(whole[5:6], add_layer_norm_triton(x[5:6], residual[5:6], weight, bias, EPS))
 
 
-def test_eps_counts_where_the_variance_is_small():
+def test_eps_matters_when_the_variance_is_small():
     x, residual, weight, bias = inputs(4, 96, torch.float32)
     small = (x * 1e-3, residual * 1e-3, weight, bias)
     assert_matches(add_layer_norm_triton(*small, 1e-5), expected(*small))
     assert_matches(add_layer_norm_triton(*small, 1e-12), expected(*small, eps=1e-12))
 
 
-def test_a_mean_far_from_zero_keeps_its_digits():
+def test_a_mean_far_from_zero_loses_no_precision():
     x, residual, weight, bias = inputs(4, 768, torch.float32)
     shifted = (x + 100, residual, weight, bias)
     exact = add_layer_norm_reference(*(t.double() for t in shifted), EPS)
@@ -88,7 +88,7 @@ def test_tokens_past_two_to_the_31_elements(far_tokens):
 
 
 @pytest.mark.parametrize("run", [add_layer_norm_triton, pre_layer_norm_triton])
-def test_refuses_what_it_would_misread(run):
+def test_invalid_arguments_are_rejected(run):
     x, residual, weight, bias = inputs(384, 384, torch.float32)
     with pytest.raises(ValueError, match=r"rows must be contiguous, got strides \(1, 384\)"):
         run(x.t(), residual, weight, bias, EPS)

@@ -33,7 +33,6 @@ def arguments(tokens):
     return {
         "activation": (randn(tokens, 96), "swiglu"),
         "add_layer_norm": (x, x, row, row, EPS),
-        "add_layer_norm_fp8": (x, x, row, row, EPS),
         "attention": (qkv, cu_seqlens, tokens, 0.25),
         "embedding": (positions, positions, positions, *randn(3, 100, HIDDEN), row, row, EPS),
         "expert_mlp": (x, *experts, 2, "swiglu"),
@@ -41,7 +40,7 @@ def arguments(tokens):
         "linear_activation": (x, weight, None, "geglu"),
         "linear_fp8": (*quantize_rows_reference(x), *quantize_rows_reference(weight), None, "gelu", torch.float16),
         "linear_invariant": (x, weight, None, "swiglu"),
-        "linear_rotary": (x, weight, None, cos_sin, HEADS, True),
+        "linear_rotary": (x, weight, None, cos_sin, HEADS),
         "masked_mean_pool": (randn(2, tokens, HIDDEN), mask, True),
         "pool": (x, cu_seqlens, "mean", True, 24, True),
         "pre_layer_norm": (x, x, row, row, EPS),

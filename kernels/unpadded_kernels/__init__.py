@@ -8,7 +8,7 @@ from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.fp8 import quantize_rows
-from unpadded_kernels.layer_norm import add_layer_norm, add_layer_norm_fp8, pre_layer_norm
+from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
 from unpadded_kernels.linear_fp8 import linear_fp8
 from unpadded_kernels.linear_rotary import linear_rotary
@@ -22,7 +22,6 @@ from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 __all__ = [
     "activation",
     "add_layer_norm",
-    "add_layer_norm_fp8",
     "attention",
     "embedding",
     "expert_mlp",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels.linear import linear_cpu
+from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.tiles import attention_block_m
 
 # Texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where

@@ -1,9 +1,9 @@
-"""Rows in 8 bits: e4m3 with one fp32 scale a row.
+"""Quantization of rows to 8 bits: e4m3 with one fp32 scale per row.
 
     scale[t] = max |x[t]| / 448,   rows[t] = e4m3(x[t] / scale[t])
 
-448 is the largest e4m3, and 3 bits its mantissa: an element is off by up to a 16th of itself. Bound by memory:
-3 bytes an element of 16 bits.
+The largest e4m3 value is 448 and its mantissa has 3 bits, so an element's error is at most a 16th of the element.
+Bound by memory: 3 bytes per element of 16 bits.
 """
 
 import torch
@@ -14,34 +14,24 @@ from unpadded_kernels.tiles import row_launch
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0
-# A row of zeros has this largest value, and not a scale of 0.
+# Taken as the maximum of a row of zeros, so that its scale is not 0.
 _TINY = 1e-30
 
 
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [total_tokens, width]. Returns its rows in e4m3 and their scales, [total_tokens] fp32."""
+    """x: [total_tokens, width]. Returns its rows in e4m3 and their scales: [total_tokens] fp32."""
     largest = x.float().abs().amax(1).clamp_min(_TINY)
-    limit = torch.full_like(largest, _LARGEST)  # torch turns a division by or of a number into a product
+    limit = torch.full_like(largest, _LARGEST)  # torch replaces a division by a Python number with a multiplication
     return (x.float() * (limit / largest)[:, None]).to(E4M3), largest / limit
 
 
-def dequantized(rows: Tensor, scale: Tensor) -> Tensor:
-    """What quantize_rows was given, in fp32, as far as 8 bits hold it."""
+def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 values of quantized rows: [total_tokens, width]."""
     return rows.float() * scale[:, None]
 
 
-def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the rows of x in e4m3 and for their scales."""
+def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@triton.jit
-def store_quantized(x, row_ptrs, scale_ptr, mask):
-    """Store one fp32 row, whose masked lanes hold 0, in e4m3 and its scale."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
-    # div_rn: the fast division is off by an ulp from what the reference divides
-    tl.store(row_ptrs, x * tl.div_rn(448.0, largest), mask=mask)
-    tl.store(scale_ptr, tl.div_rn(largest, 448.0))
 
 
 @triton.jit
@@ -50,15 +40,18 @@ def _quantize_rows_kernel(x_ptr, rows_ptr, scale_ptr, stride_xt, WIDTH: tl.const
     w = tl.arange(0, BLOCK_W)
     mask = w < WIDTH
     x = tl.load(x_ptr + token * stride_xt + w, mask=mask, other=0.0).to(tl.float32)
-    store_quantized(x, rows_ptr + token * WIDTH + w, scale_ptr + token, mask)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+    # div_rn: fast division differs from the reference's by one unit in the last place
+    tl.store(rows_ptr + token * WIDTH + w, x * tl.div_rn(448.0, largest), mask=mask)
+    tl.store(scale_ptr + token, tl.div_rn(largest, 448.0))
 
 
 def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One row per program. The rows of x may be strided, their elements not."""
+    """One program per row. The rows of x may be strided, their elements may not."""
     total_tokens, width = x.shape
     if x.stride(1) != 1:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
-    rows, scale = empty_rows(x)
+    rows, scale = _empty_rows(x)
     if total_tokens:
         block_w = triton.next_power_of_2(width)
         launch = row_launch(block_w)
@@ -74,4 +67,4 @@ quantize_rows.register_kernel("cuda", device_guard(quantize_rows_triton))
 
 @quantize_rows.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_rows(x)
+    return _empty_rows(x)

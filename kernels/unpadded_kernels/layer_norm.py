@@ -1,9 +1,9 @@
-"""Residual add + LayerNorm, the closing step of both halves of a layer.
+"""Residual add + LayerNorm, the last step of both halves of a layer.
 
     h = x + residual,   y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
 
-add_layer_norm gives y; pre_layer_norm gives h too, the residual of a pre-norm layer; add_layer_norm_fp8 gives y's rows
-in e4m3 and their scales too (see `fp8`). Bound by memory: 6, 8 and 7 * hidden bytes per token in 16 bits.
+add_layer_norm returns y; pre_layer_norm also returns h, the residual of a pre-norm layer. Bound by memory: 6 and
+8 * hidden bytes per token in 16 bits.
 """
 
 import torch
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.fp8 import empty_rows, quantize_rows_reference, store_quantized
 from unpadded_kernels.tiles import row_launch
 
 
@@ -23,27 +22,19 @@ def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: 
 def pre_layer_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns x + residual, normalized and as it is."""
+    """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns (y, h), both like x."""
     h = x.float() + residual.float()
     return F.layer_norm(h, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), h.to(x.dtype)
 
 
-def add_layer_norm_fp8_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """add_layer_norm, and what quantize_rows makes of it: y, its rows in e4m3, their scales [total_tokens] fp32."""
-    y = add_layer_norm_reference(x, residual, weight, bias, eps)
-    return y, *quantize_rows_reference(y)
-
-
 @triton.jit
 def normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
-    """LayerNorm of one fp32 row, whose masked lanes hold 0 and get 0."""
-    # before the sums, whose barriers no load passes
+    """Return the LayerNorm of one fp32 row whose masked lanes hold 0; they hold 0 in the result, too."""
+    # before the sums: no load passes their barriers
     weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=0) / HIDDEN
-    # masked lanes hold 0, not mean: zeroed again, or they add mean**2 to the variance
+    # masked lanes would hold -mean and add mean**2 to the variance
     centered = tl.where(mask, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=0) / HIDDEN + eps)
     return centered * rstd * weight + bias
@@ -57,17 +48,14 @@ def _add_layer_norm_kernel(
     bias_ptr,
     y_ptr,
     sum_ptr,
-    rows_ptr,
-    scale_ptr,
     stride_xt,
     stride_rt,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_SUM: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
 ):
-    # int64: total_tokens * hidden passes 2**31 in one large batch
+    # int64: total_tokens * hidden exceeds 2**31 in one large batch
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
@@ -75,24 +63,12 @@ def _add_layer_norm_kernel(
     x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
     if HAS_SUM:
         tl.store(sum_ptr + token * HIDDEN + h, x, mask=mask)
-    y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN).to(y_ptr.dtype.element_ty)
+    y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
     tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
-    if HAS_ROWS:
-        store_quantized(y.to(tl.float32), rows_ptr + token * HIDDEN + h, scale_ptr + token, mask)
 
 
-def _launch(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    total: Tensor | None = None,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """One row per program. The tokens of x and residual may be strided, their rows not; the results are contiguous."""
+def _launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor | None) -> Tensor:
+    """One program per row. The rows of x and residual may be strided, their elements may not."""
     total_tokens, hidden = x.shape
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape, got {tuple(residual.shape)} and {tuple(x.shape)}")
@@ -111,46 +87,32 @@ def _launch(
         bias,
         y,
         total,
-        rows,
-        scale,
         stride_xt=x.stride(0),
         stride_rt=residual.stride(0),
         eps=eps,
         HIDDEN=hidden,
         BLOCK_H=block_h,
         HAS_SUM=total is not None,
-        HAS_ROWS=rows is not None,
         **row_launch(block_h),
     )
     return y
 
 
 def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _launch(x, residual, weight, bias, eps)
+    return _launch(x, residual, weight, bias, eps, None)
 
 
 def pre_layer_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _launch(x, residual, weight, bias, eps, total=total), total
-
-
-def add_layer_norm_fp8_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, scale = empty_rows(x)
-    return _launch(x, residual, weight, bias, eps, rows=rows, scale=scale), rows, scale
+    return _launch(x, residual, weight, bias, eps, total), total
 
 
 add_layer_norm = torch.library.custom_op("unpadded::add_layer_norm", add_layer_norm_reference, mutates_args=())
 add_layer_norm.register_kernel("cuda", device_guard(add_layer_norm_triton))
 pre_layer_norm = torch.library.custom_op("unpadded::pre_layer_norm", pre_layer_norm_reference, mutates_args=())
 pre_layer_norm.register_kernel("cuda", device_guard(pre_layer_norm_triton))
-add_layer_norm_fp8 = torch.library.custom_op(
-    "unpadded::add_layer_norm_fp8", add_layer_norm_fp8_reference, mutates_args=()
-)
-add_layer_norm_fp8.register_kernel("cuda", device_guard(add_layer_norm_fp8_triton))
 
 
 @add_layer_norm.register_fake
@@ -161,8 +123,3 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 @pre_layer_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
-
-
-@add_layer_norm_fp8.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *empty_rows(x)

@@ -1,10 +1,11 @@
-"""Matrix product of rows in 8 bits (see `fp8`), alone or with the MLP's activation in the same pass.
+"""Linear layer over rows in 8 bits (see `fp8`), optionally followed by an MLP's activation in the same pass.
 
     y[t, n] = activation(x_scale[t] * weight_scale[n] * (x[t] @ weight[n]) + bias[n])
 
-Bound by arithmetic: 2 * in_features * out_features flops per token, at twice the rate of 16 bits. The sums are as fine
-as the tensor cores keep them: by what is published, to about 14 bits on sm_90, where an e4m3 has 4. A row of the result
-has the same bits whatever rows stand beside it.
+A row's bits do not depend on the number of rows. Sums are as precise as the tensor cores': about 14 bits on sm_90,
+according to publications; e4m3 itself has 4.
+
+Bound by arithmetic: 2 * in_features * out_features flops per token, at twice the rate of 16 bits.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from unpadded_kernels._triton import device_guard
-from unpadded_kernels.fp8 import E4M3, dequantized
-from unpadded_kernels.linear import linear_invariant_cpu, linear_invariant_reference, scaled_product_triton
+from unpadded_kernels.fp8 import E4M3, dequantize_rows
+from unpadded_kernels.linear import linear_invariant_reference
+from unpadded_kernels.linear_cpu import linear_invariant_cpu
+from unpadded_kernels.linear_kernels import Epilogue, launch_linear
 
 
 def linear_fp8_reference(
@@ -26,16 +29,16 @@ def linear_fp8_reference(
     bias: Tensor | None,
     kind: str | None,
     dtype: torch.dtype,
-    product: Callable[..., Tensor] = linear_invariant_reference,
+    linear: Callable[..., Tensor] = linear_invariant_reference,
 ) -> Tensor:
-    """linear, then where kind is given its activation, in fp32 of what the rows of x and weight stand for.
+    """Return `linear`, or `linear_activation` when kind is not None, of the dequantized rows, computed in fp32.
 
     x: [total_tokens, in_features] e4m3; x_scale: [total_tokens] fp32; weight: [rows, in_features] e4m3, gate rows then
-    up rows when kind is gated; weight_scale: [rows] fp32; bias: [rows] or None; product: what multiplies them in fp32.
-    Returns [total_tokens, out_features] in dtype.
+    up rows when kind is gated; weight_scale: [rows] fp32; bias: [rows] or None. Returns [total_tokens, out_features]
+    in dtype.
     """
-    operands = dequantized(x, x_scale), dequantized(weight, weight_scale), None if bias is None else bias.float()
-    return product(*operands, kind).to(dtype)
+    bias = None if bias is None else bias.float()
+    return linear(dequantize_rows(x, x_scale), dequantize_rows(weight, weight_scale), bias, kind).to(dtype)
 
 
 def linear_fp8_triton(
@@ -47,17 +50,12 @@ def linear_fp8_triton(
     kind: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The kernel of linear, with e4m3's tiles and both scales on the fp32 sums."""
     if x.dtype != E4M3 or weight.dtype != E4M3:
         raise ValueError(f"x and weight must be {E4M3}, got {x.dtype} and {weight.dtype}: pass them to quantize_rows")
-    (total_tokens, in_features), rows = x.shape, weight.shape[0]
-    shapes = [tuple(tensor.shape) for tensor in (x_scale, weight, weight_scale, *([] if bias is None else [bias]))]
-    if shapes != [(total_tokens,), (rows, in_features), (rows,), (rows,)][: len(shapes)]:
-        raise ValueError(
-            f"of x {tuple(x.shape)}, x_scale must be [{total_tokens}], weight [rows, {in_features}], weight_scale and "
-            f"bias [rows], got {shapes}"
-        )
-    return scaled_product_triton(x, x_scale, weight, weight_scale, bias, kind, None, dtype)
+    for name, scale, rows in (("x_scale", x_scale, x.shape[0]), ("weight_scale", weight_scale, weight.shape[0])):
+        if scale.shape != (rows,):
+            raise ValueError(f"{name} must be [{rows}], got {tuple(scale.shape)}: pass what quantize_rows returned")
+    return launch_linear(x, weight, Epilogue(scales=(x_scale, weight_scale), bias=bias, kind=kind), dtype)
 
 
 linear_fp8 = torch.library.custom_op(
@@ -67,7 +65,7 @@ linear_fp8 = torch.library.custom_op(
     schema="(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? kind, ScalarType dtype)"
     " -> Tensor",
 )
-# Its products keep a row's bits; slower than fp32, since nothing on a CPU multiplies e4m3.
-linear_fp8.register_kernel("cpu", partial(linear_fp8_reference, product=linear_invariant_cpu))
+# Slower than fp32, since no CPU multiplies e4m3, but invariant to the batch.
+linear_fp8.register_kernel("cpu", partial(linear_fp8_reference, linear=linear_invariant_cpu))
 linear_fp8.register_kernel("cuda", device_guard(linear_fp8_triton))
 linear_fp8.register_fake(linear_fp8_reference)

@@ -1,15 +1,22 @@
-"""The kernel of a matrix product with fixed tiles, through pointers or, from sm_90 on, tensor descriptors (TMA).
+"""The kernel behind `linear_invariant`, `linear_rotary` and `linear_fp8`, and its launcher.
 
-A program takes tile after tile of the result. What follows the product happens on the tile's fp32 sums: the scales of
-e4m3 rows, the bias, then the MLP's activation or the rotation of q and k.
+As many programs as run at once take one tile of the result after the other. What follows the matmul happens on a tile's
+fp32 sums before they are stored: see `Epilogue`. Loads go through pointers or, from sm_90 on, tensor descriptors (TMA).
 """
 
-from unpadded_kernels._triton import tl, triton
-from unpadded_kernels.activation import activate
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unpadded_kernels._triton import TensorDescriptor, tl, triton
+from unpadded_kernels.activation import GATED, KINDS, activate
+from unpadded_kernels.tiles import Tile, generation, linear_tile, multiprocessors
 
 
 @triton.jit
-def products(
+def matmul_tile(
     x_ptrs,
     weight_ptrs,
     up_offset,
@@ -21,7 +28,7 @@ def products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x @ weight.T, and where GATED x @ up.T, whose rows lie up_offset elements behind. fp32.
+    """Return x @ weight.T in fp32 and, if GATED, x @ up.T, whose rows follow weight's by up_offset elements.
 
     x_ptrs, x_mask: [BLOCK_M, 1], rows of x; weight_ptrs, weight_mask: [BLOCK_N, 1], rows of weight.
     """
@@ -40,7 +47,7 @@ def products(
 
 
 @triton.jit
-def _descriptor_products(
+def _matmul_tile_tma(
     x_descriptor,
     weight_descriptor,
     token,
@@ -51,9 +58,9 @@ def _descriptor_products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same of the rows from token on and those from n on, of gate and of up where GATED.
+    """Return the same for x's rows from token on and weight's rows from n on, weight being [1 or 2, OUT, IN].
 
-    Gate and up are one tile of one product: ptxas runs the wgmmas of two one by one (C7515), each with its latency.
+    Gate and up are one tile of one matmul: ptxas serializes the wgmmas of two (C7515), each with its full latency.
     """
     PARTS: tl.constexpr = 2 if GATED else 1
     y = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
@@ -62,25 +69,25 @@ def _descriptor_products(
         y = tl.dot(x_descriptor.load([token, k]), tl.trans(weight), y)
     up = y
     if GATED:
-        # one thread holds both columns of a pair, so nothing moves
+        # one thread holds both columns of a pair, so nothing moves between threads
         y, up = tl.split(tl.permute(tl.reshape(y, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1]))
     return y, up
 
 
 @triton.jit
-def _turn(y, cos_sin_ptr, token, first, total_tokens, TURNED: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """A tile of qkv with the heads of q and k, those before column TURNED, turned. first: the tile's first column."""
+def _apply_rotary(y, cos_sin_ptr, token, first_n, total_tokens, ROTARY_COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rotate the heads of a tile of qkv that start before column ROTARY_COLUMNS: those of q and k."""
     HALF: tl.constexpr = HEAD_DIM // 2
     BLOCK_M: tl.constexpr = y.shape[0]
     HEADS: tl.constexpr = y.shape[1] // HEAD_DIM
-    # of a product by tensor cores one thread holds both halves of a head: only the table moves between threads
+    # one thread of a tensor core's result holds both halves of a head: only the table moves between threads
     halves = tl.permute(tl.reshape(y, [BLOCK_M, HEADS, 2, HALF]), [0, 1, 3, 2])
     first_half, second_half = tl.split(halves)
     cos_sin_ptrs = cos_sin_ptr + token[:, None] * HEAD_DIM + tl.arange(0, HALF)[None, :]
     mask = (token < total_tokens)[:, None]
-    turned = (first + tl.arange(0, HEADS) * HEAD_DIM < TURNED)[None, :, None]
-    cos = tl.where(turned, tl.load(cos_sin_ptrs, mask=mask, other=0.0)[:, None, :], 1.0)
-    sin = tl.where(turned, tl.load(cos_sin_ptrs + HALF, mask=mask, other=0.0)[:, None, :], 0.0)
+    is_rotated = (first_n + tl.arange(0, HEADS) * HEAD_DIM < ROTARY_COLUMNS)[None, :, None]
+    cos = tl.where(is_rotated, tl.load(cos_sin_ptrs, mask=mask, other=0.0)[:, None, :], 1.0)
+    sin = tl.where(is_rotated, tl.load(cos_sin_ptrs + HALF, mask=mask, other=0.0)[:, None, :], 0.0)
     halves = tl.join(first_half * cos - second_half * sin, second_half * cos + first_half * sin)
     return tl.reshape(tl.permute(halves, [0, 1, 3, 2]), y.shape)
 
@@ -110,9 +117,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x_source, weight_source, y_target: descriptors with TMA, else pointers; HEAD_DIM: 0 where nothing turns.
-
-    The descriptor of weight is of [1, OUT, IN], or where GATED of [2, OUT, IN].
+    """x_source, weight_source, y_target: descriptors if TMA, else pointers. HEAD_DIM: 0 without rotary.
 
     SCALED: whether each row of x and weight has an fp32 scale.
     """
@@ -124,13 +129,13 @@ def _linear_kernel(
         n = first_n + tl.arange(0, BLOCK_N)
         token_mask, n_mask = (token < total_tokens)[:, None], n < OUT
         if TMA:
-            y, up = _descriptor_products(
+            y, up = _matmul_tile_tma(
                 x_source, weight_source, first_token, first_n, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
         else:
             x_ptrs, weight_ptrs = x_source + token[:, None] * stride_xt, weight_source + n[:, None] * stride_wn
             up_offset, weight_mask = OUT * stride_wn, n_mask[:, None]
-            y, up = products(
+            y, up = matmul_tile(
                 x_ptrs, weight_ptrs, up_offset, token_mask, weight_mask, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
         if SCALED:
@@ -145,8 +150,103 @@ def _linear_kernel(
         if KIND is not None:
             y = activate(y, up, KIND)
         if HEAD_DIM > 0:
-            y = _turn(y, cos_sin_ptr, token, first_n, total_tokens, OUT // 3 * 2, HEAD_DIM)
+            y = _apply_rotary(y, cos_sin_ptr, token, first_n, total_tokens, OUT // 3 * 2, HEAD_DIM)
         if TMA:
             y_target.store([first_token, first_n], y.to(y_target.dtype))
         else:
             tl.store(y_target + token[:, None] * stride_yt + n[None, :], y, mask=token_mask & n_mask[None, :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """The steps between the matmul and the store, in this order; None leaves one out."""
+
+    scales: tuple[Tensor, Tensor] | None = None  # fp32 [total_tokens] and [weight's rows], of operands in e4m3
+    bias: Tensor | None = None  # [weight's rows]
+    kind: str | None = None  # the activation; a gated one takes gate and up from the two halves of weight's rows
+    cos_sin: Tensor | None = None  # [total_tokens, head_dim] fp32: weight gives qkv, and q and k are rotated
+
+    @property
+    def gated(self) -> bool:
+        return self.kind in GATED
+
+    @property
+    def tile_name(self) -> str:
+        """The epilogue's name in the tables of `tiles`."""
+        if self.cos_sin is not None:
+            return "rotary"
+        return "gated" if self.gated else "activation" if self.kind else "nothing"
+
+
+def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """Return epilogue(x @ weight.T): [total_tokens, out_features] in dtype.
+
+    x: [total_tokens, in_features]; weight: [out_features, in_features], twice as many rows if gated. Rows may be
+    strided, their elements may not. The dimensions alone fix the tiles and the order of additions.
+    """
+    _check_operands(x, weight, epilogue)
+    total_tokens, (rows, in_features) = x.shape[0], weight.shape
+    out_features = rows // 2 if epilogue.gated else rows
+    y = torch.empty((total_tokens, out_features), dtype=dtype, device=x.device)
+    if total_tokens == 0:
+        return y
+    tile = linear_tile(x.dtype, epilogue.tile_name, generation(x.device))
+    if tile.tma and not all(map(_can_be_described, (x, weight, y))):
+        tile = linear_tile(x.dtype, epilogue.tile_name, 80)
+    x_source, weight_source, y_target = _descriptors(x, weight, y, tile) if tile.tma else (x, weight, y)
+    x_scale, weight_scale = epilogue.scales or (None, None)
+    tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
+    _linear_kernel[(min(tiles, multiprocessors(x.device)),)](
+        x_source,
+        x_scale,
+        weight_source,
+        weight_scale,
+        epilogue.bias,
+        epilogue.cos_sin,
+        y_target,
+        total_tokens=total_tokens,
+        stride_xt=x.stride(0),
+        stride_wn=weight.stride(0),
+        stride_yt=y.stride(0),
+        IN=in_features,
+        OUT=out_features,
+        KIND=epilogue.kind,
+        GATED=epilogue.gated,
+        SCALED=epilogue.scales is not None,
+        HAS_BIAS=epilogue.bias is not None,
+        HEAD_DIM=0 if epilogue.cos_sin is None else epilogue.cos_sin.shape[1],
+        TMA=tile.tma,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        **tile.launch,
+    )
+    return y
+
+
+def _check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
+    if epilogue.kind is not None and epilogue.kind not in KINDS:
+        raise ValueError(f"unknown activation {epilogue.kind!r}: use swiglu, geglu, gelu or gelu_tanh")
+    bias = epilogue.bias
+    if weight.shape[1] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"weight must be [rows, {x.shape[1]}] and bias [rows], got {tuple(weight.shape)} and "
+            f"{None if bias is None else tuple(bias.shape)}"
+        )
+    vectors = (*(epilogue.scales or ()), *(() if bias is None else (bias,)))
+    if x.stride(1) != 1 or weight.stride(1) != 1 or not all(vector.is_contiguous() for vector in vectors):
+        raise ValueError(f"rows must be contiguous, got strides {x.stride()} and {weight.stride()}: pass .contiguous()")
+
+
+def _can_be_described(tensor: Tensor) -> bool:
+    """Whether TMA's alignment of 16 bytes is met."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.itemsize % 16 == 0
+
+
+def _descriptors(x: Tensor, weight: Tensor, y: Tensor, tile: Tile) -> tuple[Any, Any, Any]:
+    parts = weight.shape[0] // y.shape[1]  # 2 if gated: one load takes the same rows of gate and up
+    return (
+        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight.view(parts, y.shape[1], x.shape[1]), [parts, tile.block_n, tile.block_k]),
+        TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n]),
+    )

@@ -1,10 +1,12 @@
-"""An MLP of experts: every token goes through the `top` experts that the router prefers, weighted by its softmax.
+"""Mixture-of-experts MLP: each token goes through the top_k experts that the router prefers, weighted by its softmax.
 
-    y[t] = bias + sum over the top experts e of p[t, e] * down_e @ activation(up_e @ x[t]),   p = softmax(router @ x[t])
+    y[t] = bias + sum over the chosen experts e of p[t, e] * down_e @ activation(up_e @ x[t])
+    p[t] = softmax(router @ x[t])
 
-The chosen weights are not renormalized, and the bias is added once. A token's `top` choices are sorted by expert, so
-that each expert is one product over the tokens that chose it; on CUDA nothing of that waits for the host. Bound by
-arithmetic: 4 * top * hidden * intermediate flops per token.
+The chosen weights are not renormalized, and the bias is added once. The choices (top_k per token) are sorted by expert,
+so that each expert is one matmul over the tokens that chose it; on CUDA the host never waits for their counts.
+
+Bound by arithmetic: 4 * top_k * hidden * intermediate flops per token.
 """
 
 from collections.abc import Callable
@@ -14,28 +16,27 @@ from torch import Tensor
 
 from unpadded_kernels._triton import device_guard, tl, triton
 from unpadded_kernels.activation import GATED, KINDS, activate
-from unpadded_kernels.linear import (
-    linear_activation_cpu,
-    linear_activation_reference,
-    linear_cpu,
-    linear_reference,
-)
-from unpadded_kernels.linear_kernels import products
+from unpadded_kernels.linear import linear_activation_reference, linear_reference
+from unpadded_kernels.linear_cpu import linear_activation_cpu, linear_cpu
+from unpadded_kernels.linear_kernels import matmul_tile
 from unpadded_kernels.tiles import expert_tile, generation, row_launch
 
-# The router's product: tokens of one program, and its step along hidden.
+# Tokens per program of the router's matmul, and its step along hidden.
 _ROUTE_T, _ROUTE_K = 64, 64
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LinearActivation = Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
 
 
-def _route(logits: Tensor, top: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Logits [total_tokens, experts] fp32 -> token and weight of each choice, sorted by expert, and the counts."""
-    weight, expert = logits.softmax(-1).topk(top)
+def _route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Return token and weight of each choice, sorted by expert, and the number of choices per expert.
+
+    logits: [total_tokens, experts] fp32.
+    """
+    weight, expert = logits.softmax(-1).topk(top_k)
     order = expert.flatten().argsort(stable=True)
     counts = expert.flatten().bincount(minlength=logits.shape[1])
-    return order // top, weight.flatten()[order, None], counts.tolist()
+    return order // top_k, weight.flatten()[order, None], counts.tolist()
 
 
 def _mix(
@@ -44,35 +45,33 @@ def _mix(
     up: Tensor,
     down: Tensor,
     bias: Tensor,
-    top: int,
+    top_k: int,
     kind: str,
     linear: Linear,
     linear_activation: LinearActivation,
 ) -> Tensor:
-    token, weight, counts = _route(linear(x.float(), router.float(), None), top)
+    token, weight, counts = _route(linear(x.float(), router.float(), None), top_k)
     y = bias.float().repeat(x.shape[0], 1)
     pairs = zip(token.split(counts), weight.split(counts), up, down, strict=True)
     for expert_token, expert_weight, expert_up, expert_down in pairs:
         hidden = linear_activation(x[expert_token], expert_up, None, kind)
-        # in the order of the experts: a token's sum has the same bits whoever stands beside it
+        # in the order of the experts, so that a token's sum has the same bits in any batch
         y.index_add_(0, expert_token, linear(hidden, expert_down, None) * expert_weight)
     return y.to(x.dtype)
 
 
 def expert_mlp_reference(
-    x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top: int, kind: str
+    x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str
 ) -> Tensor:
-    """Route, and mix what the chosen experts make of every token.
-
-    x: [total_tokens, hidden]; router: [experts, hidden]; up: [experts, intermediate, hidden], or twice the rows, gate
-    then up, when kind is gated; down: [experts, hidden, intermediate]; bias: [hidden]. Returns [total_tokens, hidden]
-    in x's dtype.
+    """x: [total_tokens, hidden]; router: [experts, hidden]; up: [experts, intermediate, hidden], or gate rows then up
+    rows when kind is gated; down: [experts, hidden, intermediate]; bias: [hidden]. Returns [total_tokens, hidden] in
+    x's dtype.
     """
-    return _mix(x, router, up, down, bias, top, kind, linear_reference, linear_activation_reference)
+    return _mix(x, router, up, down, bias, top_k, kind, linear_reference, linear_activation_reference)
 
 
-def expert_mlp_cpu(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top: int, kind: str) -> Tensor:
-    return _mix(x, router, up, down, bias, top, kind, linear_cpu, linear_activation_cpu)
+def expert_mlp_cpu(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str) -> Tensor:
+    return _mix(x, router, up, down, bias, top_k, kind, linear_cpu, linear_activation_cpu)
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -86,7 +85,7 @@ def _route_kernel(
     stride_re,
     HIDDEN: tl.constexpr,
     EXPERTS: tl.constexpr,
-    TOP: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,22 +95,22 @@ def _route_kernel(
     token_mask, e_mask = token < total_tokens, e < EXPERTS
     x_ptrs = x_ptr + token[:, None] * stride_xt
     router_ptrs = router_ptr + e[:, None] * stride_re
-    logits, _ = products(
+    logits, _ = matmul_tile(
         x_ptrs, router_ptrs, 0, token_mask[:, None], e_mask[:, None], HIDDEN, False, BLOCK_T, BLOCK_E, BLOCK_K
     )
     logits = tl.where(e_mask[None, :], logits, float("-inf"))
     odds = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     total = tl.sum(odds, axis=1)
-    odds = tl.where(odds == odds, odds, 0.0)  # of NaNs the greatest could lie in any lane; total keeps them
-    for choice in tl.static_range(TOP):
+    odds = tl.where(odds == odds, odds, 0.0)  # the maximum of NaNs could be any lane; total keeps them
+    for choice in tl.static_range(TOP_K):
         best, expert = tl.max(odds, axis=1, return_indices=True)
-        tl.store(weight_ptr + token * TOP + choice, best / total, mask=token_mask)
-        tl.store(expert_ptr + token * TOP + choice, expert, mask=token_mask)
+        tl.store(weight_ptr + token * TOP_K + choice, best / total, mask=token_mask)
+        tl.store(expert_ptr + token * TOP_K + choice, expert, mask=token_mask)
         odds = tl.where(e[None, :] == expert[:, None], -1.0, odds)
 
 
 @triton.jit
-def _expert_product_kernel(
+def _expert_linear_kernel(
     x_ptr,
     weight_ptr,
     order_ptr,
@@ -132,12 +131,12 @@ def _expert_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[choice] = activation(weight[its expert] @ x[choice // CHOICES]), a tile of one expert's choices a program."""
+    """y[choice] = activation(weight[expert] @ x[choice // CHOICES]); one program per tile of an expert's choices."""
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     slot = tl.program_id(0) // tiles_n
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # An expert's first slot: never fewer slots than tiles, and known without adding up counts.
+    # An expert's first slot: at least as many slots as tiles, without a sum over the counts.
     e = tl.arange(0, BLOCK_E)
     first_slots = tl.load(offsets_ptr + e, mask=e < EXPERTS, other=0) // BLOCK_M + e
     expert = tl.sum(((first_slots <= slot) & (e < EXPERTS)).to(tl.int32), axis=0) - 1
@@ -150,7 +149,7 @@ def _expert_product_kernel(
     choice = tl.load(order_ptr + place, mask=mask, other=0)
     x_ptrs = x_ptr + (choice // CHOICES)[:, None] * stride_xt
     weight_ptrs = weight_ptr + expert.to(tl.int64) * stride_we + n[:, None] * stride_wn
-    y, up = products(
+    y, up = matmul_tile(
         x_ptrs, weight_ptrs, OUT * stride_wn, mask[:, None], (n < OUT)[:, None], IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
     )
     if KIND is not None:
@@ -165,21 +164,23 @@ def _mix_kernel(
     bias_ptr,
     y_ptr,
     HIDDEN: tl.constexpr,
-    TOP: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
     y = tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    for choice in tl.static_range(TOP):
-        row = token * TOP + choice
+    for choice in tl.static_range(TOP_K):
+        row = token * TOP_K + choice
         y += tl.load(weight_ptr + row) * tl.load(down_ptr + row * HIDDEN + h, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
 
 
-def expert_mlp_triton(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top: int, kind: str) -> Tensor:
-    """Route; up, then down, each one launch over every expert; mix. The dimensions alone fix a token's additions."""
+def expert_mlp_triton(
+    x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str
+) -> Tensor:
+    """Route, run up and down with one launch each for all experts, and mix. The dimensions alone fix the additions."""
     (total_tokens, hidden), experts = x.shape, router.shape[0]
     intermediate = down.shape[2]
     if kind not in KINDS:
@@ -195,15 +196,15 @@ def expert_mlp_triton(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias:
             raise ValueError(
                 f"{name} must be {shape} with contiguous rows, got {tuple(tensor.shape)}, strides {tensor.stride()}"
             )
-    if not 0 < top <= experts:
-        raise ValueError(f"top must lie in 1..{experts}, got {top}")
+    if not 0 < top_k <= experts:
+        raise ValueError(f"top_k must be in 1..{experts}, got {top_k}")
     if x.stride(1) != 1:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
     y = torch.empty((total_tokens, hidden), dtype=x.dtype, device=x.device)
     if total_tokens == 0:
         return y
-    weight = torch.empty((total_tokens, top), dtype=torch.float32, device=x.device)
-    expert = torch.empty((total_tokens, top), dtype=torch.int16, device=x.device)  # two digits of a radix sort
+    weight = torch.empty((total_tokens, top_k), dtype=torch.float32, device=x.device)
+    expert = torch.empty((total_tokens, top_k), dtype=torch.int16, device=x.device)  # 16 bits: two radix passes
     _route_kernel[(triton.cdiv(total_tokens, _ROUTE_T),)](
         x,
         router,
@@ -214,7 +215,7 @@ def expert_mlp_triton(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias:
         stride_re=router.stride(0),
         HIDDEN=hidden,
         EXPERTS=experts,
-        TOP=top,
+        TOP_K=top_k,
         BLOCK_T=_ROUTE_T,
         BLOCK_E=max(16, triton.next_power_of_2(experts)),
         BLOCK_K=_ROUTE_K,
@@ -223,22 +224,22 @@ def expert_mlp_triton(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias:
     )
     sorted_expert, order = expert.flatten().sort(stable=True)
     every_expert = torch.arange(experts + 1, dtype=torch.int16, device=x.device)
-    offsets = torch.searchsorted(sorted_expert, every_expert, out_int32=True)  # where each one's choices start
-    hidden_rows = _expert_products(x, up, order, offsets, top, kind)
-    down_rows = _expert_products(hidden_rows, down, order, offsets, 1, None)
+    offsets = torch.searchsorted(sorted_expert, every_expert, out_int32=True)  # of each expert's choices
+    hidden_rows = _expert_linear(x, up, order, offsets, top_k, kind)
+    down_rows = _expert_linear(hidden_rows, down, order, offsets, 1, None)
     block_h = triton.next_power_of_2(hidden)
     _mix_kernel[(total_tokens,)](
-        down_rows, weight, bias, y, HIDDEN=hidden, TOP=top, BLOCK_H=block_h, **row_launch(block_h)
+        down_rows, weight, bias, y, HIDDEN=hidden, TOP_K=top_k, BLOCK_H=block_h, **row_launch(block_h)
     )
     return y
 
 
-def _expert_products(
-    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, choices: int, kind: str | None
+def _expert_linear(
+    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, choices_per_row: int, kind: str | None
 ) -> Tensor:
-    """Row i of x through the experts of the choices i * choices to (i + 1) * choices - 1: [all choices, out_features].
+    """Return row i of x through the experts of choices i * choices_per_row + j: [total choices, out_features].
 
-    order: the choices sorted by expert; offsets: [experts + 1] int32, where each expert's start among them.
+    order: the choices sorted by expert; offsets: [experts + 1] int32, where each expert's choices start in order.
     """
     experts, rows, in_features = weight.shape
     gated = kind in GATED
@@ -246,7 +247,7 @@ def _expert_products(
     y = torch.empty((order.shape[0], out_features), dtype=x.dtype, device=x.device)
     tile = expert_tile(x.dtype, gated, generation(x.device))
     slots = order.shape[0] // tile.block_m + experts
-    _expert_product_kernel[(slots * triton.cdiv(out_features, tile.block_n),)](
+    _expert_linear_kernel[(slots * triton.cdiv(out_features, tile.block_n),)](
         x,
         weight,
         order,
@@ -256,7 +257,7 @@ def _expert_products(
         stride_we=weight.stride(0),
         stride_wn=weight.stride(1),
         stride_yc=y.stride(0),
-        CHOICES=choices,
+        CHOICES=choices_per_row,
         EXPERTS=experts,
         IN=in_features,
         OUT=out_features,
@@ -277,5 +278,5 @@ expert_mlp.register_kernel("cuda", device_guard(expert_mlp_triton))
 
 
 @expert_mlp.register_fake
-def _(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top: int, kind: str) -> Tensor:
+def _(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str) -> Tensor:
     return torch.empty_like(x)

@@ -1,7 +1,7 @@
-"""Tile sizes of the kernels: (op, dtype, dimensions, GPU generation) -> what a program covers and how it is launched.
+"""Tile sizes of the kernels: (op, dtype, dimensions, GPU generation) -> block sizes and launch options.
 
-Compiled for each generation without spills (tests/test_compile.py), not yet timed: no GPU has been at hand. Nothing
-here is keyed by the number of tokens, so a row's bits never depend on its batch.
+Compiled for each generation without spills (tests/test_compile.py), but not timed on a GPU. Nothing here is keyed by
+the number of tokens, so a row's bits never depend on its batch.
 """
 
 from dataclasses import dataclass
@@ -9,37 +9,33 @@ from typing import Any
 
 import torch
 
-# Compute capability major -> the generation whose tiles it runs; others run sm_80's, which need least shared memory.
+# Major compute capability -> generation; all others use the tiles of sm_80, which need the least shared memory.
 _GENERATION = {8: 80, 9: 90, 10: 100}
 
-# Row kernels: elements of a row that one warp holds. Up to 1024 a row needs no barrier and its overhead is paid once:
-# add_layer_norm of 768 issues for 87 cycles a row then, for 202 with 256 a warp, where an H200's memory takes 248 (SASS
-# of sm_90, triton 3.9).
+# Elements of a row per warp, in kernels with one program per row. A row of up to 1024 elements then needs no barrier:
+# add_layer_norm with hidden = 768 issues for 87 cycles per row, against 202 with 256 elements per warp, while an H200's
+# memory needs 248 (SASS of sm_90, triton 3.9).
 _ROW_ELEMENTS_PER_WARP = 1024
 _MAX_ROW_WARPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program covers. block_k: the step along a product's inner dimension; attention has none.
-
-    overlap: in full attention, whether a block's values are added up during the softmax of the next block, where
-    tensor cores work beside the rest (FlashAttention-3, arXiv 2407.08608, 3.2). at_once: programs of a persistent
-    product that share a multiprocessor; of two, one may multiply while the other's tile is activated and stored.
-    """
+    """Block sizes and launch options of one kernel."""
 
     block_m: int
     block_n: int
-    block_k: int = 0
+    block_k: int = 0  # step along a matmul's inner dimension; attention has none
     num_warps: int
     num_stages: int
     tma: bool = False  # whether loads go through tensor descriptors
+    # in full attention, whether a block's values are summed during the softmax of the next block, so that tensor cores
+    # and the other units work at the same time (FlashAttention-3, arXiv 2407.08608, 3.2)
     overlap: bool = False
-    at_once: int = 1
 
     @property
     def launch(self) -> dict[str, Any]:
-        # Said outright, since Triton 3.10 turns its default off and with it every bit of the results.
+        # explicit, because Triton 3.10 changes the default, which would change the results' bits
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -63,7 +59,7 @@ ATTENTION = {
     (True, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
 }
 
-# (is the dtype fp32, what follows in the same pass, generation); a gated tile holds block_n columns of both products
+# (is the dtype fp32, epilogue, generation); a gated tile has block_n columns of gate and as many of up
 LINEAR = {
     (False, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
@@ -83,7 +79,7 @@ LINEAR = {
     (True, "rotary", 80): Tile(block_m=64, block_n=128, block_k=16, num_warps=8, num_stages=2),
 }
 
-# The same of e4m3 operands: (what follows in the same pass, generation). sm_80 has no e4m3; sm_89 runs its tiles.
+# The same for e4m3 operands: (epilogue, generation). sm_80 has no e4m3; its entries are for sm_89.
 LINEAR_FP8 = {
     ("nothing", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
     ("activation", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
@@ -96,7 +92,7 @@ LINEAR_FP8 = {
     ("gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
 }
 
-# The same of a product grouped by expert, whose rows no descriptor gathers: (is the dtype fp32, gated, generation)
+# The linear of each expert, without descriptors, which cannot gather rows: (is the dtype fp32, gated, generation)
 EXPERTS = {
     (False, False, 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, True, 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
@@ -108,11 +104,6 @@ EXPERTS = {
     (True, True, 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
 }
 
-# Generations where linear_activation is one kernel, not the library's product and the activation. None is measured yet.
-FUSED_ACTIVATION: frozenset[int] = frozenset()
-# The same of linear_rotary: one kernel, not the library's product and the rotation.
-FUSED_ROTARY: frozenset[int] = frozenset()
-
 
 def generation(device: torch.device) -> int:
     if device.type != "cuda":
@@ -121,7 +112,7 @@ def generation(device: torch.device) -> int:
 
 
 def row_launch(block_h: int) -> dict[str, Any]:
-    """How a kernel of one row per program is launched. block_h: elements of the row, a power of two."""
+    """Return the launch options of a kernel with one program per row of block_h elements, a power of two."""
     num_warps = min(max(block_h // _ROW_ELEMENTS_PER_WARP, 1), _MAX_ROW_WARPS)
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 
@@ -141,11 +132,11 @@ def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -
     return attention_tile(dtype, head_dim, generation(device)).block_m
 
 
-def linear_tile(dtype: torch.dtype, follows: str, generation: int) -> Tile:
+def linear_tile(dtype: torch.dtype, epilogue: str, generation: int) -> Tile:
     if dtype == torch.float8_e4m3fn:
-        return LINEAR_FP8[follows, generation]
+        return LINEAR_FP8[epilogue, generation]
     fp32 = dtype == torch.float32
-    return LINEAR[fp32, follows, 80 if fp32 else generation]
+    return LINEAR[fp32, epilogue, 80 if fp32 else generation]
 
 
 def expert_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
