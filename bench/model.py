@@ -202,18 +202,18 @@ def packed_baseline(runner: Runner, weights: EncoderWeights, ids: Ids) -> np.nda
     batch: PackedBatch = runner._to_device(pack(ids, spec))
     x = embedding_reference(
         *(batch.input_ids, batch.positions, None, weights.word, weights.token_type, None),
-        *(weights.norm, weights.norm_bias, spec.norm_eps),
+        *(weights.norm.weight, weights.norm.bias, spec.norm_eps),
     )
     assert batch.inv_freq is not None
     cos_sin = rotary_cos_sin_reference(batch.positions, batch.inv_freq[0], batch.cu_seqlens)
     for layer in weights.layers:
-        qkv = F.linear(x, layer.qkv).view(-1, 3, spec.heads, spec.head_dim)
+        qkv = F.linear(x, layer.qkv.linear.weight).view(-1, 3, spec.heads, spec.head_dim)
         rotary_reference(qkv, cos_sin)
-        out = F.linear(varlen_attention(qkv, batch, spec.head_dim**-0.5), layer.out)
-        x = add_layer_norm_reference(out, x, layer.attention_norm, layer.attention_norm_bias, spec.norm_eps)
-        up = activation_reference(F.linear(x, layer.up), spec.activation)
-        down = F.linear(up, layer.down)
-        x = add_layer_norm_reference(down, x, layer.mlp_norm, layer.mlp_norm_bias, spec.norm_eps)
+        out = F.linear(varlen_attention(qkv, batch, spec.head_dim**-0.5), layer.out.weight)
+        x = add_layer_norm_reference(out, x, layer.attention_norm.weight, layer.attention_norm.bias, spec.norm_eps)
+        up = activation_reference(F.linear(x, layer.mlp.up.weight), spec.activation)
+        down = F.linear(up, layer.mlp.down.weight)
+        x = add_layer_norm_reference(down, x, layer.mlp_norm.weight, layer.mlp_norm.bias, spec.norm_eps)
     pooled = pool_reference(x, batch.cu_seqlens, "mean", False, spec.hidden, False)
     return pooled.cpu().numpy()
 

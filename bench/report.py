@@ -172,16 +172,14 @@ def loading(result: Result) -> str:
     rows = (
         (
             row["dtype"],
-            f"{row['read_and_cast_s']:.2f} s",
-            f"{row['load_s']:.2f} s",
-            f"{row['times_bound']:.2f}",
-            f"{row['memory']:.2f} x the file",
-            f"{row['load_and_pack_s']:.2f} s",
-            f"{row['memory_of_packing']:.2f} x the file",
+            row["way"],
+            f"{row['seconds']:.2f} s",
+            f"{row['resident']:.2f} x the file",
+            f"{row['private']:.2f} x the file",
         )
         for row in result["rows"]
     )
-    header = ("dtype", "read the file and cast", "load", "ratio", "peak memory", "load and prepack", "peak memory")
+    header = ("dtype", "way", "time", "peak resident memory", "peak private memory")
     return f"A file of {result['bytes'] / 1e6:.0f} MB in float32, loaded in each dtype.\n\n{table(header, rows)}"
 
 
