@@ -1,4 +1,4 @@
-"""Hidden states against transformers' own classes, fp32, on values."""
+"""Hidden states compared with transformers' models in fp32."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ import unpadded
 
 @pytest.mark.parametrize("names", ["legacy", "transformers"])
 def test_nomic_bert_matches_transformers(tmp_path, names):
-    engine = unpadded.load(write_nomic(tmp_path / "ours", names=names), device="cpu")
-    model = NomicBertModel.from_pretrained(write_nomic(tmp_path / "theirs", names="transformers")).eval()
+    engine = unpadded.load(write_nomic(tmp_path / "unpadded", names=names), device="cpu")
+    model = NomicBertModel.from_pretrained(write_nomic(tmp_path / "transformers", names="transformers")).eval()
     assert_parity(engine, last_hidden_state(model))
 
 
 def test_dynamic_ntk_follows_each_text_alone(tmp_path):
-    """A fresh reference for every text; ours in one batch, where a longer text comes first, and again one by one."""
+    """Compare one batch, with a longer text first, and single texts with a fresh reference model per text."""
     folder = write_nomic(tmp_path, names="transformers", trained_length=64, scaling_factor=2.0)
     engine = unpadded.load(folder, device="cpu", max_length=8192)
     lengths = (900, 65, 7, 64, 200, 128)
@@ -43,7 +43,7 @@ def test_bert_matches_transformers(tmp_path):
 
 @pytest.mark.slow
 def test_real_dimensions_match_transformers(tmp_path):
-    """12 layers x 768 at 512 and 8192 tokens, plain and, past the trained 2048, dynamically scaled."""
+    """12 layers x 768 at 512 and 8192 tokens, and dynamically scaled beyond the trained 2048."""
     folder = write_nomic(tmp_path, names="transformers", **REAL)
     engine = unpadded.load(folder, device="cpu", max_length=8192)
     model = NomicBertModel.from_pretrained(folder).eval()

@@ -337,22 +337,22 @@ def test_nomic_slots_hold_what_transformers_loads(names: str, activation: str, t
     assert torch.equal(weights.word, reference["embeddings.word_embeddings.weight"])
     assert weights.token_type is not None and weights.position is None
     assert torch.equal(weights.token_type, reference["embeddings.token_type_embeddings.weight"])
-    assert torch.equal(weights.norm, reference["embeddings.LayerNorm.weight"])
-    assert torch.equal(weights.norm_bias, reference["embeddings.LayerNorm.bias"])
+    assert torch.equal(weights.norm.weight, reference["embeddings.LayerNorm.weight"])
+    assert torch.equal(weights.norm.bias, reference["embeddings.LayerNorm.bias"])
     assert len(weights.layers) == 2
     for index, layer in enumerate(weights.layers):
         of = f"layers.{index}."
         qkv = [reference[f"{of}self_attn.{part}_proj.weight"] for part in "qkv"]
-        assert torch.equal(layer.qkv, torch.cat(qkv))
-        assert torch.equal(layer.out, reference[f"{of}self_attn.o_proj.weight"])
+        assert torch.equal(layer.qkv.linear.weight, torch.cat(qkv))
+        assert torch.equal(layer.out.weight, reference[f"{of}self_attn.o_proj.weight"])
         gate_and_up = [reference[f"{of}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-        assert torch.equal(layer.up, torch.cat(gate_and_up))
-        assert torch.equal(layer.down, reference[f"{of}mlp.down_proj.weight"])
-        assert torch.equal(layer.attention_norm, reference[f"{of}post_attention_layernorm.weight"])
-        assert torch.equal(layer.attention_norm_bias, reference[f"{of}post_attention_layernorm.bias"])
-        assert torch.equal(layer.mlp_norm, reference[f"{of}post_mlp_layernorm.weight"])
-        assert torch.equal(layer.mlp_norm_bias, reference[f"{of}post_mlp_layernorm.bias"])
-        assert layer.qkv_bias is layer.out_bias is layer.up_bias is layer.down_bias is None
+        assert torch.equal(layer.mlp.up.weight, torch.cat(gate_and_up))
+        assert torch.equal(layer.mlp.down.weight, reference[f"{of}mlp.down_proj.weight"])
+        assert torch.equal(layer.attention_norm.weight, reference[f"{of}post_attention_layernorm.weight"])
+        assert torch.equal(layer.attention_norm.bias, reference[f"{of}post_attention_layernorm.bias"])
+        assert torch.equal(layer.mlp_norm.weight, reference[f"{of}post_mlp_layernorm.weight"])
+        assert torch.equal(layer.mlp_norm.bias, reference[f"{of}post_mlp_layernorm.bias"])
+        assert [linear.bias for linear in layer.linears.values()] == [None] * 4
 
 
 def test_bert_slots_hold_what_transformers_loads(tmp_path: Path) -> None:
@@ -363,18 +363,18 @@ def test_bert_slots_hold_what_transformers_loads(tmp_path: Path) -> None:
     assert torch.equal(weights.position, reference["embeddings.position_embeddings.weight"])
     for index, layer in enumerate(weights.layers):
         of = f"encoder.layer.{index}."
-        for suffix, qkv in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+        for suffix, qkv in (("weight", layer.qkv.linear.weight), ("bias", layer.qkv.linear.bias)):
             parts = [reference[f"{of}attention.self.{part}.{suffix}"] for part in ("query", "key", "value")]
             assert qkv is not None and torch.equal(qkv, torch.cat(parts))
-        for module, weight, bias in (
-            ("attention.output.dense", layer.out, layer.out_bias),
-            ("attention.output.LayerNorm", layer.attention_norm, layer.attention_norm_bias),
-            ("intermediate.dense", layer.up, layer.up_bias),
-            ("output.dense", layer.down, layer.down_bias),
-            ("output.LayerNorm", layer.mlp_norm, layer.mlp_norm_bias),
+        for module, loaded in (
+            ("attention.output.dense", layer.out),
+            ("attention.output.LayerNorm", layer.attention_norm),
+            ("intermediate.dense", layer.mlp.up),
+            ("output.dense", layer.mlp.down),
+            ("output.LayerNorm", layer.mlp_norm),
         ):
-            assert torch.equal(weight, reference[f"{of}{module}.weight"])
-            assert bias is not None and torch.equal(bias, reference[f"{of}{module}.bias"])
+            assert torch.equal(loaded.weight, reference[f"{of}{module}.weight"])
+            assert torch.equal(loaded.bias, reference[f"{of}{module}.bias"])
 
 
 def test_the_slots_are_the_tensors_that_were_written() -> None:

@@ -1,4 +1,4 @@
-"""A text's bits depend on that text alone: whatever stands beside it, before it, or was embedded earlier."""
+"""A text's bits depend on that text alone: not on its batch, its place there, or earlier texts."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ def nomic(folder, **shape):
     return write_nomic(folder, scaling_factor=2.0, trained_length=512, **shape)
 
 
-def check_batches(engine, lengths, batches):
-    """Alone, then in shuffled batches of every size the budget allows, then alone again."""
+def assert_independent_of_batches(engine, lengths, batches):
+    """Compare each text alone, in shuffled batches of random token budgets, and alone again."""
     draw = np.random.default_rng(0)
     texts = [draw.integers(5, 30000, length, dtype=np.int32) for length in lengths]
     alone = np.concatenate([engine.encode([text]) for text in texts])
@@ -29,13 +29,13 @@ def check_batches(engine, lengths, batches):
 @pytest.mark.parametrize("heads", [2, 4])  # head_dim 64 and 32
 def test_nomic_bert(tmp_path, dtype, heads):
     engine = unpadded.load(nomic(tmp_path, heads=heads), device="cpu", dtype=dtype, max_length=8192)
-    check_batches(engine, LENGTHS, batches=10)
+    assert_independent_of_batches(engine, LENGTHS, batches=10)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bert(tmp_path, dtype):
     engine = unpadded.load(write_bert(tmp_path, positions=2560), device="cpu", dtype=dtype, max_length=2560)
-    check_batches(engine, LENGTHS, batches=10)
+    assert_independent_of_batches(engine, LENGTHS, batches=10)
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_8192_tokens_and_real_width(tmp_path, dtype):
     engine = unpadded.load(
         nomic(tmp_path, layers=1, hidden=768, heads=12, intermediate=3072), device="cpu", dtype=dtype, max_length=8192
     )
-    check_batches(engine, (8192, 1, 40, 700, 40, 4000, 9), batches=3)
+    assert_independent_of_batches(engine, (8192, 1, 40, 700, 40, 4000, 9), batches=3)
 
 
 def test_paragraphs_of_real_weights(minilm):

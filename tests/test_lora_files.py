@@ -160,7 +160,7 @@ def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):
                 name = f"layers.{index}.self_attn.{part}_proj"
                 a, b = adapters[task][name]
                 parts.append(torch.addmm(model.state_dict()[f"{name}.weight"], b, a, alpha=1 / RANK))
-            assert torch.equal(layer.qkv, torch.cat(parts))
+            assert torch.equal(layer.qkv.linear.weight, torch.cat(parts))
 
 
 def test_a_text_depends_on_itself_alone(folder):

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support.checkpoints import write_bert, write_nomic
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,20 +80,24 @@ def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
 def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, monkeypatch):
-    runner, maps, closed = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
-    attention, close = runner.encoder.attention, runner.encoder._close
+    runner, maps, rows_of_out = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
+    encoder = runner.encoder
+    attention = encoder.attention
 
     def attend(qkv, batch, *rest):
         maps.append(batch.tile_map)
         return attention.attend(qkv, batch, *rest)
 
+    def counted(layer):
+        return replace(layer, out=lambda x: rows_of_out.append(len(x)) or layer.out(x))
+
     options = VectorOptions(layer_norm=False, dimensions=128, normalize=False)
     lengths = (0, 7, 3, 130, 0, 40, 700, 700, 1, 0, 900)
     with monkeypatch.context() as patch:
-        patch.setattr(runner.encoder, "attention", replace(attention, attend=attend))
-        patch.setattr(runner.encoder, "_close", lambda x, *rest: closed.append(len(x)) or close(x, *rest))
+        patch.setattr(encoder, "attention", replace(attention, attend=attend))
+        patch.setattr(encoder, "weights", replace(encoder.weights, layers=tuple(map(counted, encoder.weights.layers))))
         rows = runner.launch(draw(lengths), options).wait()
-    *earlier, last = closed
+    *earlier, last = rows_of_out
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
     assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
     for row, hidden in zip(rows, runner.hidden_states(draw(lengths)), strict=True):
@@ -208,6 +211,13 @@ class Live(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
+def unfused(layer):
+    """The layer with the activation as a separate operation."""
+    up = layer.mlp.up
+    separate = replace(up, activation=None)
+    return replace(layer, mlp=replace(layer.mlp, up=lambda x: activation(separate(x), up.activation)))
+
+
 @pytest.mark.parametrize("write", [write_nomic, write_bert], ids=["gated", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bytes_of_a_token(tmp_path, write, dtype):
@@ -215,8 +225,8 @@ def test_the_bytes_of_a_token(tmp_path, write, dtype):
     spec = unpadded.load(write(tmp_path), device="cpu", dtype=dtype).checkpoint.spec
     encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype)._pipeline.runner.encoder
     encoder.row_block = None
-    encoder.weights = plain_weights(encoder.weights)
-    encoder.linear_activation = lambda x, weight, bias, kind: activation(F.linear(x, weight, bias), kind)
+    weights = plain_weights(encoder.weights)
+    encoder.weights = replace(weights, layers=tuple(map(unfused, weights.layers)))
     itemsize = encoder.weights.word.dtype.itemsize
     most = []
     for tokens in (1000, 3000):

@@ -1,4 +1,4 @@
-"""safetensors -> device: fused, in the target dtype, and every damaged file refused with what is wrong in it."""
+"""safetensors -> device: fused, in the target dtype; every damaged file is rejected with the reason."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ from support.checkpoints import (
 from torch import Tensor
 
 from unpadded.checkpoint.reader import open_checkpoint
+from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.errors import WeightsError
-from unpadded.model import weights as weights_module
-from unpadded.model.weights import MATRICES, EncoderWeights, load_dense, load_weights, plain_weights, prepacked
-from unpadded_kernels.linear_prepacked import PrepackedWeight, prepacks
+from unpadded.model import tensor_loader
+from unpadded.model.weights import EncoderWeights, load_dense, load_weights, plain_weights, prepacked_weights
+from unpadded_kernels.linear_cpu import can_prepack
 
 CPU = torch.device("cpu")
 SMALL = {"vocabulary": 64, "tokenizer": False}
@@ -36,9 +39,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> EncoderWeights:
 
 
 def flat(weights: EncoderWeights) -> list[Tensor]:
-    fields = [weights.word, weights.token_type, weights.position, weights.norm, weights.norm_bias]
-    fields += [tensor for layer in weights.layers for tensor in vars(layer).values()]
-    return [tensor for tensor in fields if tensor is not None]
+    """Return every tensor of the nested dataclasses, in the order of their fields."""
+
+    def tensors(value: object) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            for item in value:
+                yield from tensors(item)
+        elif is_dataclass(value):
+            for attribute in fields(value):
+                yield from tensors(getattr(value, attribute.name))
+
+    return list(tensors(weights))
 
 
 def same(first: EncoderWeights, second: EncoderWeights) -> bool:
@@ -47,7 +60,7 @@ def same(first: EncoderWeights, second: EncoderWeights) -> bool:
 
 
 def rewrite(folder: Path, **changes: Tensor | None) -> None:
-    """Replace tensors of the single file by name; None removes one. `__` stands for a dot."""
+    """Replace tensors of the single file by name, with `__` for a dot; None removes one."""
     path = folder / "model.safetensors"
     tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
@@ -78,32 +91,29 @@ def test_biases_of_legacy_checkpoints(activation: str, tmp_path: Path) -> None:
     for index, layer in enumerate(load(folder).layers):
         of = f"encoder.layers.{index}."
         up = ["mlp.fc1"] if activation == "gelu" else ["mlp.fc12", "mlp.fc11"]
-        for part, (qkv, out, up_rows, down) in {
-            "weight": (layer.qkv, layer.out, layer.up, layer.down),
-            "bias": (layer.qkv_bias, layer.out_bias, layer.up_bias, layer.down_bias),
-        }.items():
-            assert torch.equal(qkv, stored[f"{of}attn.Wqkv.{part}"])
-            assert torch.equal(out, stored[f"{of}attn.out_proj.{part}"])
-            assert torch.equal(up_rows, torch.cat([stored[f"{of}{name}.{part}"] for name in up]))
-            assert torch.equal(down, stored[f"{of}mlp.fc2.{part}"])
+        names = {"qkv": ["attn.Wqkv"], "out": ["attn.out_proj"], "up": up, "down": ["mlp.fc2"]}
+        for slot, linear in layer.linears.items():
+            for part in ("weight", "bias"):
+                expected = torch.cat([stored[f"{of}{name}.{part}"] for name in names[slot]])
+                assert torch.equal(getattr(linear, part), expected), (slot, part)
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_cast_is_torchs(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_cast_is_that_of_torch(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, dtype=stored, **SMALL)
     expected = load_file(folder / "model.safetensors")
     weights = load(folder, dtype)
     assert {tensor.dtype for tensor in flat(weights)} == {dtype}
     assert torch.equal(weights.word, expected["embeddings.word_embeddings.weight"].to(dtype))
-    assert torch.equal(weights.layers[1].down, expected["encoder.layers.1.mlp.fc2.weight"].to(dtype))
+    assert torch.equal(weights.layers[1].mlp.down.weight, expected["encoder.layers.1.mlp.fc2.weight"].to(dtype))
 
 
 @pytest.mark.parametrize("piece", [1000, 4096, 20_000])
 def test_tensors_longer_than_a_piece(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_nomic(tmp_path, names="transformers", **SMALL)
     whole = load(folder, torch.float16)
-    monkeypatch.setattr(weights_module, "PIECE", piece)
+    monkeypatch.setattr(tensor_loader, "PIECE", piece)
     assert same(whole, load(folder, torch.float16))
 
 
@@ -111,26 +121,26 @@ def test_tensors_longer_than_a_piece(piece: int, tmp_path: Path, monkeypatch: py
 def test_prepacked_matrices_are_the_same_matrices(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     whole, spec = load(folder, dtype), open_checkpoint(folder).spec
-    if not prepacks(whole.word):
+    if not can_prepack(whole.word):
         pytest.skip("oneDNN does not run")
     for weights in (
         load_weights(open_checkpoint(folder), device=CPU, dtype=dtype, prepack=True),
-        prepacked(spec, whole),
+        prepacked_weights(spec, whole),
     ):
         for layer in weights.layers:
-            assert all(isinstance(getattr(layer, name), PrepackedWeight) for name in MATRICES)
-            assert isinstance(layer.up, PrepackedWeight) and len(layer.up.parts) == 2  # gate's, up's
+            parts = {name: len(linear.parts) for name, linear in layer.linears.items()}
+            assert parts == {"qkv": 1, "out": 1, "up": 2, "down": 1}  # up: gate's and up's
         assert same(plain_weights(weights), whole)
 
 
 def test_the_weights_outlive_the_file(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     weights = load(folder)
-    before = weights.layers[0].qkv.clone()
+    before = weights.layers[0].qkv.linear.weight.clone()
     size = (folder / "model.safetensors").stat().st_size
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(bytes(size))
-    assert torch.equal(weights.layers[0].qkv, before)
+    assert torch.equal(weights.layers[0].qkv.linear.weight, before)
 
 
 def test_names_of_checkpoints_converted_from_tensorflow(tmp_path: Path) -> None:
@@ -145,7 +155,7 @@ def test_names_of_checkpoints_converted_from_tensorflow(tmp_path: Path) -> None:
     assert same(plain, load(folder))
 
 
-def test_heads_and_buffers_are_left_alone(tmp_path: Path) -> None:
+def test_heads_and_buffers_are_ignored(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, prefix="bert.", **SMALL)
     plain = load(folder)
     rewrite(
@@ -157,7 +167,7 @@ def test_heads_and_buffers_are_left_alone(tmp_path: Path) -> None:
     assert same(plain, load(folder))
 
 
-def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
+def test_all_mismatches_are_listed_in_one_error(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     rewrite(
         folder,
@@ -180,7 +190,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     assert message.count("\n  ") == 6 and "model.safetensors" in message and "check that" in message
 
 
-def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_under_two_names_is_rejected(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     rewrite(folder, bert__emb_ln__bias=torch.zeros(128))
     with pytest.raises(WeightsError, match=r"stored twice: .*emb_ln\.bias"):
@@ -190,7 +200,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_word_table_shorter_than_the_vocabulary_is_refused_and_a_longer_one_is_padding(tmp_path: Path) -> None:
+def test_the_word_table_may_be_longer_than_the_vocabulary_but_not_shorter(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     change_json(folder / "config.json", vocab_size=50)  # padded to 64
     assert open_checkpoint(folder).spec.vocabulary == 64
@@ -203,29 +213,29 @@ def test_a_word_table_shorter_than_the_vocabulary_is_refused_and_a_longer_one_is
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_that_are_not_finite_are_refused_by_tensor(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_rejected_by_tensor(bad: float, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     damaged = torch.ones(128)
     damaged[77] = bad
     rewrite(folder, encoder__layers__1__norm2__weight=damaged)
-    with pytest.raises(WeightsError, match=r"encoder\.layers\.1\.norm2\.weight in .* holds values that are not finite"):
+    with pytest.raises(WeightsError, match=r"layers\.1\.norm2\.weight in .* not finite; replace the file"):
         load(folder, dtype)
 
 
-def test_a_value_that_overflows_the_target_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_a_value_that_overflows_the_target_is_rejected_by_tensor(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     large = torch.zeros(128)
     large[5] = -70000.0
     rewrite(folder, encoder__layers__0__norm1__bias=large)
-    with pytest.raises(WeightsError, match=r"norm1\.bias in .* does not fit torch\.float16: it holds 70000.*65504"):
+    with pytest.raises(WeightsError, match=r"norm1\.bias in .* does not fit torch\.float16: it contains 70000.*65504"):
         load(folder, torch.float16)
-    assert load(folder, torch.bfloat16).layers[0].attention_norm_bias[5] == torch.tensor(-70000.0).bfloat16()
+    assert load(folder, torch.bfloat16).layers[0].attention_norm.bias[5] == torch.tensor(-70000.0).bfloat16()
 
 
-def test_a_sum_that_overflows_is_no_defect(tmp_path: Path) -> None:
+def test_finite_values_whose_sum_overflows_are_loaded(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     rewrite(folder, encoder__layers__0__norm1__weight=torch.full((128,), 60000.0))
-    assert load(folder, torch.float16).layers[0].attention_norm[0] == 60000.0
+    assert load(folder, torch.float16).layers[0].attention_norm.weight[0] == 60000.0
 
 
 def cut_data(path: Path) -> None:
@@ -262,7 +272,7 @@ def torch_saved(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut_data, "is truncated"),
         (cut_header, "is truncated or not safetensors"),
@@ -274,21 +284,21 @@ def torch_saved(path: Path) -> None:
         (torch_saved, "pickles are never loaded"),
     ],
 )
-def test_a_damaged_file_is_named(damage, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected_with_the_reason(damage, message: str, tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     damage(folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=rf"model\.safetensors.*{said}"):
+    with pytest.raises(WeightsError, match=rf"model\.safetensors.*{message}"):
         open_checkpoint(folder)
 
 
-def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+def test_a_file_truncated_after_its_header_was_read_is_rejected(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, **SMALL)
     checkpoint = open_checkpoint(folder)
-    headers = weights_module.read_headers(checkpoint.weight_files)
+    headers = read_headers(checkpoint.weight_files)
     cut_data(folder / "model.safetensors")
     last = max(headers, key=lambda tensor: tensor.stop)
     with pytest.raises(WeightsError, match=r"model\.safetensors ends at byte"):
-        weights_module._Loader(CPU, torch.float32).load(last.shape, (last,))
+        tensor_loader.TensorLoader(CPU, torch.float32).load(last.shape, (last,))
 
 
 def test_dense_modules(tmp_path: Path) -> None:
@@ -305,6 +315,8 @@ def test_dense_modules(tmp_path: Path) -> None:
 
 PEAK = """
 import re, sys, torch
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.model.weights import load_weights
@@ -319,7 +331,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_fp32_as_fp16_takes_little_more_than_the_result(tmp_path: Path) -> None:
+def test_loading_fp32_as_fp16_takes_little_more_memory_than_the_result(tmp_path: Path) -> None:
     folder = write_nomic(tmp_path, hidden=256, heads=4, intermediate=1024, layers=12, tokenizer=False)
     size = (folder / "model.safetensors").stat().st_size
     run = subprocess.run(

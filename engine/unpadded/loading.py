@@ -19,7 +19,7 @@ from unpadded.execution.runner import Runner
 from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
-from unpadded.model.weights import EncoderWeights, load_dense, load_weights, quantized
+from unpadded.model.weights import EncoderWeights, float8_weights, load_dense, load_weights
 from unpadded.options import LoadKeywords, LoadOptions
 from unpadded.tokenization.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ def make_runner(
     """A checkpoint's weights on a device, ready to run."""
     backend = attention_backend(attention, device, dtype)
     weights = load_weights(checkpoint, device=device, dtype=dtype, prepack=not float8)
-    weights = quantized(weights) if float8 else weights
+    weights = float8_weights(weights) if float8 else weights
     encoder = make_encoder(checkpoint.spec, weights, backend, batch_invariant=batch_invariant)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
 

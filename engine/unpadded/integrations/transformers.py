@@ -34,8 +34,8 @@ from unpadded.integrations import attention_interface
 from unpadded.integrations.padding import pad, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
-from unpadded.model.weights import DTYPES as STORED_DTYPES
-from unpadded.model.weights import EncoderWeights, plain_weights, prepacked
+from unpadded.model.tensor_loader import STORED_DTYPES
+from unpadded.model.weights import EncoderWeights, plain_weights, prepacked_weights
 from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
@@ -196,7 +196,7 @@ class UnpaddedModel(nn.Module):
         self._move()
 
     def _move(self) -> None:
-        """Run where the parameters are, as they are: on a CPU their products take a copy, see `weights.prepacked`."""
+        """Run where the parameters are, as they are: on a CPU their products take a copy, see `prepacked_weights`."""
         old = self.engine._pipeline.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
         runner = _make_runner(self.engine.checkpoint, self._weights, name, old.dense)
@@ -303,7 +303,7 @@ def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str
     """A runner where the weights are."""
     device = weights.word.device
     backend = attention_backend(attention, device, weights.word.dtype)
-    encoder = make_encoder(checkpoint.spec, prepacked(checkpoint.spec, weights), backend)
+    encoder = make_encoder(checkpoint.spec, prepacked_weights(checkpoint.spec, weights), backend)
     moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
 

@@ -1,1 +1,1 @@
-"""A checkpoint as tensors: weights, packed batches, attention and the encoder."""
+"""From a checkpoint to hidden states: weights, layers, packed batches, attention and the encoder."""

@@ -1,4 +1,4 @@
-"""Attention by name: the project's own op, or a library's variable-length kernel, all over the same packed qkv."""
+"""Attention backends by name: this project's op, or a library's variable-length kernel, all over packed qkv."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Attend = Callable[[Tensor, PackedBatch, float, int | None, Tensor | None], Tenso
 
 @dataclass(frozen=True)
 class Attention:
-    """A way to attend: (qkv, batch, scale, window, alibi_slopes) -> [total_tokens, heads * head_dim].
+    """A backend: (qkv, batch, scale, window, alibi_slopes) -> [total_tokens, heads * head_dim].
 
-    qkv: [total_tokens, 3, heads, head_dim]; window: the farthest token that a token sees, None for all;
-    alibi_slopes: [heads] fp32 or None.
+    qkv: [total_tokens, 3, heads, head_dim]; window: the distance up to which tokens attend to each other, None for
+    full attention; alibi_slopes: [heads] fp32 or None.
     """
 
     name: str
@@ -31,11 +31,11 @@ NAMES = ("auto", "unpadded", "torch", "flash-attn")
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend of that name, or the one that "auto" chooses; OptionError where it cannot run."""
+    """Return the backend of that name, or the one that "auto" chooses; OptionError if it cannot run."""
     if name not in NAMES:
         raise OptionError(f"attention is unknown: {name!r}; use one of {', '.join(NAMES)}")
     if name in ("auto", "unpadded"):
-        return Attention("unpadded", _own)
+        return Attention("unpadded", _unpadded)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         raise OptionError(
             f"attention={name!r} runs on CUDA in float16 or bfloat16 only: the device is {device}, the dtype {dtype}; "
@@ -44,17 +44,17 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
     return Attention(name, _torch if name == "torch" else _flash_attn())
 
 
-def _own(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
+def _unpadded(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
     out: Tensor = attention(qkv, batch.cu_seqlens, batch.max_seqlen, scale, window, alibi_slopes, batch.tile_map)
     return out
 
 
 def _torch(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
-    """PyTorch's own build of FlashAttention-2 (aten); torch.nn.attention.varlen wraps it and adds a launch."""
+    """Run PyTorch's build of FlashAttention-2; torch.nn.attention.varlen, which wraps it, adds a launch."""
     q, k, v = qkv.unbind(1)
-    longest = batch.max_seqlen
+    cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        *(q, k, v, batch.cu_seqlens, batch.cu_seqlens, longest, longest, 0.0, False, False),
+        *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False),
         scale=scale,
         window_size_left=window,
         window_size_right=window,
@@ -68,7 +68,7 @@ def _flash_attn() -> Attend:
         from flash_attn import flash_attn_varlen_qkvpacked_func
     except ImportError as error:
         raise OptionError(
-            "attention='flash-attn' needs the package flash-attn, which does not import: "
+            "attention='flash-attn' needs the package flash-attn, whose import fails: "
             f"{error}; install unpadded[flash-attn] or use attention='auto'"
         ) from error
 

@@ -1,4 +1,4 @@
-"""PackedBatch: the one thing that crosses from the host to the encoder."""
+"""PackedBatch: the encoder's input, and the only data that crosses from the host to the device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from unpadded.checkpoint.spec import EncoderSpec, Rotary
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Texts end to end, nothing between them."""
+    """Texts end to end, without padding."""
 
     input_ids: Tensor  # [total_tokens] int32
-    positions: Tensor  # [total_tokens] int32, counted anew in every text
-    cu_seqlens: Tensor  # [batch + 1] int32, where each text starts; the last is total_tokens
-    inv_freq: Tensor | None  # fp32 [rotaries, 1 or batch, head_dim / 2]: a row a text where any is scaled
-    lengths: tuple[int, ...]  # of each text in tokens; stays on the host
+    positions: Tensor  # [total_tokens] int32, starting again in every text
+    cu_seqlens: Tensor  # [batch + 1] int32, the start of each text, then total_tokens
+    inv_freq: Tensor | None  # fp32 [rotary embeddings, 1 or batch, head_dim / 2]; one row per text if any is scaled
+    lengths: tuple[int, ...]  # tokens per text; stays on the host
     token_types: Tensor | None = None  # [total_tokens] int32; None: all of type 0
-    tile_map: Tensor | None = None  # [tiles, 3] int32, what attention runs over on CUDA; set by the runner
+    tile_map: Tensor | None = None  # [tiles, 3] int32, the tiles of attention on CUDA; set by the runner
 
     @property
     def max_seqlen(self) -> int:
@@ -39,7 +39,7 @@ class SelectedTokens:
 
 
 def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
-    """Lay id sequences (each [tokens], int32) end to end, on the CPU."""
+    """Concatenate id sequences, each [tokens] int32, on the CPU."""
     lengths = tuple(len(ids) for ids in sequences)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -59,7 +59,7 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
 
 
 def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padding_id: int) -> np.ndarray:
-    """From padding_id + 1 in every text, past tokens of padding_id, which stay at it: RoBERTa's count."""
+    """Count as RoBERTa does: from padding_id + 1 in every text; tokens of padding_id stay at it and do not count."""
     counted = input_ids != padding_id
     count = np.concatenate(([0], counted.cumsum(dtype=np.int32)))
     before = np.repeat(count[cu_seqlens[:-1]], np.diff(cu_seqlens))
@@ -67,11 +67,11 @@ def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padd
 
 
 def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> Tensor:
-    """1 / base ** (2j / head_dim) for j < head_dim / 2, fp32: one row, or one a text where any is scaled.
+    """Return 1 / base ** (2j / head_dim) for j < head_dim / 2 in fp32: one row, or one per text if any is scaled.
 
-    A text of L tokens beyond the trained length M has the dynamic-NTK base of its own length (see `Rotary`); the
-    formula is the published reference's, which takes the padded batch's length for L and keeps its tables between
-    calls; here L is the text's, so that its embedding depends on nothing else.
+    A text longer than the trained length has the dynamic-NTK base for its own length (see `Rotary`), so that its
+    embedding depends on nothing else. The published reference has the same formula, but takes the padded batch's length
+    and keeps its tables between calls.
     """
     factor, trained = rotary.scaling_factor, rotary.trained_length
     if factor is None or all(length <= trained for length in lengths):
@@ -81,16 +81,16 @@ def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -
         rotary.base * (factor * length / trained - (factor - 1)) ** exponent if length > trained else rotary.base
         for length in lengths
     ]
-    return _of_bases(bases, rotary.frequency_scale, head_dim)
+    return _frequencies(bases, rotary.frequency_scale, head_dim)
 
 
 @functools.lru_cache(maxsize=16)
 def _unscaled(base: float, frequency_scale: float, head_dim: int) -> Tensor:
-    """One row, which nearly every batch has. Shared between batches, so nobody may write to it."""
-    return _of_bases([base], frequency_scale, head_dim)
+    """Return the one row that nearly every batch uses; shared between batches, so it must not be written to."""
+    return _frequencies([base], frequency_scale, head_dim)
 
 
-def _of_bases(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
-    """A row a base: [bases, head_dim / 2] fp32."""
+def _frequencies(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
+    """Return one row per base: [bases, head_dim / 2] fp32."""
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers

@@ -1,8 +1,9 @@
-"""Low-rank adapters: the weights as one task has them, W + scale * B A.
+"""LoRA: the weights for one task, W + scale * B A.
 
-A second copy of the adapted weights is made with the first task and written anew, from W, whenever the task changes: a
-batch of a task costs what one without an adapter costs, and memory does not grow with the tasks. A change is one pass
-over the weights, so calls that alternate between tasks pay for it. The copy never moves: captured graphs stay good.
+The first task allocates a second copy of the weights that LoRA changes, and every change of task recomputes it from W:
+a batch of a task costs as much as one without LoRA, and memory does not grow with the number of tasks. A change is one
+pass over the weights, so calls that alternate between tasks pay for it. The copy never moves, so captured CUDA graphs
+remain valid.
 """
 
 from __future__ import annotations
@@ -14,49 +15,57 @@ import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import LoraSpec
+from unpadded.model.layer import Layer
+from unpadded.model.linear import AnyLinear, Linear
 from unpadded.model.weights import EncoderWeights
 
 
-class AdaptedWeights:
-    """The weights of an encoder for the task asked for last. Not for several threads at once."""
+class TaskWeights:
+    """The weights of an encoder for one task at a time. Not thread-safe."""
 
-    def __init__(self, adapters: LoraSpec, weights: EncoderWeights) -> None:
-        self._adapters = adapters
-        self._base = weights
-        self._task: str | None = None
+    def __init__(self, spec: LoraSpec, base: EncoderWeights) -> None:
+        self._spec = spec
+        self._base = base
+        self._task: str | None = None  # the one that _adapted was computed for
         self._adapted: EncoderWeights | None = None  # set with the first task
 
     def of(self, task: str) -> EncoderWeights:
-        """The weights of a task; what an earlier call gave for another one holds them from here on."""
+        """Return the weights for a task; a later call for another task overwrites them."""
         if self._adapted is None:
             self._adapted = _with_copies(self._base)
         if task != self._task:
-            self._task = None  # so that what is left half written by an error is written anew
-            index = self._adapters.tasks.index(task)
-            for slot, (rows, columns) in self._base.lora.items():
-                # of matrices that are stacked, q, k and v, each may have factors of its own
-                stacked = columns.shape[1] // self._adapters.rank
-                whole = (_tensor(self._base, slot), rows[index], columns[index], _tensor(self._adapted, slot))
-                for base, b, a, adapted in zip(*(tensor.chunk(stacked) for tensor in whole), strict=True):
-                    torch.addmm(base, b, a, alpha=self._adapters.scale, out=adapted)
+            self._task = None  # after an error midway, the next call starts again
+            index = self._spec.tasks.index(task)
+            for name, (lora_b, lora_a) in self._base.lora.items():
+                stacked = lora_a.shape[1] // self._spec.rank  # 3 for q, k and v with separate factors
+                tensors = _matrix(self._base, name), lora_b[index], lora_a[index], _matrix(self._adapted, name)
+                for w, b, a, adapted in zip(*(tensor.chunk(stacked) for tensor in tensors), strict=True):
+                    torch.addmm(w, b, a, alpha=self._spec.scale, out=adapted)
             self._task = task
         return self._adapted
 
 
-def _tensor(weights: EncoderWeights, slot: str) -> Tensor:
-    """Of a slot as the families name it: word, layers.3.qkv."""
-    *layer, name = slot.split(".")
-    found: Tensor = getattr(weights.layers[int(layer[1])] if layer else weights, name)
-    return found
+def _matrix(weights: EncoderWeights, name: str) -> Tensor:
+    """name: such as word or layers.3.qkv, see `Family.tensors`."""
+    *layer, name = name.split(".")
+    if not layer:
+        table: Tensor = getattr(weights, name)
+        return table
+    linear = weights.layers[int(layer[1])].linears[name]
+    assert isinstance(linear, Linear), "LoRA changes plain weights"
+    return linear.weight
 
 
 def _with_copies(base: EncoderWeights) -> EncoderWeights:
-    """Every slot that has an adapter in memory of its own, not yet written."""
-    copies = {slot: torch.empty_like(_tensor(base, slot)) for slot in base.lora}
+    """Return the weights with separate, uninitialized memory for each matrix that LoRA changes."""
+    copies = {name: torch.empty_like(_matrix(base, name)) for name in base.lora}
 
-    def under(start: str) -> dict[str, Any]:
-        return {slot.removeprefix(start): copy for slot, copy in copies.items() if slot.startswith(start)}
+    def changed(index: int) -> Layer:
+        def change(name: str, linear: AnyLinear) -> AnyLinear:
+            copy = copies.get(f"layers.{index}.{name}")
+            return replace(linear, weight=copy) if isinstance(linear, Linear) and copy is not None else linear
 
-    layers = tuple(replace(layer, **under(f"layers.{index}.")) for index, layer in enumerate(base.layers))
-    tables: dict[str, Any] = {slot: copy for slot, copy in copies.items() if "." not in slot}
-    return replace(base, layers=layers, **tables)
+        return base.layers[index].map_linears(change)
+
+    tables: dict[str, Any] = {name: copy for name, copy in copies.items() if "." not in name}
+    return replace(base, layers=tuple(map(changed, range(len(base.layers)))), **tables)

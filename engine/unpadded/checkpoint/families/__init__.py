@@ -5,7 +5,7 @@ To add one:
 1. Say what its encoder is in the words of `EncoderSpec`. `read_config` reads config.json with the functions of
    `config`, which name key, value and remedy in every refusal: sizes with `required`, alternatives with `agreed` and
    `one_of`, and with `refuse` everything that the family's own code would honor and the encoder does not have.
-2. `slots` gives each tensor of `EncoderWeights` and `LayerWeights` its shape and the names it is stored under. Names in
+2. `slots` gives each tensor of `EncoderWeights` and of its layers its shape and the names it is stored under. Names in
    one alternative are stacked (q, k, v; gate, up), alternatives are spellings of the same, and `swapped` marks tensors
    that hold up before gate. What no slot claims and no pattern of IGNORED covers is refused at load, with a list.
    `bert` has functions for whatever keeps BERT's names.

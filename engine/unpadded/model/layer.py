@@ -1,0 +1,140 @@
+"""The parts of an encoder's layer as objects that are called: they hold its weights and hide its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor
+
+from unpadded.checkpoint.spec import Activation
+from unpadded.model.linear import AnyLinear, InvariantLinear
+from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    """LayerNorm of x + residual, which is also the next residual (post-norm)."""
+
+    weight: Tensor  # [hidden]
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: [total_tokens, hidden]. Returns both for what follows."""
+        x = add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        return x, x
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreLayerNorm(LayerNorm):
+    """LayerNorm of x + residual; the sum is the next residual (pre-norm)."""
+
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = pre_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        return x, residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNorm:
+    """RMSNorm of x + residual; the sum is the next residual (pre-norm)."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, residual = rms_norm(x, residual, self.weight, self.eps)
+        return x, residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerNorm:
+    """The residual is added and normalized twice."""
+
+    inner: Norm
+    outer: Norm
+
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = self.inner(x, residual)
+        return self.outer(x, residual)
+
+
+Norm: TypeAlias = LayerNorm | RMSNorm | InnerNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """LayerNorm over all heads of q, and of k, in place."""
+
+    weight: Tensor  # [2 * hidden], q's, then k's
+    bias: Tensor
+    eps: float
+
+    def __call__(self, qkv: Tensor) -> None:
+        qk_norm_(qkv, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKV:
+    """Queries, keys and values, with q and k normalized and rotated where the encoder does so."""
+
+    linear: AnyLinear  # [3 * hidden, hidden], rows ordered three, head, dim
+    norm: QKNorm | None
+    heads: int
+
+    def __call__(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
+        """x: [total_tokens, hidden]; cos_sin: the rotary table. Returns [total_tokens, 3, heads, head_dim]."""
+        if cos_sin is not None and self.norm is None and isinstance(self.linear, InvariantLinear):
+            return self.linear.with_rotary(x, cos_sin, self.heads)
+        qkv = self.linear(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
+        if self.norm is not None:
+            self.norm(qkv)
+        if cos_sin is not None:
+            rotary_(qkv, cos_sin)
+        return qkv
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    up: AnyLinear  # [up_rows, hidden], with the activation
+    down: AnyLinear  # [hidden, intermediate]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMLP:
+    """Mixture of experts: each token goes through the top_k that the router prefers."""
+
+    router: Tensor  # [experts, hidden]
+    up: Tensor  # [experts, up_rows, hidden]
+    down: Tensor  # [experts, hidden, intermediate]
+    bias: Tensor  # [hidden]
+    top_k: int
+    activation: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return expert_mlp(x, self.router, self.up, self.down, self.bias, self.top_k, self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    qkv: QKV
+    out: AnyLinear  # [hidden, hidden]
+    attention_norm: Norm
+    mlp: MLP | ExpertMLP
+    mlp_norm: Norm
+
+    @property
+    def linears(self) -> dict[str, AnyLinear]:
+        """The linear layers by the names of their weights, without experts."""
+        mlp = {"up": self.mlp.up, "down": self.mlp.down} if isinstance(self.mlp, MLP) else {}
+        return {"qkv": self.qkv.linear, "out": self.out, **mlp}
+
+    def map_linears(self, change: Callable[[str, AnyLinear], AnyLinear]) -> Layer:
+        """Return the layer with change(name, linear) in the place of each of `linears`."""
+        changed = {name: change(name, linear) for name, linear in self.linears.items()}
+        mlp = MLP(up=changed["up"], down=changed["down"]) if isinstance(self.mlp, MLP) else self.mlp
+        return replace(self, qkv=replace(self.qkv, linear=changed["qkv"]), out=changed["out"], mlp=mlp)

@@ -1,0 +1,84 @@
+"""Linear layers as objects, y = x @ weight.T + bias and the activation that follows: one class per way to compute it.
+
+Loading builds every layer with `Linear`; the functions at the end of `weights` replace it by other kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from unpadded.checkpoint.spec import Activation
+from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, linear_rotary, quantize_rows
+from unpadded_kernels.fp8 import quantize_rows_reference
+from unpadded_kernels.linear_cpu import linear_prepacked, prepack, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """The library's matmul."""
+
+    weight: Tensor  # [out_features, in_features]; gate rows, then up rows, before a gated activation
+    bias: Tensor | None
+    activation: Activation | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [total_tokens, in_features]. Returns [total_tokens, out_features], half of it if gated."""
+        if self.activation is None:
+            return linear(x, self.weight, self.bias)
+        return linear_activation(x, self.weight, self.bias, self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvariantLinear(Linear):
+    """This project's kernel: a row's bits do not depend on the number of rows, on CUDA too."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_invariant(x, self.weight, self.bias, self.activation)
+
+    def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
+        """Return qkv with q and k rotated in the same pass: [total_tokens, 3, heads, head_dim]."""
+        return linear_rotary(x, self.weight, self.bias, cos_sin, heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepackedLinear:
+    """oneDNN's matmul on a CPU, of a weight that is already in its layout."""
+
+    parts: tuple[Tensor, ...]  # see `prepack`
+    bias: Tensor | None
+    activation: Activation | None
+
+    @classmethod
+    def from_linear(cls, plain: Linear) -> PrepackedLinear:
+        parts = prepack(plain.weight, plain.activation)
+        return cls(parts=parts, bias=plain.bias, activation=plain.activation)
+
+    def to_linear(self) -> Linear:
+        return Linear(weight=unpack(self.parts), bias=self.bias, activation=self.activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_prepacked(x, self.parts, self.bias, self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Linear:
+    """A matmul in e4m3 with one scale per row of x, which is quantized here, and per row of the weight."""
+
+    weight: Tensor  # [out_features, in_features] e4m3
+    scale: Tensor  # [out_features] fp32
+    bias: Tensor | None
+    activation: Activation | None
+
+    @classmethod
+    def from_linear(cls, plain: Linear) -> Float8Linear:
+        weight, scale = quantize_rows_reference(plain.weight)
+        return cls(weight=weight, scale=scale, bias=plain.bias, activation=plain.activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_fp8(*quantize_rows(x), self.weight, self.scale, self.bias, self.activation, x.dtype)
+
+
+AnyLinear: TypeAlias = Linear | PrepackedLinear | Float8Linear

@@ -1,0 +1,89 @@
+"""Every kind of linear layer against the same matmul in float64, and the changes from one kind to another."""
+
+import pytest
+import torch
+
+from unpadded.model.layer import MLP, QKV, Layer, LayerNorm, QKNorm
+from unpadded.model.linear import Float8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded_kernels.activation import KINDS, activation_reference
+from unpadded_kernels.linear_cpu import can_prepack
+from unpadded_kernels.qk_norm import qk_norm_reference
+from unpadded_kernels.rotary import rotary_reference
+
+pytestmark = pytest.mark.usefixtures("seed")
+HIDDEN, HEADS = 96, 3
+CONVERT = {
+    "library": lambda plain: plain,
+    "invariant": lambda plain: InvariantLinear(**vars(plain)),
+    "prepacked": PrepackedLinear.from_linear,
+    "fp8": Float8Linear.from_linear,
+}
+ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "fp8": 0.06}  # relative, Frobenius
+
+
+def draw(rows, activation=None, bias=True):
+    weight = torch.randn(rows, HIDDEN) * HIDDEN**-0.5
+    return Linear(weight=weight, bias=torch.randn(rows) if bias else None, activation=activation)
+
+
+def expected(plain, x):
+    bias = 0 if plain.bias is None else plain.bias.double()
+    y = x.double() @ plain.weight.double().T + bias
+    return y if plain.activation is None else activation_reference(y, plain.activation)
+
+
+def assert_close(actual, expected, error):
+    assert (actual.double() - expected).norm() <= error * expected.norm()
+
+
+@pytest.fixture(params=CONVERT)
+def kind(request):
+    if request.param == "prepacked" and not can_prepack(torch.empty(1)):
+        pytest.skip("oneDNN does not run on this processor")
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, *KINDS])
+def test_every_kind_computes_the_same_linear(kind, activation, bias):
+    plain, x = draw(128, activation, bias), torch.randn(7, HIDDEN)
+    assert_close(CONVERT[kind](plain)(x), expected(plain, x), ERROR[kind])
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_qkv_is_normalized_and_rotated(kind, norm, rotary):
+    plain, x, cos_sin = draw(3 * HIDDEN), torch.randn(7, HIDDEN), torch.randn(7, HIDDEN // HEADS)
+    qk_norm = QKNorm(weight=torch.randn(2 * HIDDEN), bias=torch.randn(2 * HIDDEN), eps=1e-5) if norm else None
+    qkv = expected(plain, x).float().view(7, 3, HEADS, -1)
+    if qk_norm is not None:
+        qk_norm_reference(qkv, qk_norm.weight, qk_norm.bias, qk_norm.eps)
+    if rotary:
+        rotary_reference(qkv, cos_sin)
+    actual = QKV(linear=CONVERT[kind](plain), norm=qk_norm, heads=HEADS)(x, cos_sin if rotary else None)
+    assert actual.shape == qkv.shape
+    assert_close(actual, qkv.double(), ERROR[kind])
+
+
+def test_a_prepacked_linear_becomes_the_plain_one_again():
+    if not can_prepack(torch.empty(1)):
+        pytest.skip("oneDNN does not run on this processor")
+    plain = draw(128, "swiglu")
+    again = PrepackedLinear.from_linear(plain).to_linear()
+    assert torch.equal(again.weight, plain.weight)
+    assert (again.bias is plain.bias) and again.activation == "swiglu"
+
+
+def test_linears_are_changed_by_name():
+    norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5)
+    linears = {"qkv": draw(3 * HIDDEN), "out": draw(HIDDEN), "up": draw(128, "gelu"), "down": draw(HIDDEN)}
+    qkv, mlp = QKV(linear=linears["qkv"], norm=None, heads=HEADS), MLP(up=linears["up"], down=linears["down"])
+    layer = Layer(qkv=qkv, out=linears["out"], attention_norm=norm, mlp=mlp, mlp_norm=norm)
+    assert layer.linears == linears
+    changed = layer.map_linears(lambda name, linear: linear if name == "out" else InvariantLinear(**vars(linear)))
+    assert {name: type(linear) for name, linear in changed.linears.items()} == {
+        "qkv": InvariantLinear,
+        "out": Linear,
+        "up": InvariantLinear,
+        "down": InvariantLinear,
+    }
