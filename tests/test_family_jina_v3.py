@@ -398,9 +398,9 @@ def test_sentence_transformers_words_choose_the_adapters(folder, minilm):
         rows = model.encode(lines, output_value="token_embeddings", **options)
         for row, hidden in zip(rows, engine.token_embeddings(lines, task=options.get("task")), strict=True):
             np.testing.assert_allclose(row, hidden, atol=1e-5)
-    with pytest.raises(OptionError, match=r"task is unknown: 'clustering'; the adapters are retrieval.query, "):
+    with pytest.raises(OptionError, match=r"task is unknown: 'clustering'; use one of retrieval.query, "):
         model.encode(lines, task="clustering")
-    with pytest.raises(OptionError, match="task = 'separation' was given with what its adapter is not run for"):
+    with pytest.raises(OptionError, match=r"task = 'separation' .*omit output_value"):
         model.encode(lines, task="separation", output_value=None)
 
 

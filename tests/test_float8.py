@@ -89,7 +89,7 @@ def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
     folder = write_bert(tmp_path / "bert", tokenizer=False)
     with pytest.raises(OptionError, match=r"dtype is unknown: 'float4'; use auto, .*, float8"):
         unpadded.load(folder, device="cpu", dtype="float4")
-    with pytest.raises(OptionError, match=r"dtype='float8' is not for a module.*use unpadded.load"):
+    with pytest.raises(OptionError, match=r"dtype='float8' is not supported by a module.*use unpadded.load"):
         UnpaddedModel.from_pretrained(folder, dtype="float8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

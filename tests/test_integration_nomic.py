@@ -95,9 +95,9 @@ def test_no_texts(folder):
         ({"texts": "one text"}, TypeError, "must be list"),
         ({"task_type": "search"}, ValueError, "task_type is unknown: 'search'"),
         ({"long_text_mode": "cut"}, ValueError, "long_text_mode is unknown: 'cut'"),
-        ({"inference_mode": "remote"}, ValueError, "inference_mode is not offered: 'remote'"),
-        ({"dimensionality": 0}, ValueError, "dimensionality is not offered: 0"),
-        ({"dimensionality": 129}, ValueError, "dimensionality is not offered: 129"),
+        ({"inference_mode": "remote"}, ValueError, "inference_mode .*'remote'; use 'local'"),
+        ({"dimensionality": 0}, ValueError, "dimensionality .*: 0; use 1 to 128"),
+        ({"dimensionality": 129}, ValueError, "dimensionality .*: 129; use 1 to 128"),
         ({"texts": ["word " * 8193], "long_text_mode": "mean"}, ValueError, "text 0 is too long: 8193 tokens"),
         ({"model": "nomic-embed/text/none"}, unpadded.CheckpointError, "no folder"),
         ({"texts": ["fine", 3]}, unpadded.InputError, "text 1"),
@@ -110,7 +110,7 @@ def test_checks(folder, arguments, error, reason):
 
 
 def test_a_model_without_matryoshka_is_not_cut(tmp_path, caplog):
-    with pytest.raises(unpadded.OptionError, match="gives 128"):
+    with pytest.raises(unpadded.OptionError, match=r"dimensionality .*: 64; use 128"):
         embed.text(["text"], model=str(write_nomic(tmp_path)), dimensionality=64)
     free_embedding_model()
 
@@ -118,4 +118,4 @@ def test_a_model_without_matryoshka_is_not_cut(tmp_path, caplog):
 def test_few_dimensions_are_warned_of(folder, caplog):
     with caplog.at_level(logging.WARNING, "unpadded"):
         embed.text(["text"], model=str(folder), dimensionality=32, device="cpu")
-    assert "dimensionality 32 is below 64" in caplog.text
+    assert "dimensionality 32 reduces quality; use 64 or more" in caplog.text

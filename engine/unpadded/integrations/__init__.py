@@ -1,1 +1,1 @@
-"""The engine under the names and shapes of the libraries that people use today."""
+"""The engine behind the interfaces of other libraries."""

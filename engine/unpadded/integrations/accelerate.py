@@ -1,10 +1,10 @@
-"""accelerate: a loaded transformers model computes with packed batches on its own weights; restore undoes it."""
+"""accelerate: give a loaded transformers model a packed forward pass on its own weights; restore: undo it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from unpadded.checkpoint.families import FAMILIES
-from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 from unpadded.errors import OptionError
 from unpadded.execution.runner import Runner
@@ -29,52 +28,50 @@ STATE = "_unpadded"  # the attribute of an accelerated model
 
 @dataclass
 class _State:
-    """What an accelerated model carries."""
+    """The attribute that `accelerate` adds to a model."""
 
     spec: EncoderSpec
-    found: dict[str, tuple[str, ...]]  # slot -> the model's parameters that are stacked in it
-    said: set[str]  # why it fell back
+    parameter_names: dict[str, tuple[str, ...]]  # weight of the encoder -> parameters stacked in it
+    logged_reasons: set[str] = field(default_factory=set)  # for the model's own forward pass; each is logged once
     runner: Runner | None = None  # made for the parameters at `pointers`
     pointers: tuple[int, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: the runner, which holds kernels, is made anew there."""
+        """Leave out the runner, whose kernels cannot be copied; `_runner` makes another."""
         return {**vars(self), "runner": None}
 
 
 def accelerate(model: Any) -> Any:
-    """Replace the forward pass of a transformers encoder in place with the packed one, on the same weights.
+    """Replace the forward pass of a transformers encoder in place by a packed one on the same weights.
 
-    Parameters that the kernels want stacked (q, k and v; gate and up) become views of one tensor, held once.
-    In training mode, and for arguments that are not offered, the model's own forward pass runs and says so once.
-    OptionError, with the reason, for a model that cannot be taken. Returns the model.
+    Parameters that the kernels need stacked (q, k and v; gate and up) become views of one tensor, so memory does not
+    grow. In training mode, and for arguments that are not supported, the model's own forward pass runs; a warning is
+    logged once for each reason. OptionError, with the reason, for a model that is not supported. Returns the model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise OptionError(f"accelerate does not take {type(model).__name__}; pass a loaded transformers model")
+        raise OptionError(f"accelerate does not support {type(model).__name__}; pass a loaded transformers model")
     if STATE in vars(model):
         return model
     base = getattr(model, "base_model", model)
     if base is not model:
         raise OptionError(
-            f"{type(model).__name__} has a head on its encoder; "
-            f"accelerate the {type(base).__name__} inside, its base_model"
+            f"{type(model).__name__} has a head on its encoder; pass its base_model, the {type(base).__name__}"
         )
-    spec, found = _match(model)
-    state = _State(spec, found, set())
+    state = _State(*_match(model))
     _runner(model, state)
-    # bound, so that a deep copy's forward is the copy's
     vars(model)[STATE] = state
+    # A bound method, so that the forward pass of a deep copy uses the copy.
     model.forward = MethodType(_forward, model)
     return model
 
 
 def restore(model: Any) -> Any:
-    """Undo `accelerate`: the model's own forward pass, each parameter in memory of its own. Returns the model."""
+    """Undo `accelerate`: restore the model's forward pass and separate its parameters' memory. Returns the model."""
     state = vars(model).pop(STATE, None)
     if state is None:
-        raise OptionError(f"this {type(model).__name__} is not accelerated; call unpadded.accelerate first")
+        raise OptionError(f"this {type(model).__name__} is not accelerated; call accelerate first")
     del model.forward
-    for names in state.found.values():
+    for names in state.parameter_names.values():
         if len(names) > 1:
             for name in names:
                 parameter = model.get_parameter(name)
@@ -91,26 +88,28 @@ def _forward(
     inputs_embeds: Tensor | None = None,
     **keywords: Any,
 ) -> Any:
-    """The accelerated forward pass; see `UnpaddedModel.forward`."""
+    """Run the packed forward pass; see `UnpaddedModel.forward`."""
     state: _State = getattr(self, STATE)
-    options = {key: value for key, value in keywords.items() if value is not None}
-    states = options.pop("output_hidden_states", self.config.output_hidden_states)
-    attentions = options.pop("output_attentions", self.config.output_attentions)
-    return_dict = options.pop("return_dict", self.config.return_dict)
-    reason = "it is in training mode" if self.training else None
-    reason = reason or (NO_ATTENTIONS if attentions else None)
-    if reason is None and attention_mask is not None and attention_mask.ndim != 2:
+    unsupported = {key: value for key, value in keywords.items() if value is not None}
+    hidden_states = unsupported.pop("output_hidden_states", self.config.output_hidden_states)
+    attentions = unsupported.pop("output_attentions", self.config.output_attentions)
+    return_dict = unsupported.pop("return_dict", self.config.return_dict)
+    reason = None
+    if self.training:
+        reason = "it is in training mode"
+    elif attentions:
+        reason = NO_ATTENTIONS
+    elif attention_mask is not None and attention_mask.ndim != 2:
         reason = f"attention_mask has {attention_mask.ndim} dimensions"
-    if reason is None and options:
-        reason = f"{', '.join(options)} were given"
+    elif unsupported:
+        reason = f"{', '.join(unsupported)} is not supported"
     if reason is not None:
-        kind = reason.partition(":")[0]
-        if kind not in state.said:
-            state.said.add(kind)
+        if reason not in state.logged_reasons:
+            state.logged_reasons.add(reason)
             logger.warning("%s runs its own forward pass: %s", type(self).__name__, reason)
-        given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        given = {key: value for key, value in given.items() if value is not None}
-        return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **given, **keywords)
+        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        keywords |= {key: value for key, value in inputs.items() if value is not None}
+        return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **keywords)
     output = run_padded(
         _runner(self, state),
         input_ids,
@@ -118,7 +117,7 @@ def _forward(
         token_type_ids,
         position_ids,
         inputs_embeds,
-        output_hidden_states=bool(states),
+        output_hidden_states=bool(hidden_states),
     )
     if getattr(self, "pooler", None) is not None:
         with torch.no_grad():
@@ -127,68 +126,74 @@ def _forward(
 
 
 def _match(model: Any) -> tuple[EncoderSpec, dict[str, tuple[str, ...]]]:
-    """The model's spec, and the parameters of each slot; OptionError with what does not fit."""
+    """Return the model's spec and its parameters by weight of the encoder; OptionError if it is not supported."""
     parameters = dict(model.named_parameters())
     config = model.config.to_dict()
     family = next((one for one in FAMILIES.values() if one.matches(config, list(parameters))), None)
     if family is None:
         raise OptionError(
-            f"{type(model).__name__} is of no known family: model_type = {model.config.model_type!r}; "
-            f"accelerate takes {', '.join(FAMILIES)}"
+            f"{type(model).__name__} belongs to no supported family: model_type = {model.config.model_type!r}; "
+            f"accelerate supports {', '.join(FAMILIES)}"
         )
     spec = family.read_config(config)
     spec = replace(spec, vocabulary=model.get_input_embeddings().weight.shape[0])
-    slots = family.tensors(spec)
-    found = {slot: _parameters_of(wanted, parameters) for slot, wanted in slots.items()}
-    reason = _reason_against(spec, slots, found, parameters, family)
+    specs = family.tensors(spec)
+    names = {weight: _present_names(tensor, parameters) for weight, tensor in specs.items()}
+    reason = next(_mismatches(spec, specs, names, parameters, family.ignored), None)
     if reason is not None:
-        raise OptionError(f"{type(model).__name__} cannot be accelerated: {reason}; run it as it is")
-    return spec, found
+        raise OptionError(f"{type(model).__name__} cannot be accelerated: {reason}; use it without accelerate")
+    return spec, names
 
 
-def _parameters_of(wanted: TensorSpec, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-    return next((names for names in wanted.alternatives if all(name in parameters for name in names)), ())
+def _present_names(tensor: TensorSpec, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return next((names for names in tensor.alternatives if all(name in parameters for name in names)), ())
 
 
-def _reason_against(
+def _mismatches(
     spec: EncoderSpec,
-    slots: Mapping[str, TensorSpec],
-    found: Mapping[str, tuple[str, ...]],
+    specs: Mapping[str, TensorSpec],
+    names: Mapping[str, tuple[str, ...]],
     parameters: Mapping[str, Tensor],
-    family: Family,
-) -> str | None:
-    if absent := [slot for slot, names in found.items() if not names]:
-        wanted = [" + ".join(slots[slot].alternatives[0]) for slot in absent]
-        return f"it lacks the parameters {', '.join(wanted[:4])}"
+    ignored: Sequence[str],
+) -> Iterator[str]:
+    """Yield the reasons why the encoder cannot run on the parameters as they are; each assumes that none came before.
+
+    specs, names: by name of a weight of the encoder, such as layers.0.qkv, its tensor and the parameters stacked in it.
+    """
+    if missing := [" + ".join(specs[weight].alternatives[0]) for weight, found in names.items() if not found]:
+        yield f"it lacks the parameters {', '.join(missing[:4])}"
     if spec.experts is not None:
-        return f"{spec.family} has experts, which the kernels want turned"
+        yield f"{spec.family} has experts, which the kernels read transposed"
     if spec.kv_heads is not None:
-        return f"its {spec.heads} heads share {spec.kv_heads} keys and values, which the kernels want copied"
-    used = {name for names in found.values() for name in names}
-    if swapped := [
-        name for slot, names in found.items() for name in names if name.endswith(slots[slot].up_before_gate)
-    ]:
-        return f"its {swapped[0]} holds its halves the other way round than the kernels want"
-    ignored = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in family.ignored)]
-    if surplus := sorted(parameters.keys() - used - set(ignored)):
-        return f"it has the surplus parameters {', '.join(surplus[:4])}"
-    for slot, names in found.items():
-        shapes = [tuple(parameters[name].shape) for name in names]
-        if (sum(shape[0] for shape in shapes), *shapes[0][1:]) != slots[slot].shape:
-            return f"{', '.join(names)} have the shapes {shapes} instead of {slots[slot].shape} together"
+        yield f"its {spec.heads} heads share {spec.kv_heads} keys and values, which the kernels read repeated"
+    used = {name: specs[weight] for weight, found in names.items() for name in found}
+    if reordered := [name for name, tensor in used.items() if name.endswith(tensor.up_before_gate)]:
+        yield f"its {reordered[0]} stores up before gate, which the kernels read in the other order"
+    unused = parameters.keys() - used.keys()
+    if surplus := sorted(name for name in unused if not any(fnmatchcase(name, pattern) for pattern in ignored)):
+        yield f"it has the additional parameters {', '.join(surplus[:4])}"
+    for weight, found in names.items():
+        shapes = [tuple(parameters[name].shape) for name in found]
+        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if stacked != specs[weight].shape:
+            yield f"{', '.join(found)} have shapes {shapes}, stacked {stacked} instead of {specs[weight].shape}"
     kinds = {(parameters[name].dtype, parameters[name].device) for name in used}
     if len(kinds) > 1:
-        return f"its parameters lie in several dtypes or devices: {sorted(map(str, kinds))}"
+        yield f"its parameters have several dtypes or devices: {sorted(map(str, kinds))}"
     dtype, device = kinds.pop()
-    return None if dtype in DTYPES.values() and device.type != "meta" else f"its parameters are {dtype} on {device}"
+    if dtype not in DTYPES.values() or device.type == "meta":
+        yield f"its parameters are {dtype} on {device}"
 
 
 def _runner(model: Any, state: _State) -> Runner:
-    """Made anew where a parameter lies elsewhere than before: after `to`, `half` or a copy."""
-    parameters = {name: model.get_parameter(name) for names in state.found.values() for name in names}
+    """Return the runner; a new one if a parameter has moved, as after `to`, `half` or a copy."""
+    parameters = {name: model.get_parameter(name) for names in state.parameter_names.values() for name in names}
     pointers = tuple(parameter.data_ptr() for parameter in parameters.values())
     if state.runner is None or state.pointers != pointers:
-        tensors = {slot: _stacked([parameters[name] for name in names]) for slot, names in state.found.items()}
+        tensors = {
+            weight: _stack_in_place([parameters[name] for name in names])
+            for weight, names in state.parameter_names.items()
+        }
         weights = assemble(state.spec, tensors)
         device, dtype = weights.word.device, weights.word.dtype
         encoder = make_encoder(state.spec, weights, attention_backend("auto", device, dtype))
@@ -197,11 +202,11 @@ def _runner(model: Any, state: _State) -> Runner:
     return state.runner
 
 
-def _stacked(parts: list[nn.Parameter]) -> Tensor:
-    """The parameters along dim 0 as one tensor, of which they become views; a single one as it is."""
-    if len(parts) == 1:
-        return parts[0].detach()
-    whole = torch.cat([part.detach() for part in parts])
-    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = rows
-    return whole
+def _stack_in_place(parameters: list[nn.Parameter]) -> Tensor:
+    """Return the parameters as one tensor, stacked along dim 0, and make them views of it."""
+    if len(parameters) == 1:
+        return parameters[0].detach()
+    stacked = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, rows in zip(parameters, stacked.split([len(one) for one in parameters]), strict=True):
+        parameter.data = rows
+    return stacked

@@ -1,28 +1,64 @@
-"""The attention kernels alone, under transformers' AttentionInterface: attn_implementation="unpadded"."""
+"""The packed attention kernel as an attention implementation of transformers: attn_implementation="unpadded"."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
 
 from unpadded.errors import OptionError
 from unpadded.integrations.padding import pad
-from unpadded.model.attention import attention_backend
-from unpadded.model.batch import PackedBatch
+from unpadded_kernels import attention
+from unpadded_kernels.attention import make_tile_map
+from unpadded_kernels.tiles import attention_block_m
 
 NAME = "unpadded"
-# Keywords with which a model asks for more than plain attention.
-NOT_OFFERED = ("position_bias", "softcap", "s_aux", "sliding_window", "cu_seq_lens_q")
+# Keywords by which a model asks for more than plain attention.
+UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sliding_window", "cu_seq_lens_q")
+REMEDY = "use attn_implementation='sdpa'"
 
 
 def register() -> None:
     """Make attn_implementation="unpadded" known to transformers."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)  # the mask as it came, [batch, length]
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+@dataclass(frozen=True)
+class PaddingMask:
+    """The tokens that an attention mask keeps. A model makes it once per forward pass; its layers share it."""
+
+    indices: Tensor | None  # [total_tokens] int64, of the kept tokens in the flattened mask; None: all are kept
+    cu_seqlens: Tensor  # [texts + 1] int32, where texts without a token are left out
+    lengths: tuple[int, ...]  # tokens of each text; stays on the host
+    tile_maps: dict[int, Tensor] = field(default_factory=dict)  # by queries per tile; filled by the first layer
+
+    def tile_map(self, block_m: int) -> Tensor:
+        """Return what the kernel runs over; see `make_tile_map`."""
+        if block_m not in self.tile_maps:
+            self.tile_maps[block_m] = make_tile_map(self.lengths, block_m).to(self.cu_seqlens.device)
+        return self.tile_maps[block_m]
+
+
+def padding_mask(
+    batch_size: int, q_length: int, *, device: torch.device, attention_mask: Tensor | None = None, **_: Any
+) -> PaddingMask:
+    """Read a mask of [batch_size, q_length], zeros at padding; None keeps everything.
+
+    transformers calls this once per forward pass with more keywords, and passes the result to every layer.
+    """
+    kept = None if attention_mask is None else attention_mask.cpu().bool()
+    if kept is None or bool(kept.all()):
+        indices, lengths = None, torch.full((batch_size,), q_length)
+    else:
+        indices, lengths = kept.flatten().nonzero().flatten().to(device), kept.sum(1)
+        lengths = lengths[lengths > 0]
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+    return PaddingMask(indices, cu_seqlens, tuple(lengths.tolist()))
 
 
 def attend(
@@ -30,57 +66,57 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: PaddingMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Bidirectional attention of padded [batch, heads, length, head_dim]; returns [batch, length, heads, head_dim].
+    """Attend in both directions; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim].
 
-    attention_mask: [batch, length], zeros at padding, or None. OptionError for what the kernels do not do: causal,
-    cross and grouped-query attention, dropout, windows and biases.
+    attention_mask: a `PaddingMask`; or [batch, length], zeros at padding; or None.
+    OptionError for causal, cross and grouped-query attention, dropout, sliding windows and biases.
     """
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    _check(query, key, value, attention_mask, dropout, causal, keywords)
     batch, heads, length, head_dim = query.shape
-    _check(query, key, value, attention_mask, dropout, keywords)
-    if is_causal if is_causal is not None else getattr(module, "is_causal", False):
-        raise OptionError("causal attention is not offered: is_causal = True; use attn_implementation='sdpa'")
-    rows = torch.stack((query, key, value)).permute(1, 3, 0, 2, 4).reshape(batch * length, 3, heads, head_dim)
-    kept = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    places = kept.flatten().nonzero().flatten()
-    lengths = kept.sum(1)
-    lengths = lengths[lengths > 0]
-    if attention_mask is not None:
-        rows = rows[places.to(rows.device)]
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(rows.device, torch.int32)
-    packed = PackedBatch(
-        input_ids=cu_seqlens[:0],
-        positions=cu_seqlens[:0],
-        cu_seqlens=cu_seqlens,
-        inv_freq=None,
-        lengths=tuple(lengths.tolist()),
-    )
-    backend = attention_backend("auto", rows.device, rows.dtype)
+    if not isinstance(attention_mask, PaddingMask):
+        attention_mask = padding_mask(batch, length, device=query.device, attention_mask=attention_mask)
+    qkv = torch.stack((query, key, value)).permute(1, 3, 0, 2, 4).reshape(batch * length, 3, heads, head_dim)
+    if attention_mask.indices is not None:
+        qkv = qkv[attention_mask.indices]
+    tile_map = None
+    if qkv.is_cuda:
+        tile_map = attention_mask.tile_map(attention_block_m(qkv.dtype, head_dim, qkv.device))
     scale = head_dim**-0.5 if scaling is None else scaling
-    out = backend.attend(rows.contiguous(), packed, scale, None, None)
-    return pad(out, places, (batch, length)).view(batch, length, heads, head_dim), None
+    longest = max(attention_mask.lengths, default=0)
+    out = attention(qkv.contiguous(), attention_mask.cu_seqlens, longest, scale, None, None, tile_map)
+    return pad(out, attention_mask.indices, (batch, length)).view(query.transpose(1, 2).shape), None
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float, keywords: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PaddingMask | Tensor | None,
+    dropout: float,
+    causal: bool,
+    keywords: dict[str, Any],
 ) -> None:
     if query.shape != key.shape or query.shape != value.shape:
         raise OptionError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} differ: cross and "
-            "grouped-query attention are not offered; use attn_implementation='sdpa'"
+            f"cross and grouped-query attention are not supported: query has shape {tuple(query.shape)}, key "
+            f"{tuple(key.shape)}, value {tuple(value.shape)}; {REMEDY}"
         )
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim != 2:
         raise OptionError(
-            f"attention_mask has {attention_mask.ndim} dimensions, and only padding, [batch, length], is offered; "
-            "use attn_implementation='sdpa'"
+            f"attention_mask has {attention_mask.ndim} dimensions; only padding masks of [batch, length] are "
+            f"supported; {REMEDY}"
         )
+    if causal:
+        raise OptionError(f"causal attention is not supported: is_causal = True; {REMEDY}")
     if dropout:
-        raise OptionError(f"dropout = {dropout} is not offered; call eval(), or use attn_implementation='sdpa'")
-    for name in NOT_OFFERED:
+        raise OptionError(f"dropout = {dropout} is not supported; call eval(), or {REMEDY}")
+    for name in UNSUPPORTED:
         if keywords.get(name) is not None:
-            raise OptionError(f"{name} is not offered: {keywords[name]!r:.80}; use attn_implementation='sdpa'")
+            raise OptionError(f"{name} is not supported: {keywords[name]!r:.80}; {REMEDY}")

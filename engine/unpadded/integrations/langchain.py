@@ -1,4 +1,4 @@
-"""An engine as LangChain's Embeddings."""
+"""UnpaddedEmbeddings: an engine as LangChain's Embeddings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from langchain_core.embeddings import Embeddings
 from unpadded.engine import Engine
 from unpadded.options import EncodeKeywords
 
-# What nomic, jina-embeddings-v3 and sentence-transformers call the tasks.
+# Names of the tasks in nomic, jina-embeddings-v3 and sentence-transformers checkpoints.
 QUERY = ("search_query", "retrieval.query", "query")
 DOCUMENT = ("search_document", "retrieval.passage", "document")
 
 
 class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # Any where the package is absent
-    """`unpadded.load(...)` for LangChain's stores and retrievers.
+    """An engine for LangChain's vector stores and retrievers.
 
-    query, document: options of `Engine.encode` for each kind of text. Without them the checkpoint's own tasks.
+    query, document: options of `Engine.encode` for queries and for documents; None uses the checkpoint's tasks.
     """
 
     def __init__(
         self, engine: Engine, *, query: EncodeKeywords | None = None, document: EncodeKeywords | None = None
     ) -> None:
         self.engine = engine
-        self.query = _options(engine, QUERY) if query is None else query
-        self.document = _options(engine, DOCUMENT) if document is None else document
+        self.query = _task_options(engine, QUERY) if query is None else query
+        self.document = _task_options(engine, DOCUMENT) if document is None else document
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return list(self.engine.encode(texts, output="list", show_progress=False, **self.document))
@@ -38,6 +38,7 @@ class UnpaddedEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]  # An
         return list((await self.engine.aencode(text, **self.query)).tolist())
 
 
-def _options(engine: Engine, names: tuple[str, ...]) -> EncodeKeywords:
-    name = next((name for name in names if name in engine.checkpoint.prompts), None)
-    return EncodeKeywords() if name is None else EncodeKeywords(task=name)
+def _task_options(engine: Engine, names: tuple[str, ...]) -> EncodeKeywords:
+    """Return options with the first of the tasks that the checkpoint has."""
+    task = next((name for name in names if name in engine.checkpoint.prompts), None)
+    return EncodeKeywords() if task is None else EncodeKeywords(task=task)

@@ -1,4 +1,4 @@
-"""An engine as an encoder of mteb: `mteb.evaluate(UnpaddedEncoder(engine), tasks)`."""
+"""UnpaddedEncoder: an engine as an encoder of mteb, `mteb.evaluate(UnpaddedEncoder(engine), tasks)`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from unpadded.engine import Engine
 from unpadded.options import EncodeKeywords
 
-# The task that nomic's models are evaluated with, by mteb's names of task types and of sides.
+# mteb's task types and prompt types -> the tasks with which nomic's models are evaluated
 NOMIC_TASKS = {
     "query": "search_query",
     "document": "search_document",
@@ -24,7 +24,7 @@ NOMIC_TASKS = {
     "STS": "classification",
     "Summarization": "classification",
 }
-# The same of jina-embeddings-v3, whose tasks have adapters.
+# The same for jina-embeddings-v3, whose tasks select adapters.
 JINA_TASKS = {
     "Retrieval-query": "retrieval.query",
     "Retrieval-document": "retrieval.passage",
@@ -40,22 +40,21 @@ JINA_TASKS = {
 
 
 class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any where the package is absent
-    """`unpadded.load(...)` for mteb.
+    """An engine for mteb.
 
-    prompts: mteb's name of a task, a task type or a side (query, document) -> the words before every text; the most
-    special one holds. Without them the checkpoint's own tasks.
+    prompts: the prompt of each text by mteb's name of a task, a task type or a prompt type (query, document); the most
+    specific one is used. None uses the checkpoint's tasks.
     """
 
     def __init__(self, engine: Engine, *, prompts: Mapping[str, str] | None = None) -> None:
         self.engine = engine
-        known = engine.checkpoint.prompts
-        published = (*NOMIC_TASKS.items(), *JINA_TASKS.items())
-        tasks = {name: task for name, task in published if task in known} | {name: name for name in known}
-        self.options: dict[str, EncodeKeywords] = (
-            {name: EncodeKeywords(task=task) for name, task in tasks.items()}
-            if prompts is None
-            else {name: EncodeKeywords(prompt=prompt) for name, prompt in prompts.items()}
-        )
+        self.options: dict[str, EncodeKeywords]
+        if prompts is None:
+            supported = engine.checkpoint.prompts
+            tasks = [*NOMIC_TASKS.items(), *JINA_TASKS.items(), *((task, task) for task in supported)]
+            self.options = {name: EncodeKeywords(task=task) for name, task in tasks if task in supported}
+        else:
+            self.options = {name: EncodeKeywords(prompt=prompt) for name, prompt in prompts.items()}
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"unpadded/{engine.checkpoint.name.rpartition('/')[2]}", "revision": "local"}
         )
@@ -70,9 +69,8 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
         prompt_type: Any = None,
         **_: Any,
     ) -> np.ndarray:
-        """[texts, dimensions] of batches with a column `text`. batch_size has no say: the engine has a token budget."""
+        """Embed the column `text` of batches: [texts, dimensions]. batch_size is ignored; the token budget applies."""
         name = get_prompt_name(dict.fromkeys(self.options, ""), task_metadata, prompt_type)
         texts = (text for batch in inputs for text in batch["text"])
         options = self.options[name] if name else EncodeKeywords(prompt="")
-        vectors = self.engine.encode(texts, show_progress=False, **options)
-        return np.asarray(vectors)
+        return np.asarray(self.engine.encode(texts, show_progress=False, **options))

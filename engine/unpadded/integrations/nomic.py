@@ -1,7 +1,8 @@
-"""nomic's client in its local mode: `from unpadded import embed; embed.text(...)`.
+"""The interface of nomic's Python client in its local mode: `from unpadded import embed; embed.text(...)`.
 
-A text is prefix + tokens in chunks of 2048; "truncate" keeps the first, "mean" averages all. Each chunk's vector has a
-layer norm where the model was trained for matryoshka, is cut and L2-normalized, and so is the mean.
+A text is split into chunks of 2048 tokens, each with the task's prefix; "truncate" embeds the first chunk, "mean"
+averages the vectors of all. Each vector gets a layer norm if the model was trained for matryoshka, is cut and
+L2-normalized, and the mean is normalized again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-import numpy as np
 
 from unpadded.engine import Engine
 from unpadded.errors import InputError, OptionError
@@ -23,10 +22,10 @@ logger = logging.getLogger("unpadded")
 
 TaskType = Literal["search_query", "search_document", "classification", "clustering"]
 
-LEAST_DIMENSIONALITY = 64  # below it the client warns
-LONGEST_MEAN = 8192  # tokens of a text that "mean" takes
-PLACEHOLDER = "24df574ea1c998de59d5be15e769658e"  # what the client embeds for an empty text: MD5 of "nomic empty"
-DEVICES = {None: "auto", "gpu": "cuda", "nvidia": "cuda"}  # the client's words
+RECOMMENDED_DIMENSIONALITY = 64  # the client warns below it
+MAX_MEAN_TOKENS = 8192  # the longest text that "mean" supports
+PLACEHOLDER = "24df574ea1c998de59d5be15e769658e"  # the client's text in place of an empty one: MD5 of "nomic empty"
+DEVICES = {None: "auto", "gpu": "cuda", "nvidia": "cuda"}  # the client's names -> those of `unpadded.load`
 
 
 def text(
@@ -40,76 +39,83 @@ def text(
     device: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Embed texts on this machine: {"embeddings", "usage", "model", "inference_mode"}, as nomic's client gives them.
+    """Embed texts on this machine; return {"embeddings", "usage", "model", "inference_mode"} as nomic's client does.
 
-    model: a name of nomic's, a hub id or a folder; the last one used stays loaded. task_type: search_query,
-    search_document, classification or clustering. dimensionality: fewer dimensions, of models trained for it.
-    long_text_mode: "truncate" or "mean". inference_mode: "local" or "dynamic"; nothing is sent anywhere. device: "gpu",
-    or torch's words. The rest goes to `unpadded.load`. usage counts the texts' tokens without prefix and special ones.
+    model: a name of a nomic model, a hub id or a folder; the last model stays loaded. task_type: search_query,
+    search_document, classification or clustering. dimensionality: fewer dimensions, for models trained for it.
+    long_text_mode: "truncate" or "mean". inference_mode: "local" or "dynamic"; no text leaves the machine either way.
+    device: "gpu", or a name of torch. Other keywords are passed to `unpadded.load`.
+    usage counts the texts' tokens without prefixes and special tokens.
     """
     if isinstance(texts, str):
         raise TypeError("'texts' parameter must be list[str], not str")
     if inference_mode not in ("local", "dynamic"):
         raise OptionError(
-            f"inference_mode is not offered: {inference_mode!r}; use 'local' or 'dynamic', or nomic's client"
+            f"inference_mode is not supported: {inference_mode!r}; use 'local' or 'dynamic', or nomic's client"
         )
-    _check_offered("task_type", task_type, TaskType)
-    _check_offered("long_text_mode", long_text_mode, LongText)
+    _check_choice("task_type", task_type, TaskType)
+    _check_choice("long_text_mode", long_text_mode, LongText)
     result = {"embeddings": [], "usage": {}, "model": model, "inference_mode": "local"}
     if len(texts) == 0:
         return result
     engine = _engine(model, DEVICES.get(device, device), tuple(sorted(kwargs.items())))
     _check_dimensionality(dimensionality, engine)
     embeddings = engine.embed(
-        [PLACEHOLDER if isinstance(one, str) and not one.strip() else one for one in texts],
+        [*(PLACEHOLDER if isinstance(one, str) and not one.strip() else one for one in texts), ""],
         task=task_type,
         dimensions=dimensionality or engine.dimensions,
         long_text=long_text_mode,  # type: ignore[arg-type]  # checked above
         show_progress=False,
     )
-    tokens = _own_tokens(embeddings.token_counts, engine, task_type, long_text_mode)
+    *token_counts, added_tokens = embeddings.token_counts.tolist()  # of the empty text: prefix and special tokens
+    tokens = _count_own_tokens(token_counts, added_tokens, engine.checkpoint.max_length, long_text_mode)
     return result | {
-        "embeddings": embeddings.vectors.tolist(),
+        "embeddings": embeddings.vectors[:-1].tolist(),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 
 
 def free_embedding_model() -> None:
-    """Let go of the model that stays loaded."""
+    """Free the model that stays loaded."""
     _engine.cache_clear()
 
 
 @lru_cache(maxsize=1)
 def _engine(model: str, device: str, options: tuple[tuple[str, Any], ...]) -> Engine:
-    known = model if "/" in model or Path(model).is_dir() else f"nomic-ai/{model}"
-    return load(known, device=device, **{"max_length": CHUNK_TOKENS} | dict(options))
+    name = model if "/" in model or Path(model).is_dir() else f"nomic-ai/{model}"
+    return load(name, device=device, **{"max_length": CHUNK_TOKENS} | dict(options))
 
 
-def _check_offered(name: str, value: str, offered: Any) -> None:
-    if value not in get_args(offered):
-        raise OptionError(f"{name} is unknown: {value!r}; use one of {', '.join(get_args(offered))}")
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise OptionError(f"{name} is unknown: {value!r}; use one of {', '.join(get_args(choices))}")
 
 
 def _check_dimensionality(dimensionality: int | None, engine: Engine) -> None:
     if dimensionality is None or dimensionality == engine.dimensions:
         return
     if not engine.checkpoint.matryoshka or not 1 <= dimensionality <= engine.dimensions:
-        offered = f"1 to {engine.dimensions}" if engine.checkpoint.matryoshka else engine.dimensions
-        raise OptionError(f"dimensionality is not offered: {dimensionality}; {engine.checkpoint.name} gives {offered}")
-    if dimensionality < LEAST_DIMENSIONALITY:
-        logger.warning("dimensionality %d is below %d, and costs quality", dimensionality, LEAST_DIMENSIONALITY)
-
-
-def _own_tokens(counts: np.ndarray, engine: Engine, task_type: str, long_text_mode: str) -> int:
-    """The texts' tokens, those that two chunks share counted twice; InputError for one too long to average."""
-    around = len(
-        next(engine._pipeline.windows([""], engine._pipeline.plan(task=task_type, long_text="mean"))).sequences[0]
-    )
-    chunks = -(-counts // min(CHUNK_TOKENS, engine.checkpoint.max_length))  # all but the last are full
-    own = counts - chunks * around
-    lengths = own - (chunks - 1) * CHUNK_OVERLAP
-    if long_text_mode == "mean" and (longest := int(lengths.max())) > LONGEST_MEAN:
-        raise InputError(
-            f"text {int(lengths.argmax())} is too long: {longest} tokens, and 'mean' takes {LONGEST_MEAN}; shorten it"
+        supported = f"1 to {engine.dimensions}" if engine.checkpoint.matryoshka else f"{engine.dimensions}"
+        raise OptionError(
+            f"dimensionality is not supported by {engine.checkpoint.name}: {dimensionality}; use {supported}"
         )
-    return int(own.sum())
+    if dimensionality < RECOMMENDED_DIMENSIONALITY:
+        logger.warning("dimensionality %d reduces quality; use %d or more", dimensionality, RECOMMENDED_DIMENSIONALITY)
+
+
+def _count_own_tokens(token_counts: list[int], added: int, max_length: int, long_text_mode: str) -> int:
+    """Sum the texts' tokens without `added` per chunk; tokens that two chunks share count twice, as in the client.
+
+    InputError for a text that is too long for "mean".
+    """
+    total = 0
+    for index, count in enumerate(token_counts):
+        chunks = -(-count // min(CHUNK_TOKENS, max_length))  # all but the last are full
+        own = count - chunks * added
+        length = own - (chunks - 1) * CHUNK_OVERLAP
+        if long_text_mode == "mean" and length > MAX_MEAN_TOKENS:
+            raise InputError(
+                f"text {index} is too long: {length} tokens; 'mean' supports {MAX_MEAN_TOKENS}, so shorten it"
+            )
+        total += own
+    return total

@@ -1,4 +1,4 @@
-"""A checkpoint as transformers' forward pass: padded ids in, padded hidden states out, packed in between.
+"""UnpaddedModel: transformers' interface, padded ids to padded hidden states, with a packed forward pass inside.
 
 >>> from unpadded.integrations.transformers import UnpaddedModel
 >>> model = UnpaddedModel.from_pretrained("nomic-ai/nomic-embed-text-v1.5")
@@ -40,20 +40,26 @@ from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
 
-ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "flash-attn"}  # transformers' words
-# Of from_pretrained, what changes no value here.
-HARMLESS = {"add_pooling_layer", "low_cpu_mem_usage", "safe_serialization", "trust_remote_code", "use_safetensors"}
-
-NO_ATTENTIONS = "output_attentions were asked for, which are never held whole"
+# transformers' names of attention implementations -> the names that `unpadded.load` takes
+ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "flash-attn"}
+# Arguments of transformers' from_pretrained that do not affect the values computed here.
+IGNORED_ARGUMENTS = {
+    "add_pooling_layer",
+    "low_cpu_mem_usage",
+    "safe_serialization",
+    "trust_remote_code",
+    "use_safetensors",
+}
+NO_ATTENTIONS = "output_attentions = True is not supported: attention weights are never stored"
 
 attention_interface.register()
 
 
 class UnpaddedModel(nn.Module):
-    """An encoder that takes and gives what transformers' models do, and computes nothing for padding.
+    """An encoder with the inputs and outputs of transformers' models that computes nothing for padding.
 
-    It only infers: in training mode it raises, and its outputs carry no gradient. It has no pooler: `pooler_output` is
-    None. On a CPU a parameter that is written in place by other means than `load_state_dict` changes nothing.
+    For inference only: it raises in training mode, and its outputs have no gradient. `pooler_output` is None.
+    On a CPU, in-place changes of parameters have no effect, except through `load_state_dict`.
     """
 
     main_input_name = "input_ids"
@@ -82,17 +88,17 @@ class UnpaddedModel(nn.Module):
         cache_dir: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-        **harmless: Any,
+        **ignored: Any,
     ) -> UnpaddedModel:
-        """Load a folder or a hub id as `unpadded.load` does: no code of the checkpoint is run.
+        """Load a folder or a hub id as `unpadded.load` does; no code of the checkpoint is run.
 
-        dtype: None or "auto" is the one that the checkpoint is stored in; device: None is the CPU; as in transformers.
-        rotary_scaling_factor: see `unpadded.load`. attn_implementation: "auto", "unpadded", "torch", "flash-attn", or
-        transformers' words for them. OptionError for an argument that is not offered.
+        dtype: None and "auto" mean the dtype of the checkpoint. device: None means the CPU. Both as in transformers.
+        attn_implementation: "auto", "unpadded", "torch", "flash-attn", or transformers' names for them.
+        rotary_scaling_factor: see `unpadded.load`. OptionError for an argument that is not supported.
         """
-        if unknown := sorted(set(harmless) - HARMLESS):
-            raise OptionError(f"from_pretrained does not take {', '.join(unknown)}; leave it out")
-        if harmless.get("trust_remote_code"):
+        if unknown := sorted(set(ignored) - IGNORED_ARGUMENTS):
+            raise OptionError(f"from_pretrained does not support {', '.join(unknown)}; omit it")
+        if ignored.get("trust_remote_code"):
             logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run")
         folder = model
         if not Path(model).is_dir() and (cache_dir or token is not None or local_files_only):
@@ -100,15 +106,15 @@ class UnpaddedModel(nn.Module):
                 os.fspath(model), revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
             )
         folder_revision = revision if folder is model and not Path(model).is_dir() else None
-        asked = dtype or torch_dtype or "auto"
-        if asked == "float8":
-            raise OptionError("dtype='float8' is not for a module, whose parameters may be cast; use unpadded.load")
-        if asked == "auto":
-            asked = _stored_dtype(open_checkpoint(folder, revision=folder_revision))
+        dtype = dtype or torch_dtype or "auto"
+        if dtype == "float8":
+            raise OptionError("dtype='float8' is not supported by a module, which may be cast; use unpadded.load")
+        if dtype == "auto":
+            dtype = _stored_dtype(open_checkpoint(folder, revision=folder_revision))
         engine = load(
             folder,
             device=device or ("cpu" if device_map is None else device_map),
-            dtype=asked,
+            dtype=dtype,
             attention=ATTENTION.get(attn_implementation, attn_implementation or "auto"),
             rotary_scaling_factor=rotary_scaling_factor,
             revision=folder_revision,
@@ -126,19 +132,19 @@ class UnpaddedModel(nn.Module):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Tensor | tuple[Tensor, ...], ...]:
-        """last_hidden_state: [batch, length, hidden], zeros at padding, on the model's device in its dtype.
+        """Return last_hidden_state, [batch, length, hidden], zeros at padding, on the model's device in its dtype.
 
-        input_ids: [batch, length], or inputs_embeds: [batch, length, hidden], to which no gradient is carried.
-        attention_mask: [batch, length], zeros at padding. token_type_ids: [batch, length], of no effect on a model
-        without token types, as in transformers. position_ids: [batch, length], instead of the texts' own.
-        output_attentions are refused.
+        input_ids: [batch, length]; or inputs_embeds: [batch, length, hidden], which receive no gradient.
+        attention_mask: [batch, length], zeros at padding. token_type_ids: [batch, length]; ignored by a model without
+        token types, as in transformers. position_ids: [batch, length]; None counts from the start of each text.
+        output_attentions = True raises OptionError.
         """
         if self.training:
             raise OptionError(
-                "the model is in training mode, and it only infers; call eval(), or train transformers' own"
+                "the model is in training mode but supports inference only; call eval(), or train transformers' model"
             )
         if output_attentions:
-            raise OptionError(f"{NO_ATTENTIONS}; leave it out, or use transformers' own model")
+            raise OptionError(f"{NO_ATTENTIONS}; omit it, or use transformers' model")
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         output = run_padded(
@@ -163,20 +169,20 @@ class UnpaddedModel(nn.Module):
         return dtype
 
     def can_generate(self) -> bool:
-        """Asked by transformers' pipelines."""
+        """Return False; transformers' pipelines call this."""
         return False
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of words, sharing its memory."""
+        """Return the word embeddings as a module that shares their memory."""
         table: nn.Module = nn.Embedding.from_pretrained(self._weights.word)
         return table
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Copy the checkpoint's configuration, weights and adapters, as they are stored."""
+        """Copy the checkpoint's configuration, weight files and adapter files as they are stored."""
         folder, checkpoint = Path(save_directory), self.engine.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.spec != open_checkpoint(checkpoint.folder).spec:
-            logger.warning("rotary_scaling_factor is not saved; pass it again when %s is loaded", folder)
+            logger.warning("rotary_scaling_factor is not saved; pass it again when you load %s", folder)
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         index = checkpoint.folder / "model.safetensors.index.json"
         adapters = [path for file in checkpoint.lora_files for path in (file, file.with_name(lora_files.CONFIG))]
@@ -196,17 +202,17 @@ class UnpaddedModel(nn.Module):
         self._move()
 
     def _move(self) -> None:
-        """Run where the parameters are, as they are: on a CPU their products take a copy, see `prepacked_weights`."""
+        """Make a runner for the parameters as they are after a move, a cast or `load_state_dict`."""
         old = self.engine._pipeline.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
         runner = _make_runner(self.engine.checkpoint, self._weights, name, old.dense)
         self.engine = Engine(self.engine._pipeline.with_runner(runner))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and other processes: the engine, which holds kernels, is made anew there."""
-        engine = self.engine
-        runner = engine._pipeline.runner
-        parts = (engine.checkpoint, engine._pipeline.token_budget, runner.encoder.attention.name, runner.dense)
+        """Leave out the engine, whose kernels cannot be copied; `__setstate__` makes another."""
+        pipeline = self.engine._pipeline
+        runner = pipeline.runner
+        parts = (pipeline.checkpoint, pipeline.token_budget, runner.encoder.attention.name, runner.dense)
         return {**self.__dict__, "engine": parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,9 +234,9 @@ def run_padded(
     *,
     output_hidden_states: bool,
 ) -> BaseModelOutputWithPooling:
-    """Unpad, run the packed encoder, pad at the very end."""
+    """Run the packed encoder on padded tensors and pad its results; see `UnpaddedModel.forward`."""
     weights = runner.encoder.weights
-    batch, places, shape = unpad(
+    batch, indices, shape = unpad(
         input_ids,
         attention_mask,
         runner.encoder.spec,
@@ -244,15 +250,15 @@ def run_padded(
         padded = (last,) * (len(weights.layers) + 1)
     else:
         embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
-        last = pad(runner.forward(batch, states, embeds), places, shape)
-        padded = tuple(pad(state, places, shape) for state in states or ())
+        last = pad(runner.forward(batch, states, embeds), indices, shape)
+        padded = tuple(pad(state, indices, shape) for state in states or ())
     return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=padded if output_hidden_states else None)
 
 
 def make_config(checkpoint: Checkpoint) -> Any:
-    """transformers' configuration object: of the model_type's class where it knows that, else of the base class."""
+    """Return transformers' configuration of a checkpoint, of the base class if it does not know the model_type."""
     spec = checkpoint.spec
-    stated = {
+    from_spec = {
         "hidden_size": spec.hidden,
         "num_hidden_layers": spec.layers,
         "num_attention_heads": spec.heads,
@@ -261,46 +267,47 @@ def make_config(checkpoint: Checkpoint) -> Any:
         "type_vocab_size": spec.token_types,
         "layer_norm_eps": spec.norm_eps,
     }
-    known = {"max_position_embeddings": spec.position_rows or checkpoint.max_length}
-    known |= {key: value for key, value in checkpoint.config.items() if key not in ("auto_map", "model_type")}
+    from_file = {key: value for key, value in checkpoint.config.items() if key not in ("auto_map", "model_type")}
+    default = {"max_position_embeddings": spec.position_rows or checkpoint.max_length}
+    values = default | from_file | from_spec
     model_type = checkpoint.config.get("model_type", spec.family)
     if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type](**known | stated)
-    config = PreTrainedConfig(**known | stated)
+        return CONFIG_MAPPING[model_type](**values)
+    config = PreTrainedConfig(**values)
     config.model_type = model_type  # type: ignore[misc]  # a class variable there
     return config
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What the configuration says, else what the first file holds most of."""
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if stated in DTYPES:
-        return DTYPES[stated]
+    """Return the dtype that the configuration names, else the most frequent one of the first weight file."""
+    configured = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if configured in DTYPES:
+        return DTYPES[configured]
     stored = [tensor.dtype for tensor in read_header(checkpoint.weight_files[0]).values()]
-    found = STORED_DTYPES.get(max(set(stored), key=stored.count), torch.float32)
-    return torch.float32 if found == torch.float64 else found
+    most_frequent = STORED_DTYPES.get(max(set(stored), key=stored.count), torch.float32)
+    return torch.float32 if most_frequent == torch.float64 else most_frequent
 
 
 def _as_parameters(value: Any, register: Callable[[str, nn.Parameter], None], name: str = "") -> Any:
-    """The same dataclass, each of its tensors registered as a frozen parameter that shares its memory."""
+    """Copy a dataclass with each tensor as a frozen parameter that shares its memory, and register the parameters."""
     if isinstance(value, Tensor):
         parameter = nn.Parameter(value, requires_grad=False)
         register(name, parameter)
         return parameter
-    start = f"{name}_" if name else ""
+    prefix = f"{name}_" if name else ""
     if isinstance(value, tuple):
-        return tuple(_as_parameters(item, register, f"{start}{index}") for index, item in enumerate(value))
+        return tuple(_as_parameters(item, register, f"{prefix}{index}") for index, item in enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
-        found = {
-            field.name: _as_parameters(getattr(value, field.name), register, start + field.name)
+        parameters = {
+            field.name: _as_parameters(getattr(value, field.name), register, prefix + field.name)
             for field in fields(value)
         }
-        return replace(value, **found)
+        return replace(value, **parameters)
     return copy.copy(value)
 
 
 def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str, dense: tuple[Dense, ...]) -> Runner:
-    """A runner where the weights are."""
+    """Make a runner on the device of the weights."""
     device = weights.word.device
     backend = attention_backend(attention, device, weights.word.dtype)
     encoder = make_encoder(checkpoint.spec, prepacked_weights(checkpoint.spec, weights), backend)
