@@ -1,4 +1,4 @@
-# `unpadded serve` in an image, for CPUs or for NVIDIA GPUs:
+# An image of `unpadded serve`, for CPUs or for NVIDIA GPUs:
 #
 #   docker build -t unpadded:cpu .
 #   docker build -t unpadded:cuda --build-arg DEVICE=cuda .
@@ -6,7 +6,7 @@
 #   docker run -p 8080:8080 -v models:/models unpadded:cpu nomic-ai/nomic-embed-text-v1.5
 #   docker run -p 8080:8080 --gpus all -v ./model:/model:ro unpadded:cuda /model --alias text-embedding-3-small
 #
-# A model named by its Hugging Face id is downloaded into /models at the first start.
+# A model given by its Hugging Face id is downloaded to /models at the first start.
 
 ARG DEVICE=cpu
 
@@ -16,7 +16,7 @@ ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 FROM base AS cpu
 RUN pip install torch --index-url https://download.pytorch.org/whl/cpu
 
-# PyPI's torch brings CUDA, and the host its driver. Triton compiles its launchers with gcc.
+# torch from PyPI includes CUDA; the driver is the host's. Triton compiles its launchers with gcc.
 FROM base AS cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install torch
@@ -27,7 +27,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY engine engine
 COPY kernels kernels
-RUN pip install ".[server,traces,parquet]"
+RUN pip install ".[server]"
 RUN useradd --uid 1000 --create-home unpadded && install --directory --owner=unpadded /models
 ENV HF_HOME=/models/huggingface TRITON_CACHE_DIR=/models/triton
 USER 1000

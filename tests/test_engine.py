@@ -255,7 +255,7 @@ def test_what_a_user_should_know_is_said_once(tmp_path, caplog):
             engine.encode(["search_query: fine", "no task", "word " * 100])
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert "'no task' has none; pass task='search_query'" in said[0]
+    assert "text 1 has none; pass task='search_query'" in said[0]
     assert "longer than the 64" in said[1] and "rotary_scaling_factor=2" in said[1]
 
 

@@ -1,4 +1,4 @@
-"""`unpadded serve --device cpu,cpu`: a process a device behind one port, and what it is like when they are killed."""
+"""`unpadded serve --device cpu,cpu`: one worker process per device behind one port, also while they are killed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.corpus import PARAGRAPHS
-from support.serving import serving
+from support.serving import serving, wait_until
 
 import unpadded
 
@@ -29,12 +29,9 @@ def expected(minilm):
     return unpadded.load(minilm, device="cpu").encode(PARAGRAPHS[:200])
 
 
-def workers(server):
-    """The processes of the devices."""
-    pid = server.process.pid
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+def worker_pids(server):
+    tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def cpu_seconds(pid):
@@ -42,79 +39,71 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def load(server, expected, until):
-    """Ask from several connections until told to stop; how many answers came, all of them right."""
+def start_clients(server, expected, stop):
+    """Send requests from six threads until `stop` is set, and check every response; futures of their number."""
 
-    def ask(caller):
-        answers = 0
-        while not until.is_set():
-            start, size = (37 * caller + 11 * answers) % 190, (1, 2, 10)[answers % 3]
-            status, _, body = server.ask("POST", "/embed", {"inputs": PARAGRAPHS[start : start + size]})
-            if status == 503 and until.is_set():  # sent after SIGTERM, by a thread that had not yet been told
+    def client(number):
+        responses = 0
+        while not stop.is_set():
+            start, size = (37 * number + 11 * responses) % 190, (1, 2, 10)[responses % 3]
+            status, _, body = server.request("POST", "/embed", {"inputs": PARAGRAPHS[start : start + size]})
+            if status == 503 and stop.is_set():  # sent after SIGTERM
                 break
             assert status == 200, body
             assert np.array_equal(np.array(json.loads(body), np.float32), expected[start : start + size])
-            answers += 1
-        return answers
+            responses += 1
+        return responses
 
     pool = ThreadPoolExecutor(6)
-    return [pool.submit(ask, caller) for caller in range(6)]
+    return [pool.submit(client, number) for number in range(6)]
 
 
-def wait_for(condition):
-    deadline = time.perf_counter() + 60
-    while not condition():
-        assert time.perf_counter() < deadline
-        time.sleep(0.02)
-
-
-def test_both_work_behind_one_port(server, expected):
-    info = json.loads(server.ask("GET", "/info")[2])
+def test_one_request_runs_on_both_devices(server, expected):
+    info = json.loads(server.request("GET", "/info")[2])
     assert info["device"] == "cpu,cpu" and server.metric("unpadded_devices") == 2
-    before = {pid: cpu_seconds(pid) for pid in workers(server)}
+    before = {pid: cpu_seconds(pid) for pid in worker_pids(server)}
     assert len(before) == 2
-    status, headers, body = server.ask("POST", "/embed", {"inputs": PARAGRAPHS[:200]})
+    status, headers, body = server.request("POST", "/embed", {"inputs": PARAGRAPHS[:200]})
     assert status == 200 and np.array_equal(np.array(json.loads(body), np.float32), expected)
     assert headers["x-compute-type"] == "cpu"
-    worked = [cpu_seconds(pid) - seconds for pid, seconds in before.items()]
-    assert min(worked) > 0.2 * max(worked) > 0, worked
+    used = [cpu_seconds(pid) - seconds for pid, seconds in before.items()]
+    assert min(used) > 0.2 * max(used) > 0, used
 
 
-def test_one_killed_under_load(server, expected):
-    until = threading.Event()
-    asked = load(server, expected, until)
+def test_no_request_is_lost_when_one_worker_is_killed(server, expected):
+    stop = threading.Event()
+    clients = start_clients(server, expected, stop)
     time.sleep(0.5)
-    os.kill(workers(server)[0], signal.SIGKILL)
-    wait_for(lambda: server.metric("unpadded_devices") == 1)
-    assert server.ask("GET", "/health")[0] == 200
-    wait_for(lambda: server.metric("unpadded_devices") == 2)
-    until.set()
-    assert min(future.result() for future in asked) > 0
-    assert server.ask("GET", "/health")[0] == 200
-    assert any("a worker died" in line["message"] for line in server.lines)
+    os.kill(worker_pids(server)[0], signal.SIGKILL)
+    wait_until(lambda: server.metric("unpadded_devices") == 1)
+    assert server.request("GET", "/health")[0] == 200
+    wait_until(lambda: server.metric("unpadded_devices") == 2)
+    stop.set()
+    assert min(future.result() for future in clients) > 0
+    assert server.request("GET", "/health")[0] == 200
+    assert any("a worker died" in line["message"] for line in server.log)
 
 
-def test_all_killed_under_load(server, expected):
-    """Requests wait for the processes that are started again; /health says so meanwhile."""
-    until = threading.Event()
-    asked = load(server, expected, until)
+def test_requests_wait_while_all_workers_restart(server, expected):
+    stop = threading.Event()
+    clients = start_clients(server, expected, stop)
     time.sleep(0.5)
-    for pid in workers(server):
+    for pid in worker_pids(server):
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: server.ask("GET", "/health")[0] == 503)
-    wait_for(lambda: server.metric("unpadded_devices") == 2)
-    until.set()
-    assert min(future.result() for future in asked) > 0
-    assert server.ask("GET", "/health")[0] == 200
+    wait_until(lambda: server.request("GET", "/health")[0] == 503)
+    wait_until(lambda: server.metric("unpadded_devices") == 2)
+    stop.set()
+    assert min(future.result() for future in clients) > 0
+    assert server.request("GET", "/health")[0] == 200
 
 
-def test_sigterm_ends_them_all(server, expected):
-    processes = workers(server)
-    until = threading.Event()
-    asked = load(server, expected, until)
+def test_sigterm_stops_the_workers(server, expected):
+    pids = worker_pids(server)
+    stop = threading.Event()
+    clients = start_clients(server, expected, stop)
     time.sleep(0.5)
-    until.set()
+    stop.set()
     assert server.stop() == 0
-    for future in asked:
+    for future in clients:
         future.result()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

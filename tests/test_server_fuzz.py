@@ -1,6 +1,6 @@
-"""Every endpoint under requests that its own OpenAPI document describes, that break it, and that lie near valid ones.
+"""Requests that match the OpenAPI document, that violate it, and mutations of valid ones, to every endpoint.
 
-`pytest tests/test_server_fuzz.py --fuzz 10000` sends that many to each.
+`pytest tests/test_server_fuzz.py --fuzz 10000` sends 10000 requests to each.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
+import pytest
 import schemathesis
 from schemathesis import GenerationMode
 from support.checkpoints import add_sentence_transformers_files, write_nomic
@@ -36,8 +37,7 @@ VALID = {
 ODD = [None, True, 0, -1, 2**31, 2**70, 1e300, "", "\x00", "é" * 50, "a " * 400, [], {}, [[]], [None], ["", 1], [30521]]
 HEADERS = [
     {"accept": "application/octet-stream"},
-    {"accept": "application/vnd.apache.parquet"},
-    {"accept": "application/vnd.apache.arrow.stream;q=0, \x80"},
+    {"accept": "application/x-unknown;q=0, \x80"},
     {"content-encoding": "gzip"},
     {"content-encoding": "zstd"},
     {"content-encoding": "br"},
@@ -46,29 +46,29 @@ HEADERS = [
     {"x-request-id": "é" * 200},
     {"traceparent": "00-zz"},
 ]
-ANSWERS = {200, 400, 404, 413, 415, 422}
-DRAWN = 400  # cases that schemathesis draws of an operation and a mode, at most; the rest are mutations of them
+STATUSES = {200, 400, 404, 413, 415, 422}
+MAX_GENERATED = 400  # cases from schemathesis per operation and mode; the rest are mutations of them
 CANARY_EVERY = 25
 CANARY = PARAGRAPHS[:3]
-MEGABYTE = 1 << 20
-PARTS = (0.2, 0.2, 0.3, 0.3)  # memory is looked at after each
-LONG = 2000  # requests; in a shorter run the allocator's arenas still fill
-# oneDNN keeps kernels for up to 1024 numbers of rows, hundreds of MiB that would hide a leak.
-FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+MIB = 1 << 20
+PARTS = (0.2, 0.2, 0.3, 0.3)  # of the requests; memory is measured after each part
+MIN_REQUESTS_FOR_MEMORY = 2000  # in a shorter run, the allocator's arenas still grow
+# By default oneDNN caches 1024 kernels, hundreds of MiB that would hide a leak.
+SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
-def mutated(value, draw):
-    """A JSON value near a valid one, or not at all."""
+def mutate(value, draw):
+    """Return a JSON value similar to a valid one, or occasionally an unrelated one."""
     if draw.random() < 0.12:
         return draw.choice(ODD)
     if isinstance(value, dict):
-        value = {key: mutated(item, draw) for key, item in value.items() if draw.random() > 0.08}
+        value = {key: mutate(item, draw) for key, item in value.items() if draw.random() > 0.08}
         return value | {"extra": 1} if draw.random() < 0.03 else value
-    return [mutated(item, draw) for item in value] if isinstance(value, list) else value
+    return [mutate(item, draw) for item in value] if isinstance(value, list) else value
 
 
-def drawn(operation, count):
-    """(path, body) of requests that fit the operation's description, and of ones that break it."""
+def generate_cases(operation, count):
+    """Return (path, body) of requests that match the operation's schema, and of ones that violate it."""
     cases = []
 
     def keep(case):
@@ -77,7 +77,7 @@ def drawn(operation, count):
     modes = GenerationMode if operation.method == "post" else [GenerationMode.POSITIVE]
     for mode in modes:
         settings = hypothesis.settings(
-            max_examples=min(count, DRAWN),
+            max_examples=min(count, MAX_GENERATED),
             deadline=None,
             database=None,
             derandomize=True,
@@ -89,26 +89,26 @@ def drawn(operation, count):
 
 
 def fuzz(server, operation, cases, count, seed, expected):
-    """Send `count` requests to an operation: its cases first, then mutations; the statuses of the answers."""
+    """Send `count` requests to an operation, its cases first, then mutations. Return the statuses of the responses."""
     draw, statuses = random.Random(f"{operation.label} {seed}"), set()
     valid = VALID.get(operation.path)
     method = operation.method.upper()
     with contextlib.closing(server.connection()) as connection:
 
-        def ask(method, path, body, headers):
+        def send(method, path, body, headers):
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
 
         for index in range(count):
-            as_drawn = seed == 0 and index < len(cases)
-            path, value = cases[index] if as_drawn else draw.choice(cases)
+            is_generated = seed == 0 and index < len(cases)
+            path, value = cases[index] if is_generated else draw.choice(cases)
             if method == "GET":
                 body = None
                 path += draw.choice(["", "?", "?a=%00", f"?{draw.random()}=é".encode().decode("latin-1")])
             else:
-                if not as_drawn:
-                    value = mutated(valid if draw.random() < 0.7 else value, draw)
+                if not is_generated:
+                    value = mutate(valid if draw.random() < 0.7 else value, draw)
                 body = value if isinstance(value, bytes) else json.dumps(value, default=str).encode()
                 if body and draw.random() < 0.1:
                     place = draw.randrange(len(body))
@@ -117,14 +117,16 @@ def fuzz(server, operation, cases, count, seed, expected):
             if headers.get("content-encoding") == "gzip" and draw.random() < 0.5:
                 body = gzip.compress(body or b"")
             path = "".join(char if "!" < char < "\x7f" else "_" for char in path)
-            status, said, answer = ask(method, path, body, {k: v.encode("latin-1") for k, v in headers.items()})
-            assert status in ANSWERS, (path, body, headers, status, answer)
-            if said["content-type"] == "application/json":
-                json.loads(answer)
+            status, response_headers, content = send(
+                method, path, body, {k: v.encode("latin-1") for k, v in headers.items()}
+            )
+            assert status in STATUSES, (path, body, headers, status, content)
+            if response_headers["content-type"] == "application/json":
+                json.loads(content)
             statuses.add(status)
             if index % CANARY_EVERY == 0:
-                status, _, answer = ask("POST", "/embed", json.dumps({"inputs": CANARY}), {})
-                assert status == 200 and np.array_equal(np.array(json.loads(answer), np.float32), expected)
+                status, _, content = send("POST", "/embed", json.dumps({"inputs": CANARY}), {})
+                assert status == 200 and np.array_equal(np.array(json.loads(content), np.float32), expected)
     return statuses
 
 
@@ -133,17 +135,18 @@ def resident(server):
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
 
-def test_fuzzed_requests_never_break_it(tmp_path, request):
-    """No 500, no hang, no growth, and the answers to known texts keep their bits in between."""
+@pytest.mark.slow
+def test_fuzzed_requests_never_break_the_server(tmp_path, request):
+    """No 500, no hang, no memory growth, and known texts get exactly the same vectors in between."""
     count = request.config.getoption("fuzz")
     folder = add_sentence_transformers_files(write_nomic(tmp_path / "model"))
     expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="")
-    with serving(folder, "--max-body", "400000", "--max-inputs", "64", env=FEW_KERNELS) as server:
-        document = json.loads(server.ask("GET", "/openapi.json")[2])
+    with serving(folder, "--max-body", "400000", "--max-inputs", "64", fork=False, env=SMALL_CACHES) as server:
+        document = json.loads(server.request("GET", "/openapi.json")[2])
         operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
         assert {operation.path for operation in operations if operation.method == "post"} == VALID.keys()
 
-        cases = [drawn(operation, 1 + count // 10) for operation in operations]
+        cases = [generate_cases(operation, 1 + count // 10) for operation in operations]
 
         sizes = []
         for seed, part in enumerate(PARTS):
@@ -152,11 +155,11 @@ def test_fuzzed_requests_never_break_it(tmp_path, request):
                 found = pool.map(send, operations, cases)
                 statuses = dict(zip([operation.label for operation in operations], found, strict=True))
             sizes.append(resident(server))
-        said = ", ".join(f"{size / MEGABYTE:.0f}" for size in sizes)
-        print(f"{count} requests to each of {len(operations)} operations; {said} MiB resident; {statuses}")
-        assert count < LONG or sizes[-1] - sizes[0] < 48 * MEGABYTE
+        mib = ", ".join(f"{size / MIB:.0f}" for size in sizes)
+        print(f"{count} requests to each of {len(operations)} operations; {mib} MiB resident; {statuses}")
+        assert count < MIN_REQUESTS_FOR_MEMORY or sizes[-1] - sizes[0] < 48 * MIB
         for label, found in statuses.items():
             assert 200 in found or label == "GET /v1/models/{name}", label
             assert not label.startswith("POST") or {400, 422} & found, label
         assert server.metric("unpadded_queued_tokens") == 0
-        assert server.ask("GET", "/health")[0] == 200 and server.stop() == 0
+        assert server.request("GET", "/health")[0] == 200 and server.stop() == 0

@@ -1,55 +1,134 @@
-"""A server started as a user starts it, and plain HTTP to talk to it."""
+"""Running `unpadded serve`, and plain HTTP requests to it."""
+
+from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"}
 
 START_SECONDS = 120
+WAIT_SECONDS = 60
+
+# Forks one process per line of stdin, so that each starts without the 2 seconds that the imports take. A line is
+# [arguments of the command line, FIFO for stderr], answered with a pid; or a pid, answered with its exit status.
+FORK_SERVER = """
+import json, os, sys
+import unpadded.server.serve
+from unpadded.cli.main import main
+for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        os.dup2(os.open(request[1], os.O_WRONLY), 2)
+        sys.exit(main(request[0]))
+"""
+
+
+class ForkServer:
+    """Starts command lines by forking a process that has imported torch and the server."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", FORK_SERVER]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+
+    def ask(self, request: object) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """Return the fork server of this process. It exits when its stdin is closed, at the end of this process."""
+    return ForkServer()
+
+
+class ForkedProcess:
+    """A process of the fork server, with the members of subprocess.Popen that `Server` uses."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fifo = os.path.join(folder, "stderr")
+            os.mkfifo(fifo)
+            self.pid = fork_server().ask([arguments, fifo])
+            self.stderr = open(fifo)  # noqa: SIM115
+        self._status: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        if self._status is None:
+            os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        if self._status is None:
+            self._status = fork_server().ask(self.pid)
+        return self._status
+
+
+def run_cli(*arguments: str) -> tuple[int, str]:
+    """Run a command line to its end and return its exit status and stderr."""
+    process = ForkedProcess(list(arguments))
+    with process.stderr as stderr:
+        return process.wait(), stderr.read()
 
 
 class Server:
-    """`unpadded serve`, until stopped; `lines` are its log."""
+    """A running `unpadded serve`. `log` has the parsed lines of its log, and `stderr` all lines as text."""
 
-    def __init__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "unpadded", "serve", str(model), "--port", "0", "--device", "cpu", *flags]
-        self.process = subprocess.Popen(
-            command, env={**ENVIRONMENT, **(env or {})}, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        self.lines: list[dict] = []
-        self.said: list[str] = []
-        ready = threading.Event()
-
-        def read() -> None:
-            for line in self.process.stderr:
-                self.said.append(line)
-                if line.startswith("{"):
-                    self.lines.append(json.loads(line))
-                    if self.lines[-1]["message"] == "ready":
-                        ready.set()
-            ready.set()
-
-        self._reader = threading.Thread(target=read)
+    def __init__(self, model: Path, *flags: str, fork: bool = True, env: dict[str, str] | None = None) -> None:
+        arguments = ["serve", str(model), "--port", "0", "--device", "cpu", *flags]
+        self.process: ForkedProcess | subprocess.Popen[str]
+        if fork:
+            assert env is None, "the environment of a forked process is that of the fork server"
+            self.process = ForkedProcess(arguments)
+        else:
+            command = [sys.executable, "-m", "unpadded", *arguments]
+            self.process = subprocess.Popen(
+                command, env={**ENVIRONMENT, **(env or {})}, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            )
+        self.log: list[dict] = []
+        self.stderr: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read_stderr)
         self._reader.start()
-        if not ready.wait(START_SECONDS) or not self.lines:
+        if not self._ready.wait(START_SECONDS) or not self.log:
             self.stop(signal.SIGKILL)
-            raise AssertionError("".join(self.said))
-        self.url = self.lines[0]["url"]
+            raise AssertionError("".join(self.stderr))
+        self.url = self.log[0]["url"]
         self.port = int(self.url.rpartition(":")[2])
+
+    def _read_stderr(self) -> None:
+        for line in self.process.stderr:
+            self.stderr.append(line)
+            if line.startswith("{"):
+                self.log.append(json.loads(line))
+                if self.log[-1]["message"] == "ready":
+                    self._ready.set()
+        self._ready.set()
 
     def connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
-    def ask(self, method: str, path: str, value: object = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of one exchange; bytes go as they are, anything else as JSON."""
+    def request(
+        self, method: str, path: str, value: object = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body of a response. The request's body is `value`: bytes, or an object as JSON."""
         body = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
         with contextlib.closing(self.connection()) as connection:
             connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
@@ -57,32 +136,43 @@ class Server:
             return response.status, {name.lower(): text for name, text in response.getheaders()}, response.read()
 
     def post(self, path: str, value: object, **headers: str) -> object:
-        """The JSON of a successful POST."""
-        status, _, body = self.ask("POST", path, value, **headers)
+        """Return the JSON of a successful POST."""
+        status, _, body = self.request("POST", path, value, **headers)
         assert status == 200, body
         return json.loads(body)
 
     def metric(self, name: str) -> float:
-        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
+        lines = self.request("GET", "/metrics")[2].decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + " ", name + "{")))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it and return its exit status."""
+        """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
-        """Its exit status, once it has ended and all it said is read."""
-        status = self.process.wait(60)
-        self._reader.join()
+        """Return the exit status when the process has exited and its log is read."""
+        self._reader.join(WAIT_SECONDS)
+        if self._reader.is_alive():
+            self.process.send_signal(signal.SIGKILL)
+            raise AssertionError("the server did not exit")
+        status = self.process.wait()
         self.process.stderr.close()
         return status
 
 
 @contextlib.contextmanager
-def serving(model: Path, *flags: str, env: dict[str, str] | None = None):
-    server = Server(model, *flags, env=env)
+def serving(model: Path, *flags: str, fork: bool = True, env: dict[str, str] | None = None) -> Iterator[Server]:
+    server = Server(model, *flags, fork=fork, env=env)
     try:
         yield server
     finally:
         server.stop(signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition is true, and fail after a time."""
+    deadline = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < deadline, f"not true after {seconds} s"
+        time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""`unpadded serve`: a model over HTTP."""
+"""`unpadded serve`: serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 from unpadded.cli.load_flags import Commands, add_model_arguments, load
 from unpadded.errors import OptionError
-from unpadded.server.options import DESCRIPTION, EPILOG, add_arguments, read_options
+from unpadded.server.options import DESCRIPTION, EPILOG, add_flags, read_flags
 
 
 def add_command(commands: Commands) -> None:
-    """The flags of `unpadded serve`."""
+    """Add the command and its flags."""
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
@@ -21,16 +21,16 @@ def add_command(commands: Commands) -> None:
     )
     serve.set_defaults(command=run)
     serve.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
-    add_arguments(serve)
+    add_flags(serve)
     add_model_arguments(serve)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until a signal."""
+    """Serve until SIGTERM or SIGINT."""
     started = time.perf_counter()
     try:
         from unpadded.server.serve import serve
     except ModuleNotFoundError as error:
         raise OptionError(f"serving needs more packages: {error}; pip install 'unpadded[server]'") from error
-    options = read_options(args)
+    options = read_flags(args)
     serve(load(args), options, started)

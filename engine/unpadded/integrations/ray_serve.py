@@ -13,10 +13,10 @@ from starlette.applications import Starlette
 
 from unpadded.cli.load_flags import add_model_arguments, load
 from unpadded.errors import OptionError
-from unpadded.server import logs
 from unpadded.server.app import make_app
-from unpadded.server.endpoint import State
-from unpadded.server.options import ServerOptions, add_arguments, read_options
+from unpadded.server.endpoint import ServerState
+from unpadded.server.logs import configure_logging
+from unpadded.server.options import ServerOptions, add_flags, read_flags
 from unpadded.server.service import Service
 
 # Flags of `unpadded serve` that are Ray's to say: its proxies listen, and read requests.
@@ -36,7 +36,7 @@ def serve(args: Mapping[str, Any]) -> ray.serve.Application:
     found = _read(args)
     if os.path.exists(found.model):
         found.model = os.path.abspath(found.model)  # replicas run in another folder
-    options = read_options(found)
+    options = read_flags(found)
     scaling: dict[str, Any] = {"num_replicas": found.replicas}
     if found.max_replicas is not None:
         if found.max_replicas < found.replicas:
@@ -70,8 +70,8 @@ class Replica:
     """One engine and its queue."""
 
     def __init__(self, args: argparse.Namespace, options: ServerOptions) -> None:
-        logs.set_up()
-        self.state = State(Service(load(args), options))
+        configure_logging()
+        self.state = ServerState(Service(load(args), options))
         self.state.service.warm_up()
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -102,7 +102,7 @@ def _read(args: Mapping[str, Any]) -> argparse.Namespace:
     """Arguments as the flags that they are named after, which check them."""
     parser = _Parser("serve run unpadded.integrations.ray:serve", allow_abbrev=False, add_help=False)
     parser.add_argument("--model", required=True)
-    add_arguments(parser)
+    add_flags(parser)
     add_model_arguments(parser)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--max-replicas", type=int)

@@ -1,4 +1,8 @@
-"""One exchange: key, limits, body, request type, work that ends when the client leaves, response, metrics, log line."""
+"""One request from its first byte to its log line.
+
+`EndpointApp` receives it, `_handle` checks its key and the server's limits, `_decode` parses its body, the endpoint's
+handler computes the response, `_encode` or `_error_reply` makes bytes of it, and `_record` counts and logs it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,205 +20,186 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from unpadded.errors import WorkerError
-from unpadded.server.errors import Interface, Problem, as_problem, body, status
-from unpadded.server.request_body import Keys, decompress, read_body
+from unpadded.server.errors import Api, HTTPError
+from unpadded.server.metrics import Usage
+from unpadded.server.request_body import ApiKeys, decompress, read_body
 from unpadded.server.responses import JSON, Response
-from unpadded.server.service import Service, Usage
-from unpadded.server.traces import Traces
+from unpadded.server.service import Service
 
 logger = logging.getLogger("unpadded.server")
 
-# What is decoded and encoded on the event loop, because handing it to a thread takes longer.
-SMALL = 16_384  # bytes of a request
-SMALL_TOKENS = 256  # of a response
-QUOTED = 4096  # bytes of a request in the log, where it quotes them
+# Up to these sizes, bodies are decoded and encoded on the event loop: passing them to a thread would take longer.
+INLINE_REQUEST_BYTES = 16_384
+INLINE_RESPONSE_TOKENS = 256
+BODY_EXCERPT_BYTES = 4096  # of each body in the log, with --log-requests
 
 
 @dataclass
-class Exchange:
-    """What a handler may need of a request besides its body, and where it writes its usage."""
+class RequestContext:
+    """A request without its body, and the usage that its handler counts."""
 
     headers: Headers
     path_params: dict[str, Any]
-    usage: Usage
-    quoted: str | None = None  # the start of its body, set as it is decoded, where the log quotes requests
+    request_id: str
+    usage: Usage = field(default_factory=Usage)
+    started: float = field(default_factory=time.perf_counter)
+    body_excerpt: str | None = None  # set when the body is decoded, with --log-requests
 
     @property
     def accept(self) -> str:
-        """The media types that the client takes."""
+        """The media types that the client accepts."""
         return self.headers.get("accept", "")
 
 
-Handler = Callable[[Service, Any, Exchange], Awaitable[Response]]
+Handler = Callable[[Service, Any, RequestContext], Awaitable[Response]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A path of an interface and who answers it."""
+    """A path of an API and its handler."""
 
     path: str
     method: str
-    interface: Interface
+    api: Api
     summary: str
     handler: Handler
-    request: type[msgspec.Struct] | None = None
-    open: bool = False  # answered without a key
+    request_type: type[msgspec.Struct] | None = None
+    public: bool = False  # needs no API key, and is neither limited nor logged
 
 
-class State:
-    """What all exchanges of a server share; `draining` is set by the lifecycle on SIGTERM."""
+@dataclass(frozen=True)
+class Reply:
+    """An encoded response or error."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+    encode_seconds: float = 0.0
+
+
+class ServerState:
+    """The state that all requests share. `draining` is set on SIGTERM."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.keys = Keys(service.options.keys)
-        self.traces = Traces(service.options.otlp_endpoint)
-        self.active = 0
+        self.api_keys = ApiKeys(service.options.api_keys)
+        self.active = 0  # requests in progress
         self.draining = False
 
+    def add_active(self, change: int) -> None:
+        self.active += change
+        self.service.metrics.active.set(self.active)
 
-class Application:
-    """An Endpoint as an ASGI application."""
 
-    def __init__(self, endpoint: Endpoint, state: State) -> None:
+class EndpointApp:
+    """The ASGI application of one endpoint."""
+
+    def __init__(self, endpoint: Endpoint, state: ServerState) -> None:
         self.endpoint = endpoint
         self.state = state
+        self.service = state.service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.state.active += 1
-        self.state.service.metrics.active.set(self.state.active)
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
+        context = RequestContext(headers, scope.get("path_params", {}), request_id)
+        self.state.add_active(1)
         try:
-            await self._exchange(scope, receive, send)
+            reply = await self._reply(context, receive)
+            if reply is None:
+                self.service.metrics.disconnects.inc()
+            else:
+                await _send(send, reply, request_id)
+                self._record(context, reply)
         finally:
-            self.state.active -= 1
-            self.state.service.metrics.active.set(self.state.active)
+            self.state.add_active(-1)
 
-    async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = time.perf_counter()
-        metrics = self.state.service.metrics
-        exchange = Exchange(Headers(scope=scope), scope.get("path_params", {}), Usage())
-        usage = exchange.usage
-        work = asyncio.ensure_future(self._answer(exchange, receive))
+    async def _reply(self, context: RequestContext, receive: Receive) -> Reply | None:
+        """Return the response or error as bytes, or None if the client disconnected."""
+        work = asyncio.ensure_future(self._handle(context, receive))
         try:
             await asyncio.wait({work})
         finally:
             work.cancel()
         error = work.exception()
-        serialize = 0.0
         if error is not None:
-            code, payload, headers = self._explain(error)
-        elif (response := work.result()) is None:
-            metrics.disconnects.inc()
+            return self._error_reply(error)
+        response = work.result()
+        return None if response is None else await self._encode(response, context)
+
+    async def _handle(self, context: RequestContext, receive: Receive) -> Response | None:
+        self._check_access(context)
+        request = None
+        if self.endpoint.request_type is not None:
+            options = self.service.options
+            body = await read_body(receive, context.headers, max_bytes=options.max_body, seconds=options.read_timeout)
+            if body is None:
+                return None
+            large = len(body) > INLINE_REQUEST_BYTES
+            request = await self._in_thread_if(large, lambda: self._decode(body, context))
+        return await self._run_handler(request, context, receive)
+
+    def _check_access(self, context: RequestContext) -> None:
+        endpoint, limit = self.endpoint, self.service.options.max_concurrent_requests
+        if self.state.draining and (not endpoint.public or endpoint.path == "/health"):
+            raise HTTPError(
+                "draining", "the server is shutting down; send this request to another", retry_after_seconds=1
+            )
+        if endpoint.public:
             return
-        else:
-            began = time.perf_counter()
-            payload = await self._off_loop(response.encode, usage.tokens > SMALL_TOKENS)
-            serialize = time.perf_counter() - began
-            code = 200
-            headers = {"content-type": response.media_type} | response.headers | self._usage_headers(usage, start)
-        request_id = exchange.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
-        await _send(send, code, payload, {"x-request-id": request_id} | headers)
-        metrics.observe_request(self.endpoint.path, code, usage.timing, serialize, start)
-        if not self.endpoint.open:
-            fields = {
-                "id": request_id,
-                "path": self.endpoint.path,
-                "status": code,
-                "seconds": round(time.perf_counter() - start, 6),
-                "texts": usage.texts,
-                "tokens": usage.tokens,
-                "truncated": usage.truncated,
-            }
-            quoted = {} if exchange.quoted is None else {"request": exchange.quoted}
-            logger.info("request", extra={"fields": fields | quoted})
-            timing = usage.timing
-            stages = {"tokenize": timing.tokenize, "queue": timing.queue, "inference": timing.inference}
-            self.state.traces.record(
-                f"{self.endpoint.method} {self.endpoint.path}",
-                exchange.headers,
-                time.perf_counter() - start,
-                fields | {f"{stage}_seconds": seconds for stage, seconds in stages.items()},
+        self.state.api_keys.check(context.headers)
+        if self.state.active > limit:
+            raise HTTPError(
+                "overloaded", f"too many concurrent requests: {self.state.active}, maximum {limit}; try again later"
             )
 
-    async def _answer(self, exchange: Exchange, receive: Receive) -> Response | None:
-        """The response; None when the client left, whose work is then dropped."""
-        endpoint, options = self.endpoint, self.state.service.options
-        if self.state.draining and (not endpoint.open or endpoint.path == "/health"):
-            raise Problem("draining", "the server is shutting down; send this elsewhere", retry_after=1)
-        if not endpoint.open:
-            self.state.keys.check(exchange.headers)
-            if self.state.active > options.max_concurrent_requests:
-                raise Problem(
-                    "overloaded",
-                    f"too many requests at once: {self.state.active}, at most {options.max_concurrent_requests} are "
-                    "taken; try again later",
-                )
-        request = None
-        if endpoint.request is not None:
-            raw = await read_body(receive, exchange.headers, max_bytes=options.max_body, seconds=options.read_timeout)
-            if raw is None:
-                return None
-            request = await self._off_loop(lambda: self._decode(raw, exchange), len(raw) > SMALL)
-        work = asyncio.ensure_future(endpoint.handler(self.state.service, request, exchange))
-        left = asyncio.ensure_future(_until_gone(receive))
+    def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
+        assert self.endpoint.request_type is not None, self.endpoint.path
+        options, encoding = self.service.options, context.headers.get("content-encoding", "").lower()
+        plain = decompress(body, encoding, options.max_body)
+        if options.log_requests:
+            context.body_excerpt = plain[:BODY_EXCERPT_BYTES].decode(errors="replace")
         try:
-            await asyncio.wait({work, left}, timeout=options.deadline or None, return_when=asyncio.FIRST_COMPLETED)
+            return msgspec.json.decode(plain, type=self.endpoint.request_type)
+        except msgspec.ValidationError as error:
+            raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise HTTPError("malformed", f"the body is not JSON: {error}; send a JSON object") from error
+
+    async def _run_handler(
+        self, request: msgspec.Struct | None, context: RequestContext, receive: Receive
+    ) -> Response | None:
+        """Run the handler, and cancel it at the deadline or when the client disconnects."""
+        deadline = self.service.options.deadline
+        work = asyncio.ensure_future(self.endpoint.handler(self.service, request, context))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait({work, disconnect}, timeout=deadline or None, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            if left.done():
+            if disconnect.done():
                 return None
-            raise Problem(
-                "deadline", f"the deadline passed: {options.deadline:g} s; send fewer texts, or try again later"
-            )
+            raise HTTPError("deadline", f"the deadline passed: {deadline:g} s; send fewer texts, or try again later")
         finally:
             work.cancel()
-            left.cancel()
+            disconnect.cancel()
 
-    def _decode(self, raw: bytes, exchange: Exchange) -> msgspec.Struct:
-        assert self.endpoint.request is not None, self.endpoint.path
-        options, encoding = self.state.service.options, exchange.headers.get("content-encoding", "").lower()
-        plain = decompress(raw, encoding, options.max_body)
-        if options.log_requests:
-            exchange.quoted = plain[:QUOTED].decode(errors="replace")
-        try:
-            return msgspec.json.decode(plain, type=self.endpoint.request)
-        except msgspec.ValidationError as error:
-            raise Problem("invalid", f"the request does not fit: {error}; see /openapi.json") from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Problem("malformed", f"the body is not JSON: {error}; send a JSON object") from error
+    async def _encode(self, response: Response, context: RequestContext) -> Reply:
+        start = time.perf_counter()
+        body = await self._in_thread_if(context.usage.tokens > INLINE_RESPONSE_TOKENS, response.encode)
+        seconds = time.perf_counter() - start
+        self.service.metrics.observe_usage(context.usage)
+        headers = {"content-type": response.media_type} | response.headers | self._usage_headers(context)
+        return Reply(200, body, headers, seconds)
 
-    async def _off_loop(self, function: Callable[[], Any], large: bool) -> Any:
-        if not large:
-            return function()
-        return await asyncio.get_running_loop().run_in_executor(self.state.service.batcher.readers, function)
-
-    def _explain(self, error: BaseException) -> tuple[int, bytes, dict[str, str]]:
-        problem = as_problem(error)
-        if isinstance(error, WorkerError) and not self.state.service.pipeline.backend.ready_devices:
-            problem.kind = "no_device"  # the fault is not these texts'
-        if problem.kind == "internal":
-            logger.error("a request raised", exc_info=error)
-        elif problem.kind == "model_failed" and error.__cause__ is not None:
-            logger.error("the model failed", exc_info=error.__cause__)
-        self.state.service.metrics.errors.labels(problem.kind).inc()
-        headers = {"content-type": JSON}
-        if problem.kind in ("overloaded", "draining", "no_device"):
-            headers["retry-after"] = str(problem.retry_after or self.state.service.retry_after())
-        if problem.kind == "unauthorized":
-            headers["www-authenticate"] = "Bearer"
-        interface = self.endpoint.interface
-        return status(problem, interface), orjson.dumps(body(problem, interface)), headers
-
-    def _usage_headers(self, usage: Usage, start: float) -> dict[str, str]:
-        """Those of text-embeddings-inference, times in milliseconds; and the count of texts that were cut."""
+    def _usage_headers(self, context: RequestContext) -> dict[str, str]:
+        """Return the headers of text-embeddings-inference, times in milliseconds, and the number of truncated texts."""
+        usage, timing = context.usage, context.usage.timing
         if not usage.texts:
             return {}
-        metrics, timing = self.state.service.metrics, usage.timing
-        metrics.texts.inc(usage.texts)
-        metrics.tokens.inc(usage.tokens)
-        metrics.truncated.inc(usage.truncated)
-        total = str(round((time.perf_counter() - start) * 1000))
+        total = str(round((time.perf_counter() - context.started) * 1000))
         return {
-            "x-compute-type": self.state.service.device,
+            "x-compute-type": self.service.device_type,
             "x-compute-time": total,
             "x-compute-characters": str(usage.characters),
             "x-compute-tokens": str(usage.tokens),
@@ -225,14 +210,55 @@ class Application:
             "x-truncated": str(usage.truncated),
         }
 
+    def _error_reply(self, exception: BaseException) -> Reply:
+        error = HTTPError.from_exception(exception)
+        if isinstance(exception, WorkerError) and not self.service.ready:
+            error.kind = "no_device"  # the worker processes failed, not these texts
+        if error.kind == "internal":
+            logger.error("a request raised", exc_info=exception)
+        elif error.kind == "model_failed" and exception.__cause__ is not None:
+            logger.error("the model failed", exc_info=exception.__cause__)
+        self.service.metrics.errors.labels(error.kind).inc()
+        headers = {"content-type": JSON}
+        if error.kind in ("overloaded", "draining", "no_device"):
+            headers["retry-after"] = str(error.retry_after_seconds or self.service.estimate_queue_seconds())
+        if error.kind == "unauthorized":
+            headers["www-authenticate"] = "Bearer"
+        api = self.endpoint.api
+        return Reply(error.status_code(api), orjson.dumps(error.body(api)), headers)
 
-async def _until_gone(receive: Receive) -> None:
+    def _record(self, context: RequestContext, reply: Reply) -> None:
+        """Update the metrics and write the log line."""
+        path, usage, seconds = self.endpoint.path, context.usage, time.perf_counter() - context.started
+        self.service.metrics.observe_request(path, reply.status, usage.timing, reply.encode_seconds, seconds)
+        if self.endpoint.public:
+            return
+        fields = {
+            "id": context.request_id,
+            "path": path,
+            "status": reply.status,
+            "seconds": round(seconds, 6),
+            "texts": usage.texts,
+            "tokens": usage.tokens,
+            "truncated": usage.truncated,
+        }
+        if context.body_excerpt is not None:
+            fields["request"] = context.body_excerpt
+        logger.info("request", extra={"fields": fields})
+
+    async def _in_thread_if(self, large: bool, function: Callable[[], Any]) -> Any:
+        if not large:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self.service.batcher.readers, function)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _send(send: Send, code: int, payload: bytes, headers: dict[str, str]) -> None:
-    headers |= {"content-length": str(len(payload))}
+async def _send(send: Send, reply: Reply, request_id: str) -> None:
+    headers = {"x-request-id": request_id} | reply.headers | {"content-length": str(len(reply.body))}
     raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": code, "headers": raw})
-    await send({"type": "http.response.body", "body": payload})
+    await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+    await send({"type": "http.response.body", "body": reply.body})

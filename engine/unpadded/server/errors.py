@@ -1,4 +1,4 @@
-"""What can be wrong with an exchange, its HTTP status, and how each interface puts it in a body."""
+"""HTTP errors: the status code of each kind, and the error body of each API."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from unpadded.errors import DeadlineError, OutputError, OverloadedError, UnpaddedError, WorkerError
 
-Interface = Literal["openai", "tei", "nomic"]
+Api = Literal["openai", "tei", "nomic"]
 
-STATUS = {
+STATUS_CODES = {
     "malformed": 400,
     "invalid": 422,
     "unauthorized": 401,
@@ -27,58 +27,56 @@ STATUS = {
     "draining": 503,
     "deadline": 504,
 }
-# OpenAI's API answers everything that is wrong with a request's values with 400.
-OPENAI_STATUS = STATUS | {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
-OPENAI_TYPE = {
+# OpenAI's API answers 400 for every invalid value in a request.
+OPENAI_STATUS_CODES = STATUS_CODES | {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
+OPENAI_TYPES = {
     401: "authentication_error",
     424: "server_error",
     429: "rate_limit_error",
     503: "server_error",
     504: "server_error",
 }
-OPENAI_CODE = {
+OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
     "unknown_model": "model_not_found",
     "too_long": "context_length_exceeded",
     "overloaded": "rate_limit_exceeded",
 }
-TEI_TYPE = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
+TEI_TYPES = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
-class Problem(Exception):
-    """An exchange that ends in an error; `kind` is a key of STATUS."""
+class HTTPError(Exception):
+    """An error response. `kind` is a key of STATUS_CODES."""
 
-    def __init__(self, kind: str, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(self, kind: str, message: str, *, retry_after_seconds: int | None = None) -> None:
         super().__init__(message)
         self.kind = kind
-        self.retry_after = retry_after  # seconds
+        self.retry_after_seconds = retry_after_seconds
 
+    @classmethod
+    def from_exception(cls, error: BaseException) -> HTTPError:
+        """Return the HTTP error for any exception; its kind is "internal" for one that the package does not raise."""
+        if isinstance(error, HTTPError):
+            return error
+        if isinstance(error, OverloadedError):
+            return cls("overloaded", str(error))
+        if isinstance(error, DeadlineError | TimeoutError):
+            return cls("deadline", str(error))
+        if isinstance(error, OutputError | WorkerError):
+            return cls("model_failed", str(error))
+        if isinstance(error, UnpaddedError):
+            return cls("invalid", str(error))
+        return cls("internal", "the server failed on this request; see its log")
 
-def as_problem(error: BaseException) -> Problem:
-    """The problem that an exception stands for; "internal" for what nobody raised on purpose."""
-    if isinstance(error, Problem):
-        return error
-    if isinstance(error, OverloadedError):
-        return Problem("overloaded", str(error))
-    if isinstance(error, DeadlineError | TimeoutError):
-        return Problem("deadline", str(error))
-    if isinstance(error, OutputError | WorkerError):
-        return Problem("model_failed", str(error))
-    if isinstance(error, UnpaddedError):
-        return Problem("invalid", str(error))
-    return Problem("internal", "the server failed on this request; its log says why")
+    def status_code(self, api: Api) -> int:
+        return (OPENAI_STATUS_CODES if api == "openai" else STATUS_CODES)[self.kind]
 
-
-def status(problem: Problem, interface: Interface) -> int:
-    return (OPENAI_STATUS if interface == "openai" else STATUS)[problem.kind]
-
-
-def body(problem: Problem, interface: Interface) -> dict[str, Any]:
-    """The error body of OpenAI, of text-embeddings-inference, or of nomic."""
-    code, message = status(problem, interface), str(problem)
-    if interface == "openai":
-        kind = OPENAI_TYPE.get(code, "invalid_request_error")
-        return {"error": {"message": message, "type": kind, "param": None, "code": OPENAI_CODE.get(problem.kind)}}
-    if interface == "tei":
-        return {"error": message, "error_type": TEI_TYPE.get(code, "Backend" if code >= 500 else "Validation")}
-    return {"detail": message}
+    def body(self, api: Api) -> dict[str, Any]:
+        """Return the error body as OpenAI, text-embeddings-inference or nomic defines it."""
+        code, message = self.status_code(api), str(self)
+        if api == "openai":
+            type_ = OPENAI_TYPES.get(code, "invalid_request_error")
+            return {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
+        if api == "tei":
+            return {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}
+        return {"detail": message}

@@ -1,7 +1,7 @@
-"""HTTP/1.1 by uvicorn and httptools, with a limit on how long a request's head may take to arrive.
+"""HTTP/1.1 by uvicorn and httptools, with a timeout for the head of a request.
 
-uvicorn has none: a client that sends a header a minute would hold its connection for ever. Bodies have their own limit,
-see `limits.read_body`.
+Without it, a client that sends one header per minute would hold its connection forever: uvicorn has no such timeout.
+`request_body.read_body` limits the time for bodies.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-def protocol(head_seconds: float) -> type[asyncio.Protocol]:
-    """A protocol that closes connections whose first or next request head takes longer."""
+def make_protocol(head_seconds: float) -> type[asyncio.Protocol]:
+    """Return a protocol that closes a connection when the head of a request takes longer than head_seconds."""
 
     class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._head = self.loop.call_later(head_seconds, transport.close)
+            self._head_timer = self.loop.call_later(head_seconds, transport.close)
 
         def on_message_begin(self) -> None:
-            self._head.cancel()
-            self._head = self.loop.call_later(head_seconds, self.transport.close)
+            self._head_timer.cancel()
+            self._head_timer = self.loop.call_later(head_seconds, self.transport.close)
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._head.cancel()
+            self._head_timer.cancel()
             super().on_headers_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head.cancel()
+            self._head_timer.cancel()
             super().connection_lost(exc)
 
     return Protocol

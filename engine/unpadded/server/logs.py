@@ -1,4 +1,4 @@
-"""Structured logs: a JSON object a line on stderr, never a request's text."""
+"""Structured logs: one JSON object per line on stderr, without the texts of requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, message, and the fields a record carries."""
+    """Format a record as JSON: time, level, message, the dictionary `fields` of the record, and a traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -22,25 +22,27 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-class OnceEach:
-    """Lets a warning of the engine through once: a million requests may deserve it. One of them quotes a text."""
+class RepeatedWarningFilter(logging.Filter):
+    """Drop a warning whose message was logged before: the engine may repeat one for every request."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        super().__init__()
+        self._logged: set[str] = set()
 
-    def __call__(self, record: logging.LogRecord) -> bool:
-        if record.funcName == "_warn_without_task":
-            record.msg, record.args = "texts come without a task; send one, or serve with --default-task", ()
-        known = record.levelno == logging.WARNING and record.msg in self._said
-        self._said.add(record.msg)
-        return not known
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        message = record.getMessage()
+        repeated = message in self._logged
+        self._logged.add(message)
+        return not repeated
 
 
-def set_up() -> None:
-    """Send everything the process logs to stderr as JSON."""
+def configure_logging() -> None:
+    """Send everything that the process logs to stderr as JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    handler.addFilter(OnceEach())
+    handler.addFilter(RepeatedWarningFilter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)

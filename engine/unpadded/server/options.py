@@ -1,162 +1,227 @@
-"""The flags of `unpadded serve`, and what they say. Imports nothing heavy."""
+"""The options of a server, and the flags of `unpadded serve` made from them. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from unpadded.errors import OptionError
 
-KEYS_VARIABLE = "UNPADDED_API_KEYS"
+API_KEYS_VARIABLE = "UNPADDED_API_KEYS"
+API_KEY_FLAGS = ("api_key", "api_key_file")
 
 DESCRIPTION = """\
-Serve a model's embeddings over HTTP to clients of OpenAI, nomic and text-embeddings-inference.
-All requests share batches under the model's token budget; no request waits for another's whole work."""
+Serve a model's embeddings over HTTP, with the APIs of OpenAI, nomic and text-embeddings-inference (TEI).
+All requests share batches within the model's token budget, so a short request never waits for a long one to finish."""
 
 EPILOG = """\
-interfaces:
+APIs:
   OpenAI    POST /v1/embeddings, GET /v1/models        base_url="http://HOST:PORT/v1"
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
   TEI       POST /embed /embed_all /similarity /tokenize /decode, GET /info /health /metrics
-  all       GET /openapi.json; requests may come as gzip or zstd; with "Accept: application/octet-stream" vectors
-            come as raw little-endian rows, their shape in x-shape; as Parquet with "application/vnd.apache.parquet",
-            as an Arrow stream with "application/vnd.apache.arrow.stream"
+  all       GET /openapi.json. Request bodies may be compressed with gzip. With "Accept: application/octet-stream",
+            vectors are returned as raw little-endian float32 rows, and the header x-shape has their shape.
 
-answers to trouble:
-  400, 413, 422  the request is malformed, too large, or asks for what the model does not offer
-  401, 404       no valid key; no such model or path
-  424            the model failed on these texts (others in the same batch are not harmed)
-  429            too many requests or queued tokens; Retry-After says when to come back
-  503, 504       the server is draining after SIGTERM, or no device is left; the deadline passed, the work was dropped
+status codes of errors:
+  400, 413, 422  the request is malformed, too large, or asks for something that the model does not support
+  401, 404       the API key is missing or wrong; there is no such model or path
+  424            the model failed on these texts; other requests in the same batch are not affected
+  429            too many requests or queued tokens; try again after the seconds in Retry-After
+  503            the server is draining after SIGTERM, or no device is available
+  504            the deadline passed and the work was dropped
 
 several devices:
-  --device all, or cuda:0,cuda:1, gives each a process; they share the queue. One that dies is started again and its
-  batches run on another: no request is lost. unpadded_devices in /metrics counts those that take batches, and
-  /health is 503 while none does.
+  --device all, or cuda:0,cuda:1, starts one process per device; they share the queue. If a process exits, it is
+  restarted and its batches run on another device: no request is lost. unpadded_devices in /metrics counts the devices
+  that accept batches, and /health answers 503 while there are none.
 
 examples:
   unpadded serve nomic-ai/nomic-embed-text-v1.5 --alias text-embedding-3-small --default-task search_document
-  unpadded serve ./model --host 0.0.0.0 --port 80 --api-key-file keys.txt --long-input refuse
+  unpadded serve ./model --host 0.0.0.0 --port 80 --api-key-file keys.txt --long-input reject
 """
+
+# Groups of flags in --help, with their descriptions.
+GROUPS = {
+    "network": None,
+    "names and defaults": None,
+    "limits": None,
+    "logging": "The log is JSON lines on stderr and contains no texts by default. GET /metrics is for Prometheus.",
+    "API keys": (
+        f"Also read from {API_KEYS_VARIABLE}, separated by commas. Without keys, every request is accepted.\n"
+        "/health and /metrics never need one."
+    ),
+}
+
+LongInput = Literal["truncate", "reject"]
+
+
+def _flag(group: str, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return {"group": group, "help": help, "metavar": metavar, "choices": choices}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """How to serve, whatever the model."""
+    """How to serve, whatever the model. Raises OptionError for a value that is not valid."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    alias: tuple[str, ...] = ()
-    default_task: str | None = None
-    long_input: Literal["truncate", "refuse"] = "truncate"
-    max_concurrent_requests: int = 512
-    max_queued_tokens: int = 1_000_000
-    max_inputs: int = 2048
-    max_body: int = 16 << 20  # bytes, once decompressed
-    read_timeout: float = 30.0  # seconds for a request's head to arrive, and for its body
-    deadline: float = 60.0  # seconds for a request's work; 0: none
-    grace: float = 30.0  # seconds for what is under way once SIGTERM came
-    keys: frozenset[str] = frozenset()  # none: everybody is let in
-    cors_origin: tuple[str, ...] = ()
-    otlp_endpoint: str | None = None
-    log_requests: bool = False
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags, with the defaults of ServerOptions."""
-    default = ServerOptions()
-    where = parser.add_argument_group("where")
-    where.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
-    where.add_argument("--port", type=int, default=default.port, help="0 takes a free one (default: %(default)s)")
-    where.add_argument("--tls-cert", type=Path, metavar="PEM", help="serve HTTPS with this certificate chain")
-    where.add_argument("--tls-key", type=Path, metavar="PEM", help="the certificate's private key")
-    where.add_argument(
-        "--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; * for all"
+    host: str = field(default="127.0.0.1", metadata=_flag("network", "address to listen on"))
+    port: int = field(default=8080, metadata=_flag("network", "port to listen on; 0 selects a free one"))
+    tls_cert: str | None = field(
+        default=None, metadata=_flag("network", "serve HTTPS with this certificate chain", metavar="PEM")
     )
-
-    names = parser.add_argument_group("names and defaults")
-    names.add_argument("--alias", action="append", default=[], metavar="NAME", help="a further name of the model")
-    names.add_argument("--default-task", metavar="T", help="the task of requests that name none")
-    names.add_argument(
-        "--long-input",
-        choices=["truncate", "refuse"],
-        default=default.long_input,
-        help="texts beyond the model's length: cut and counted, or 413 (default: %(default)s)",
+    tls_key: str | None = field(
+        default=None, metadata=_flag("network", "private key of the certificate", metavar="PEM")
     )
-
-    watch = parser.add_argument_group(
-        "watching",
-        "Prometheus metrics are at /metrics; the log is JSON lines on stderr and quotes no request unless asked.",
+    cors_origin: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag("network", "allow requests from web pages of this origin, * for all; repeatable", metavar="URL"),
     )
-    watch.add_argument("--log-requests", action="store_true", help="quote the start of each request's body in the log")
-    watch.add_argument(
-        "--otlp-endpoint", metavar="URL", help="send a span a request to this OpenTelemetry collector (extra: traces)"
+    alias: tuple[str, ...] = field(
+        default=(), metadata=_flag("names and defaults", "additional name of the model; repeatable", metavar="NAME")
     )
-
-    limits = parser.add_argument_group("limits")
-    for name, unit, text in (
-        ("max_concurrent_requests", "N", "requests under way at once; more get 429"),
-        ("max_queued_tokens", "N", "tokens waiting for a batch; more get 429"),
-        ("max_inputs", "N", "texts of a request; more get 413"),
-        ("max_body", "BYTES", "of a request, decompressed; more gets 413"),
-        ("read_timeout", "SECONDS", "for a request's head, then it is cut off; for its body, then 408"),
-        ("deadline", "SECONDS", "for a request's work, then 504; 0 for none"),
-        ("grace", "SECONDS", "for requests under way after SIGTERM; a second SIGTERM ends at once"),
-    ):
-        value = getattr(default, name)
-        kind = _positive if isinstance(value, int) else _seconds
-        flag = "--" + name.replace("_", "-")
-        limits.add_argument(flag, type=kind, default=value, metavar=unit, help=f"{text} (default: %(default)s)")
-
-    keys = parser.add_argument_group(
-        "keys",
-        f"Also from {KEYS_VARIABLE}, comma-separated. Without any, everybody is let in; /health and /metrics always.",
+    default_task: str | None = field(
+        default=None, metadata=_flag("names and defaults", "task of requests that do not name one", metavar="TASK")
     )
-    keys.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
-    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line")
+    long_input: LongInput = field(
+        default="truncate",
+        metadata=_flag(
+            "names and defaults",
+            "texts longer than the model's maximum: truncate and count them, or reject the request",
+            choices=get_args(LongInput),
+        ),
+    )
+    max_concurrent_requests: int = field(
+        default=512, metadata=_flag("limits", "requests in progress; further ones get 429", metavar="N")
+    )
+    max_queued_tokens: int = field(
+        default=1_000_000, metadata=_flag("limits", "tokens waiting for a batch; further ones get 429", metavar="N")
+    )
+    max_inputs: int = field(default=2048, metadata=_flag("limits", "texts per request; more get 413", metavar="N"))
+    max_body: int = field(
+        default=16 << 20,
+        metadata=_flag("limits", "size of a request body after decompression; larger ones get 413", metavar="BYTES"),
+    )
+    read_timeout: float = field(
+        default=30.0,
+        metadata=_flag(
+            "limits",
+            "time to receive the head of a request, then the connection is closed; and its body, then 408",
+            metavar="SECONDS",
+        ),
+    )
+    deadline: float = field(
+        default=60.0, metadata=_flag("limits", "time to process a request, then 504; 0 for no limit", metavar="SECONDS")
+    )
+    grace: float = field(
+        default=30.0,
+        metadata=_flag(
+            "limits",
+            "time to finish requests after SIGTERM; a second SIGTERM exits immediately",
+            metavar="SECONDS",
+        ),
+    )
+    log_requests: bool = field(
+        default=False, metadata=_flag("logging", "log the first 4096 bytes of each request body")
+    )
+    api_keys: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for option in _flag_fields():
+            value, minimum = getattr(self, option.name), 1 if option.name.startswith("max_") else 0
+            if _type(option) in (int, float) and not minimum <= value < math.inf:
+                raise OptionError(f"{option.name} is out of range: {value}; pass a number from {minimum}")
+        if self.long_input not in get_args(LongInput):
+            raise OptionError(f"long_input is unknown: {self.long_input!r}; use truncate or reject")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError(
+                f"HTTPS needs a certificate and its key: --tls-cert {self.tls_cert}, --tls-key {self.tls_key}; pass "
+                "both or neither"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:
+        """Return the options for flags by name: {"max_inputs": "64", "alias": ["a", "b"], "api_key_file": "keys"}.
+
+        A value is a string or already converted. API keys also come from the environment.
+        """
+        values = dict(values)
+        keys = _read_api_keys(values.pop("api_key", ()), values.pop("api_key_file", None))
+        options = {option.name: option for option in _flag_fields()}
+        unknown = values.keys() - options.keys()
+        if unknown:
+            raise OptionError(f"options are unknown: {', '.join(sorted(unknown))}; use {', '.join(flag_names())}")
+        return cls(**{name: _convert(options[name], value) for name, value in values.items()}, api_keys=keys)
 
 
-def read_options(args: argparse.Namespace) -> ServerOptions:
-    """ServerOptions of parsed flags and, for keys, a file and the environment. OptionError for what does not fit."""
-    if (args.tls_cert is None) != (args.tls_key is None):
-        raise OptionError(
-            f"a certificate needs its key: --tls-cert {args.tls_cert}, --tls-key {args.tls_key}; give both or neither"
+def flag_names() -> list[str]:
+    """Return the names that `ServerOptions.from_mapping` accepts: those of the flags, with underscores."""
+    return [*(option.name for option in _flag_fields()), *API_KEY_FLAGS]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of all options to a parser."""
+    groups = {title: parser.add_argument_group(title, description) for title, description in GROUPS.items()}
+    for option in _flag_fields():
+        flag, group = "--" + option.name.replace("_", "-"), groups[option.metadata["group"]]
+        help, type_, repeatable = option.metadata["help"], _type(option), option.default == ()
+        if type_ is bool:
+            group.add_argument(flag, action="store_true", help=help)
+            continue
+        group.add_argument(
+            flag,
+            action="append" if repeatable else "store",
+            type=type_,
+            default=None if repeatable else option.default,
+            metavar=option.metadata["metavar"],
+            choices=option.metadata["choices"],
+            help=help + " (default: %(default)s)" * (option.default not in (None, ())),
         )
-    given = {field.name: getattr(args, field.name) for field in fields(ServerOptions) if field.name != "keys"}
-    given |= {"alias": tuple(args.alias), "cors_origin": tuple(args.cors_origin)}
-    return ServerOptions(**given, keys=_keys(args))
+    keys = groups["API keys"]
+    keys.add_argument("--api-key", action="append", metavar="KEY", help="accept this key; repeatable")
+    keys.add_argument("--api-key-file", metavar="FILE", help="accept the keys in this file, one per line")
 
 
-def _keys(args: argparse.Namespace) -> frozenset[str]:
-    keys = [*args.api_key, *os.environ.get(KEYS_VARIABLE, "").split(",")]
-    if args.api_key_file is not None:
-        try:
-            lines = args.api_key_file.read_text().splitlines()
-        except OSError as error:
-            raise OptionError(f"the key file cannot be read: {args.api_key_file}, {error}; correct the path") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise OptionError(f"the key file holds no key: {args.api_key_file}; write one a line, or leave it out")
-        keys += found
-    return frozenset(key for key in keys if key)
+def read_flags(args: argparse.Namespace) -> ServerOptions:
+    """Return the options of parsed flags."""
+    values = {name: getattr(args, name) for name in flag_names()}
+    return ServerOptions.from_mapping({name: value for name, value in values.items() if value is not None})
 
 
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"not a whole number from 1: {value!r}")
-    return int(value)
+def _flag_fields() -> list[Field[Any]]:
+    return [option for option in fields(ServerOptions) if option.metadata]
 
 
-def _seconds(value: str) -> float:
+def _type(option: Field[Any]) -> type:
+    """Return the type of one value on the command line."""
+    return type(option.default) if isinstance(option.default, int | float) else str
+
+
+def _convert(option: Field[Any], value: Any) -> Any:
+    if option.default == ():
+        return (value,) if isinstance(value, str) else tuple(value)
+    if not isinstance(value, str):
+        return value
+    type_ = _type(option)
     try:
-        seconds = float(value)
+        return value.lower() == "true" if type_ is bool else type_(value)
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"not a number of seconds: {value!r}")
-    return seconds
+        raise OptionError(f"{option.name} is not a number: {value!r}; pass one such as {option.default}") from None
+
+
+def _read_api_keys(keys: str | list[str], file: str | Path | None) -> frozenset[str]:
+    found = [keys] if isinstance(keys, str) else list(keys)
+    found += os.environ.get(API_KEYS_VARIABLE, "").split(",")
+    if file is not None:
+        try:
+            lines = Path(file).read_text().splitlines()
+        except OSError as error:
+            raise OptionError(f"the API key file cannot be read: {file}, {error}; correct the path") from error
+        in_file = [line.strip() for line in lines if line.strip()]
+        if not in_file:
+            raise OptionError(f"the API key file is empty: {file}; write one key per line, or omit --api-key-file")
+        found += in_file
+    return frozenset(key for key in found if key)

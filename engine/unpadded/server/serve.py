@@ -1,4 +1,4 @@
-"""From a loaded engine to exit: warm up, listen, serve, and on SIGTERM drain."""
+"""Run a server: listen, warm up, serve, and drain on SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,104 +15,107 @@ import uvicorn
 
 from unpadded import Engine
 from unpadded.errors import OptionError
-from unpadded.server import logs
 from unpadded.server.app import make_app
-from unpadded.server.endpoint import State
-from unpadded.server.http_protocol import protocol
+from unpadded.server.endpoint import ServerState
+from unpadded.server.http_protocol import make_protocol
+from unpadded.server.logs import configure_logging
 from unpadded.server.options import ServerOptions
 from unpadded.server.service import Service
 
 logger = logging.getLogger("unpadded.server")
 
 POLL_SECONDS = 0.02
-KEEP_ALIVE = 75  # seconds an idle connection is kept
-EXIT_AT_ONCE = 130
+KEEP_ALIVE_SECONDS = 75
+FORCED_EXIT_STATUS = 130
 
 
 def serve(engine: Engine, options: ServerOptions, started: float) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `started`: time.perf_counter() when the process began its work."""
-    logs.set_up()
-    listening = _listen(options)
-    state = State(Service(engine, options))
+    """Serve until SIGTERM or SIGINT, then drain. `started` is time.perf_counter() when the process started."""
+    configure_logging()
+    listener = _listen(options)
+    state = ServerState(Service(engine, options))
     state.service.warm_up()
     config = uvicorn.Config(
         make_app(state),
-        http=protocol(options.read_timeout),
+        http=make_protocol(options.read_timeout),
         ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )
     try:
         config.load()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         raise OptionError(
-            f"the certificate cannot be read: {options.tls_cert} with {options.tls_key}, {error}; give PEM files"
+            f"the certificate cannot be read: {options.tls_cert} with {options.tls_key}, {error}; pass PEM files"
         ) from error
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    host, port = listening.getsockname()[:2]
-    scheme = "http" if options.tls_cert is None else "https"
     fields = {
-        "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
-        "models": list(state.service.names),
-        "keys": len(options.keys),
+        "url": _url(listener, options),
+        "models": list(state.service.model_names),
+        "keys": len(options.api_keys),
         "seconds": round(time.perf_counter() - started, 3),
     }
     logger.info("ready", extra={"fields": fields})
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), listening, state))
+        runner.run(_run(_Server(config), listener, state))
     state.service.batcher.close()
-    state.traces.close()
     logger.info("stopped")
 
 
 def _listen(options: ServerOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listening = socket.create_server((options.host, options.port), family=family, backlog=2048)
+        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
     except OSError as error:
         raise OptionError(
             f"cannot listen on {options.host} port {options.port}: {error}; choose another --host or --port"
         ) from error
-    # Connections inherit it. Without it the body of an answer waits for the client's delayed ACK of its head: 40 ms.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
+    # Connections inherit it. Without it, the body of a response waits 40 ms for the client's delayed ACK of its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _url(listener: socket.socket, options: ServerOptions) -> str:
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if options.tls_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn's handling ends the process with the signal instead of 0."""
+    """A uvicorn server that leaves signals to `_run`: uvicorn would exit with the signal's status instead of 0."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def _run(server: _Server, listening: socket.socket, state: State) -> None:
+async def _run(server: _Server, listener: socket.socket, state: ServerState) -> None:
     loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
+    stop_requested = asyncio.Event()
 
-    def stop() -> None:
-        if asked.is_set():
-            os._exit(EXIT_AT_ONCE)
-        asked.set()
+    def handle_signal() -> None:
+        if stop_requested.is_set():
+            os._exit(FORCED_EXIT_STATUS)
+        stop_requested.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop)
-    serving = asyncio.ensure_future(server.serve([listening]))
-    stopping = asyncio.ensure_future(asked.wait())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle_signal)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    stopping = asyncio.ensure_future(stop_requested.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    state.draining = True  # /health says 503, and new work is refused
+    state.draining = True  # /health answers 503, and requests are rejected
     deadline = time.perf_counter() + state.service.options.grace
     logger.info("draining", extra={"fields": {"active": state.active}})
     while state.active and time.perf_counter() < deadline:
         await asyncio.sleep(POLL_SECONDS)
     if state.active:
-        logger.warning("the grace period is over: %d requests are cut off", state.active)
+        logger.warning("the grace period is over: %d requests are aborted", state.active)
     server.should_exit = True
     await serving
     stopping.cancel()

@@ -1,4 +1,4 @@
-"""The engine as endpoints use it: its names, its limits, and batches shared over all requests."""
+"""The engine as endpoints use it: model names, limits, and batches shared by all requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,168 +13,157 @@ import numpy as np
 from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
-from unpadded.execution.batcher import Timing, run_windows
+from unpadded.execution.batcher import run_windows
 from unpadded.options import EncodeKeywords
-from unpadded.server.errors import Problem
-from unpadded.server.metrics import Metrics
+from unpadded.server.errors import HTTPError
+from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
 from unpadded.tokenization.windows import Text, Window
 
-# Token vectors of one /embed_all, which are as many floats as dimensions each: 32768 x 768 is 96 MiB before JSON.
-MAX_TOKEN_VECTORS = 32_768
-LONGEST_WAIT = 60  # seconds that Retry-After may say
-
-
-@dataclass
-class Usage:
-    """What one exchange came to; filled by Service as it goes, read for headers, metrics and the log."""
-
-    texts: int = 0
-    characters: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    timing: Timing = field(default_factory=Timing)
+MAX_TOKEN_VECTORS = 32_768  # per /embed_all; with 768 dimensions, 96 MiB before they become JSON
+MAX_RETRY_AFTER_SECONDS = 60
 
 
 class Service:
-    """One model that is served."""
+    """One served model."""
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
-        if options.default_task is not None:
-            engine._pipeline.plan(task=options.default_task)
         self.engine = engine
         self.pipeline = engine._pipeline
+        if options.default_task is not None:
+            self.pipeline.plan(task=options.default_task)
         self.options = options
         self.metrics = Metrics()
-        self.batcher = engine._pipeline.batcher(self.metrics.observe_batch)
+        self.batcher = self.pipeline.batcher(self.metrics.observe_batch)
         self.metrics.watch(self.pipeline, self.batcher)
-        self.name = engine.checkpoint.name
-        self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *options.alias]))
+        self.model_name = engine.checkpoint.name
+        self.model_names = tuple(dict.fromkeys([self.model_name, self.model_name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
-        self.described = engine.describe()
-        self.device = re.split("[:,]", str(self.described["device"]))[0]
+        self.description = engine.describe()
+        self.device_type = re.split("[:,]", str(self.description["device"]))[0]
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one device accepts batches."""
+        return self.pipeline.backend.ready_devices > 0
 
     def warm_up(self) -> None:
-        """Run a small and a full batch on every device; on GPUs also sizes between, each of which they prepare."""
+        """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture."""
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
         work = self.pipeline.vector_work(self.pipeline.plan())
-        for tokens, texts in self._sizes():
+        for tokens, texts in self.warm_up_sizes():
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
-            # side by side, so that each device has one
+            # One call per device, submitted together so that each device runs one.
             calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.parallelism)]
             for call in calls:
                 call.future.result()
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        """Tokens and texts of the batches of `warm_up`."""
-        budget = self.pipeline.token_budget
-        if self.device != "cuda":
-            yield from ((1, 1), (budget, 1))
-            return
-        for tokens in (2**power for power in range(budget.bit_length())):
-            yield from (
-                (tokens, texts)
-                for texts in cuda_graphs.TEXTS
-                if texts == 1 or texts <= tokens <= cuda_graphs.TOKENS[-1]
-            )
+    def warm_up_sizes(self) -> list[tuple[int, int]]:
+        """Return the numbers of tokens and texts of the batches that `warm_up` runs."""
+        token_budget = self.pipeline.token_budget
+        if self.device_type != "cuda":
+            return [(1, 1), (token_budget, 1)]
+        return [
+            (tokens, texts)
+            for tokens in (2**power for power in range(token_budget.bit_length()))
+            for texts in cuda_graphs.TEXTS
+            if texts == 1 or texts <= tokens <= cuda_graphs.TOKENS[-1]
+        ]
 
-    def resolve(self, name: str | None) -> str | None:
-        """The task that a model's name asks for, as in nomic-embed-text-v1.5:search_query. 404 for another model."""
-        if name is None or name in self.names:
+    def task_of_model(self, name: str | None) -> str | None:
+        """Return the task in a model's name, such as nomic-embed-text-v1.5:search_query; 404 for an unknown model."""
+        if name is None or name in self.model_names:
             return None
         base, _, task = name.rpartition(":")
-        if base in self.names and task in self.engine.checkpoint.prompts:
+        if base in self.model_names and task in self.engine.checkpoint.prompts:
             return task
-        raise Problem("unknown_model", f"the model is not served here: {name!r}; use {' or '.join(self.names)}")
+        raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.model_names)}")
 
-    def retry_after(self) -> int:
-        """Seconds in which the model can have done what is queued."""
+    def estimate_queue_seconds(self) -> int:
+        """Return the seconds in which the model processes the queued tokens, from 1 to MAX_RETRY_AFTER_SECONDS."""
         rate = self.metrics.tokens_per_second
-        return max(1, min(LONGEST_WAIT, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
+        return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
 
     async def embed(
-        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[EncodeKeywords]
+        self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> Embeddings:
-        """Embed in batches shared with every other request."""
-        self._count(texts, usage)
+        """Embed texts in batches shared with all other requests. truncate: None follows --long-input."""
+        self._count_texts(texts, usage)
         if options.get("task") is None and "prompt" not in options:
             options["task"] = self.options.default_task
         plan = self.pipeline.plan(**options)
-        windows = self._windows(self.pipeline.windows(texts, plan), usage, self._refuses(refuse_long))
-        done = await run_windows(
+        windows = self._count_windows(self.pipeline.windows(texts, plan), usage, truncate)
+        results = await run_windows(
             self.batcher,
             windows,
             self.pipeline.vector_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )
-        return self.pipeline.collect(done, plan)
+        return self.pipeline.collect(results, plan)
 
     async def embed_tokens(
-        self, texts: Sequence[Text], usage: Usage, *, refuse_long: bool | None = None, **options: Unpack[EncodeKeywords]
+        self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> list[np.ndarray]:
-        """The last hidden states of each text: [tokens, hidden]."""
-        self._count(texts, usage)
+        """Return the last hidden states of each text: [tokens, hidden]."""
+        self._count_texts(texts, usage)
         plan = self.pipeline.plan(**options)
-        windows = self._windows(
-            self.pipeline.windows(texts, plan), usage, self._refuses(refuse_long), max_tokens=MAX_TOKEN_VECTORS
-        )
-        done = await run_windows(
+        windows = self._count_windows(self.pipeline.windows(texts, plan), usage, truncate, max_tokens=MAX_TOKEN_VECTORS)
+        results = await run_windows(
             self.batcher,
             windows,
             self.pipeline.token_work(plan),
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )
-        return [row for _, rows in done for row in rows]
+        return [row for _, rows in results for row in rows]
 
-    def _refuses(self, asked: bool | None) -> bool:
-        return self.options.long_input == "refuse" if asked is None else asked
-
-    def _count(self, texts: Sequence[Text], usage: Usage) -> None:
+    def _count_texts(self, texts: Sequence[Text], usage: Usage) -> None:
         if not texts:
-            raise Problem("invalid", "the input is empty: []; send at least one text")
+            raise HTTPError("invalid", "the input is empty: []; send at least one text")
         if len(texts) > self.options.max_inputs:
-            raise Problem(
+            raise HTTPError(
                 "too_many_inputs",
-                f"the input holds too many texts: {len(texts)}, at most {self.options.max_inputs}; send fewer",
+                f"the input has too many texts: {len(texts)}, maximum {self.options.max_inputs}; send fewer",
             )
         usage.texts += len(texts)
         usage.characters += sum(len(text) for text in texts if isinstance(text, str))
 
-    def _windows(
-        self, windows: Iterator[Window], usage: Usage, refuse_long: bool, max_tokens: int | None = None
+    def _count_windows(
+        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, max_tokens: int | None = None
     ) -> Iterator[Window]:
-        """Judge and count windows as they are tokenized."""
+        """Yield the same windows; count their tokens and check the limits as they are tokenized."""
+        if truncate is None:
+            truncate = self.options.long_input == "truncate"
         for window in windows:
             truncated = np.flatnonzero(window.truncated)
-            if refuse_long and len(truncated):
-                raise Problem(
+            if len(truncated) and not truncate:
+                raise HTTPError(
                     "too_long",
                     f"text {window.first_index + truncated[0]} is too long: more than "
-                    f"{self.engine.checkpoint.max_length} tokens; shorten it or ask for truncation",
+                    f"{self.engine.checkpoint.max_length} tokens; shorten it or request truncation",
                 )
             usage.truncated += len(truncated)
             usage.tokens += sum(map(len, window.sequences))
             if max_tokens is not None and usage.tokens > max_tokens:
-                raise Problem(
+                raise HTTPError(
                     "too_many_inputs",
-                    f"the answer would hold too many token vectors: {usage.tokens}, at most {max_tokens} are given; "
+                    f"the response would have too many token vectors: {usage.tokens}, maximum {max_tokens}; "
                     "send fewer texts",
                 )
             yield window
 
 
-def as_texts(given: str | list[Any]) -> list[Text]:
-    """A string, strings, one sequence of token ids or several -> texts."""
-    if isinstance(given, str):
-        return [given]
-    if given and all(isinstance(item, int) for item in given):
-        return [given]
-    wrong = next((index for index, item in enumerate(given) if isinstance(item, int)), None)
-    if wrong is not None:
+def to_texts(value: str | list[Any]) -> list[Text]:
+    """Convert a request's input (a string, strings, one sequence of token ids, or several) to a list of texts."""
+    if isinstance(value, str):
+        return [value]
+    if value and all(isinstance(item, int) for item in value):
+        return [value]
+    index = next((index for index, item in enumerate(value) if isinstance(item, int)), None)
+    if index is not None:
         raise OptionError(
-            f"the input mixes token ids with texts: {given[wrong]} at {wrong}; put each text's ids in a list"
+            f"the input mixes token ids with texts: {value[index]} at {index}; put each text's ids in a list"
         )
-    return given
+    return value

@@ -135,7 +135,7 @@ class WindowReader:
         parts = {place: ([ids], False) for place, ids in texts.items() if not isinstance(ids, str)}
         strings = {place: text for place, text in texts.items() if isinstance(text, str)}
         indices = [first_index + place for place in strings]
-        self._warn_without_task(strings.values(), plan.prompt)
+        self._warn_without_task(dict(zip(indices, strings.values(), strict=True)), plan.prompt)
         if plan.long_text == "mean":
             chunks = self._chunks(list(strings.values()), indices, plan.prompt)
             return parts | {place: (one, False) for place, one in zip(strings, chunks, strict=True)}
@@ -176,19 +176,22 @@ class WindowReader:
             raise InputError(f"text {index} has a token id out of range: {wrong}; ids go from 0 to {vocabulary - 1}")
         return array.astype(np.int32)
 
-    def _warn_without_task(self, texts: Iterable[str], prompt: str) -> None:
-        """Nomic's models are trained with a task before every text; without one their vectors are worse, silently."""
+    def _warn_without_task(self, texts: dict[int, str], prompt: str) -> None:
+        """Warn of a text without a task prefix, by its index: models trained with one embed such texts worse.
+
+        The warning does not quote the text, because it also appears in the log of a server.
+        """
         prompts = self._checkpoint.prompts
         if self._said_task or prompt or "search_query" not in prompts:
             return
         known = tuple(prompts.values())
-        for text in texts:
+        for index, text in texts.items():
             if not text.startswith(known):
                 self._said_task = True
                 logger.warning(
-                    "%s expects a task before every text and %.40r has none; pass task=%s",
+                    "%s expects a task before every text, but text %d has none; pass task=%s",
                     self._checkpoint.name,
-                    text,
+                    index,
                     " or task=".join(map(repr, prompts)),
                 )
                 return
