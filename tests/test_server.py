@@ -78,6 +78,43 @@ def test_warm_up_covers_every_cuda_graph_within_the_token_budget(minilm):
     service.batcher.close()
 
 
+def test_options_from_a_mapping_of_strings(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("file-1\n\n file-2 \n")
+    monkeypatch.setenv("UNPADDED_API_KEYS", "env-1,env-2")
+    options = ServerOptions.from_mapping(
+        {
+            "max_inputs": "64",
+            "deadline": "0.5",
+            "alias": ["a", "b"],
+            "cors_origin": "*",
+            "log_requests": "True",
+            "api_key": "flag",
+            "api_key_file": str(tmp_path / "keys"),
+        }
+    )
+    keys = frozenset({"flag", "file-1", "file-2", "env-1", "env-2"})
+    assert options == ServerOptions(
+        max_inputs=64, deadline=0.5, alias=("a", "b"), cors_origin=("*",), log_requests=True, api_keys=keys
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_inputs": "many"}, "'many'; pass one such as 2048"),
+        ({"max_inputs": 0}, "max_inputs is out of range: 0; pass a number from 1"),
+        ({"deadline": "inf"}, "deadline is out of range: inf"),
+        ({"long_input": "cut"}, "'cut'; use one of truncate, reject"),
+        ({"modle": "y"}, "modle; use host, port"),
+        ({"tls_key": "key.pem"}, "pass both or neither"),
+    ],
+)
+def test_invalid_options_raise_with_the_value_and_the_remedy(values, message):
+    with pytest.raises(unpadded.OptionError) as raised:
+        ServerOptions.from_mapping(values)
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize("format", ["base64", "float"])
 def test_openai_client_returns_exactly_the_vectors_of_encode(client, engine, format):
     response = client.embeddings.create(model="text-embedding-3-small", input=TEXTS, encoding_format=format)

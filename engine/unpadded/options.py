@@ -1,6 +1,6 @@
 """The options of `load` and `encode`. Each is described once, here: flags, their help and the docs are generated.
 
-`_option` returns a dataclass field, which ruff cannot know.
+`option` returns a dataclass field, which ruff cannot know.
 """
 # ruff: noqa: RUF009
 
@@ -37,12 +37,17 @@ class Option(NamedTuple):
     choices: tuple[str, ...] | None  # None if the type is not a Literal
 
 
-def describe(options: type[LoadOptions] | type[EncodeOptions]) -> list[Option]:
-    """Return the options of a class, in their order."""
-    return [Option(field.name, str(field.type), field.default, **field.metadata) for field in fields(options)]
+def describe(options: type[Any]) -> list[Option]:
+    """Return the options of a dataclass: its fields made by `option`, in their order."""
+    return [
+        Option(field.name, str(field.type), field.default, **field.metadata)
+        for field in fields(options)
+        if field.metadata
+    ]
 
 
-def _option(default: Any, help: str, *, metavar: str | None = None, literal: Any = None) -> Any:
+def option(default: Any, help: str, *, metavar: str | None = None, literal: Any = None) -> Any:
+    """Return a dataclass field with its description. literal: the Literal type of an option with fixed choices."""
     choices = None if literal is None else get_args(literal)
     return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
@@ -64,37 +69,37 @@ class LoadKeywords(TypedDict, total=False):
 class LoadOptions:
     """How a model is loaded and run."""
 
-    device: str | torch.device | Sequence[str | torch.device] = _option(
+    device: str | torch.device | Sequence[str | torch.device] = option(
         "auto",
         "auto (CUDA if available, else the CPU), cpu, cuda, cuda:N, all (every CUDA device), or several such as "
         "cuda:0,cuda:1, each of which runs in a process of its own",
     )
-    dtype: str | torch.dtype = _option(
+    dtype: str | torch.dtype = option(
         "auto",
         "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16 or float8, which runs the linear layers "
         "that follow a LayerNorm in e4m3 with one scale per row: less accurate, needs compute capability 8.9, slow on "
         "a CPU",
     )
-    attention: str = _option("auto", "attention backend: auto, unpadded, torch or flash-attn")
-    rotary_scaling_factor: float | Literal["config"] | None = _option(
+    attention: str = option("auto", "attention backend: auto, unpadded, torch or flash-attn")
+    rotary_scaling_factor: float | Literal["config"] | None = option(
         "config",
         "factor of dynamic-NTK scaling for texts longer than the model was trained on, computed from each text's own "
         "length; config uses the checkpoint's value, none disables scaling",
         metavar="FACTOR",
     )
-    max_length: int | None = _option(
+    max_length: int | None = option(
         None, "maximum number of tokens kept per text; default: the checkpoint's maximum", metavar="N"
     )
-    token_budget: int | Literal["auto"] | None = _option(
+    token_budget: int | Literal["auto"] | None = option(
         None,
         "maximum number of tokens per batch, which bounds memory; auto, the default on CUDA, lowers the usual number "
         "to what half of the free memory holds",
         metavar="N",
     )
-    batch_invariant: bool = _option(
+    batch_invariant: bool = option(
         False, "compute the same bits for a text alone and in any batch on CUDA too, which is slower"
     )
-    revision: str | None = _option(None, "branch, tag or commit of a Hugging Face id", metavar="REVISION")
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id", metavar="REVISION")
 
     def __post_init__(self) -> None:
         if isinstance(self.token_budget, int) and self.token_budget < 1:
@@ -120,38 +125,38 @@ class EncodeKeywords(TypedDict, total=False):
 class EncodeOptions:
     """How texts become vectors."""
 
-    task: str | None = _option(
+    task: str | None = option(
         None,
         "name of one of the checkpoint's prompts, such as search_query or search_document; also selects the LoRA "
         "adapter of that name if the checkpoint has one",
         metavar="TASK",
     )
-    prompt: str | None = _option(
+    prompt: str | None = option(
         None,
         "text put before every input, instead of the task's prompt; default: the checkpoint's default prompt, if any",
         metavar="TEXT",
     )
-    dimensions: int | None = _option(
+    dimensions: int | None = option(
         None,
         "cut the vectors to this length (matryoshka), after a layer norm if the model was trained with one, and "
         "L2-normalize them; default: the full length",
         metavar="N",
     )
-    normalize: bool | None = _option(
+    normalize: bool | None = option(
         None, "L2-normalize the vectors; default: as the checkpoint does, and always after cutting or averaging"
     )
-    precision: Precision = _option(
+    precision: Precision = option(
         "float32", "number format of the vectors, as in sentence-transformers", literal=Precision
     )
-    ranges: np.ndarray | None = _option(
+    ranges: np.ndarray | None = option(
         None, "lowest and highest value of each dimension, [2, dimensions], for int8 and uint8", metavar="NPY"
     )
-    truncation: Truncation = _option(
+    truncation: Truncation = option(
         "right",
         "what to do with a text longer than max_length: right keeps its first tokens, left its last, error raises",
         literal=Truncation,
     )
-    long_text: LongText = _option(
+    long_text: LongText = option(
         "truncate",
         "truncate long texts, or mean: average over chunks of 2048 tokens, as nomic's client does",
         literal=LongText,

@@ -1,4 +1,5 @@
 """The options of a server, and the flags of `unpadded serve` made from them. Imports nothing heavy."""
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
@@ -6,14 +7,14 @@ import argparse
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from unpadded.errors import OptionError
+from unpadded.options import Option, check_choice, describe, option
 
 API_KEYS_VARIABLE = "UNPADDED_API_KEYS"
-API_KEY_FLAGS = ("api_key", "api_key_file")
 
 DESCRIPTION = """\
 Serve a model's embeddings over HTTP, with the APIs of OpenAI, nomic and text-embeddings-inference (TEI).
@@ -45,97 +46,74 @@ examples:
   unpadded serve ./model --host 0.0.0.0 --port 80 --api-key-file keys.txt --long-input reject
 """
 
-# Groups of flags in --help, with their descriptions.
-GROUPS = {
-    "network": None,
-    "names and defaults": None,
-    "limits": None,
-    "logging": "The log is JSON lines on stderr and contains no texts by default. GET /metrics is for Prometheus.",
-    "API keys": (
-        f"Also read from {API_KEYS_VARIABLE}, separated by commas. Without keys, every request is accepted.\n"
-        "/health and /metrics never need one."
+# Groups of flags in --help: title, description and names. The flags of API keys are in a group of their own.
+GROUPS: list[tuple[str, str | None, list[str]]] = [
+    ("network", None, ["host", "port", "tls_cert", "tls_key", "cors_origin"]),
+    ("names and defaults", None, ["alias", "default_task", "long_input"]),
+    (
+        "limits",
+        None,
+        [
+            "max_concurrent_requests",
+            "max_queued_tokens",
+            "max_inputs",
+            "max_body",
+            "read_timeout",
+            "deadline",
+            "grace",
+        ],
     ),
-}
+    (
+        "logging",
+        "The log is JSON lines on stderr and contains no texts by default. GET /metrics is for Prometheus.",
+        ["log_requests"],
+    ),
+]
 
 LongInput = Literal["truncate", "reject"]
-
-
-def _flag(group: str, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return {"group": group, "help": help, "metavar": metavar, "choices": choices}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """How to serve, whatever the model. Raises OptionError for a value that is not valid."""
 
-    host: str = field(default="127.0.0.1", metadata=_flag("network", "address to listen on"))
-    port: int = field(default=8080, metadata=_flag("network", "port to listen on; 0 selects a free one"))
-    tls_cert: str | None = field(
-        default=None, metadata=_flag("network", "serve HTTPS with this certificate chain", metavar="PEM")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8080, "port to listen on; 0 selects a free one")
+    tls_cert: str | None = option(None, "serve HTTPS with this certificate chain", metavar="PEM")
+    tls_key: str | None = option(None, "private key of the certificate", metavar="PEM")
+    cors_origin: tuple[str, ...] = option(
+        (), "allow requests from web pages of this origin, * for all; repeatable", metavar="URL"
     )
-    tls_key: str | None = field(
-        default=None, metadata=_flag("network", "private key of the certificate", metavar="PEM")
+    alias: tuple[str, ...] = option((), "additional name of the model; repeatable", metavar="NAME")
+    default_task: str | None = option(None, "task of requests that do not name one", metavar="TASK")
+    long_input: LongInput = option(
+        "truncate",
+        "texts longer than the model's maximum: truncate and count them, or reject the request",
+        literal=LongInput,
     )
-    cors_origin: tuple[str, ...] = field(
-        default=(),
-        metadata=_flag("network", "allow requests from web pages of this origin, * for all; repeatable", metavar="URL"),
+    max_concurrent_requests: int = option(512, "requests in progress; further ones get 429", metavar="N")
+    max_queued_tokens: int = option(1_000_000, "tokens waiting for a batch; further ones get 429", metavar="N")
+    max_inputs: int = option(2048, "texts per request; more get 413", metavar="N")
+    max_body: int = option(16 << 20, "size of a request body after decompression; larger ones get 413", metavar="BYTES")
+    read_timeout: float = option(
+        30.0,
+        "time to receive the head of a request, then the connection is closed; and its body, then 408",
+        metavar="SECONDS",
     )
-    alias: tuple[str, ...] = field(
-        default=(), metadata=_flag("names and defaults", "additional name of the model; repeatable", metavar="NAME")
+    deadline: float = option(60.0, "time to process a request, then 504; 0 for no limit", metavar="SECONDS")
+    grace: float = option(
+        30.0, "time to finish requests after SIGTERM; a second SIGTERM exits immediately", metavar="SECONDS"
     )
-    default_task: str | None = field(
-        default=None, metadata=_flag("names and defaults", "task of requests that do not name one", metavar="TASK")
-    )
-    long_input: LongInput = field(
-        default="truncate",
-        metadata=_flag(
-            "names and defaults",
-            "texts longer than the model's maximum: truncate and count them, or reject the request",
-            choices=get_args(LongInput),
-        ),
-    )
-    max_concurrent_requests: int = field(
-        default=512, metadata=_flag("limits", "requests in progress; further ones get 429", metavar="N")
-    )
-    max_queued_tokens: int = field(
-        default=1_000_000, metadata=_flag("limits", "tokens waiting for a batch; further ones get 429", metavar="N")
-    )
-    max_inputs: int = field(default=2048, metadata=_flag("limits", "texts per request; more get 413", metavar="N"))
-    max_body: int = field(
-        default=16 << 20,
-        metadata=_flag("limits", "size of a request body after decompression; larger ones get 413", metavar="BYTES"),
-    )
-    read_timeout: float = field(
-        default=30.0,
-        metadata=_flag(
-            "limits",
-            "time to receive the head of a request, then the connection is closed; and its body, then 408",
-            metavar="SECONDS",
-        ),
-    )
-    deadline: float = field(
-        default=60.0, metadata=_flag("limits", "time to process a request, then 504; 0 for no limit", metavar="SECONDS")
-    )
-    grace: float = field(
-        default=30.0,
-        metadata=_flag(
-            "limits",
-            "time to finish requests after SIGTERM; a second SIGTERM exits immediately",
-            metavar="SECONDS",
-        ),
-    )
-    log_requests: bool = field(
-        default=False, metadata=_flag("logging", "log the first 4096 bytes of each request body")
-    )
-    api_keys: frozenset[str] = frozenset()
+    log_requests: bool = option(False, "log the first 4096 bytes of each request body")
+    api_keys: frozenset[str] = frozenset()  # empty: every request is accepted
 
     def __post_init__(self) -> None:
-        for option in _flag_fields():
-            value, minimum = getattr(self, option.name), 1 if option.name.startswith("max_") else 0
-            if _type(option) in (int, float) and not minimum <= value < math.inf:
-                raise OptionError(f"{option.name} is out of range: {value}; pass a number from {minimum}")
-        if self.long_input not in get_args(LongInput):
-            raise OptionError(f"long_input is unknown: {self.long_input!r}; use truncate or reject")
+        for name, described in _OPTIONS.items():
+            value, minimum = getattr(self, name), 1 if name.startswith("max_") else 0
+            if described.type in ("int", "float") and not minimum <= value < math.inf:
+                raise OptionError(f"{name} is out of range: {value}; pass a number from {minimum}")
+            if described.choices is not None:
+                check_choice(name, value, described.choices)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise OptionError(
                 f"HTTPS needs a certificate and its key: --tls-cert {self.tls_cert}, --tls-key {self.tls_key}; pass "
@@ -150,66 +128,63 @@ class ServerOptions:
         """
         values = dict(values)
         keys = _read_api_keys(values.pop("api_key", ()), values.pop("api_key_file", None))
-        options = {option.name: option for option in _flag_fields()}
-        unknown = values.keys() - options.keys()
+        unknown = sorted(values.keys() - _OPTIONS.keys())
         if unknown:
-            raise OptionError(f"options are unknown: {', '.join(sorted(unknown))}; use {', '.join(flag_names())}")
-        return cls(**{name: _convert(options[name], value) for name, value in values.items()}, api_keys=keys)
+            raise OptionError(f"options are unknown: {', '.join(unknown)}; use {', '.join(FLAG_NAMES)}")
+        return cls(**{name: _convert(_OPTIONS[name], value) for name, value in values.items()}, api_keys=keys)
 
 
-def flag_names() -> list[str]:
-    """Return the names that `ServerOptions.from_mapping` accepts: those of the flags, with underscores."""
-    return [*(option.name for option in _flag_fields()), *API_KEY_FLAGS]
+_OPTIONS = {described.name: described for described in describe(ServerOptions)}
+FLAG_NAMES = (*_OPTIONS, "api_key", "api_key_file")  # accepted by `ServerOptions.from_mapping`
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of all options to a parser."""
-    groups = {title: parser.add_argument_group(title, description) for title, description in GROUPS.items()}
-    for option in _flag_fields():
-        flag, group = "--" + option.name.replace("_", "-"), groups[option.metadata["group"]]
-        help, type_, repeatable = option.metadata["help"], _type(option), option.default == ()
-        if type_ is bool:
-            group.add_argument(flag, action="store_true", help=help)
-            continue
-        group.add_argument(
-            flag,
-            action="append" if repeatable else "store",
-            type=type_,
-            default=None if repeatable else option.default,
-            metavar=option.metadata["metavar"],
-            choices=option.metadata["choices"],
-            help=help + " (default: %(default)s)" * (option.default not in (None, ())),
-        )
-    keys = groups["API keys"]
+    for title, description, names in GROUPS:
+        group = parser.add_argument_group(title, description)
+        for described in (_OPTIONS[name] for name in names):
+            flag, help = "--" + described.name.replace("_", "-"), described.help
+            if described.type == "bool":
+                group.add_argument(flag, action="store_true", help=help)
+            elif described.default == ():
+                group.add_argument(flag, action="append", metavar=described.metavar, help=help)
+            else:
+                group.add_argument(
+                    flag,
+                    metavar=described.metavar,
+                    choices=described.choices,
+                    help=help if described.default is None else f"{help} (default: {described.default})",
+                )
+    keys = parser.add_argument_group(
+        "API keys",
+        f"Also read from {API_KEYS_VARIABLE}, separated by commas. Without keys, every request is accepted.\n"
+        "/health and /metrics never need one.",
+    )
     keys.add_argument("--api-key", action="append", metavar="KEY", help="accept this key; repeatable")
     keys.add_argument("--api-key-file", metavar="FILE", help="accept the keys in this file, one per line")
 
 
 def read_flags(args: argparse.Namespace) -> ServerOptions:
     """Return the options of parsed flags."""
-    values = {name: getattr(args, name) for name in flag_names()}
+    values = {name: getattr(args, name) for name in FLAG_NAMES}
     return ServerOptions.from_mapping({name: value for name, value in values.items() if value is not None})
 
 
-def _flag_fields() -> list[Field[Any]]:
-    return [option for option in fields(ServerOptions) if option.metadata]
-
-
-def _type(option: Field[Any]) -> type:
-    """Return the type of one value on the command line."""
-    return type(option.default) if isinstance(option.default, int | float) else str
-
-
-def _convert(option: Field[Any], value: Any) -> Any:
-    if option.default == ():
+def _convert(described: Option, value: Any) -> Any:
+    if described.default == ():
         return (value,) if isinstance(value, str) else tuple(value)
     if not isinstance(value, str):
         return value
-    type_ = _type(option)
+    if described.type == "bool":
+        return value.lower() == "true"
+    if described.type not in ("int", "float"):
+        return value
     try:
-        return value.lower() == "true" if type_ is bool else type_(value)
+        return type(described.default)(value)
     except ValueError:
-        raise OptionError(f"{option.name} is not a number: {value!r}; pass one such as {option.default}") from None
+        raise OptionError(
+            f"{described.name} is not a number: {value!r}; pass one such as {described.default}"
+        ) from None
 
 
 def _read_api_keys(keys: str | list[str], file: str | Path | None) -> frozenset[str]:
