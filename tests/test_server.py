@@ -45,7 +45,7 @@ def client(server):
 @pytest.fixture
 def huggingface_online(monkeypatch):
     """Let huggingface_hub's clients reach the server with HF_HUB_OFFLINE set."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(scope="module")
