@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import http.client
@@ -54,11 +55,16 @@ class ForkServer:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
+    def close(self) -> None:
+        self._process.communicate()
+
 
 @functools.cache
 def fork_server() -> ForkServer:
-    """Return the fork server of this process. It exits when its stdin is closed, at the end of this process."""
-    return ForkServer()
+    """Return the fork server of this process, which exits with it."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
 
 
 class ForkedProcess:

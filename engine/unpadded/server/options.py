@@ -75,7 +75,7 @@ LongInput = Literal["truncate", "reject"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """How to serve, whatever the model. Raises OptionError for a value that is not valid."""
+    """Options of a server that do not depend on the model. OptionError for an invalid value."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on; 0 selects a free one")
