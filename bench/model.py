@@ -199,7 +199,7 @@ def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
 def packed_baseline(runner: Runner, weights: EncoderWeights, ids: Ids) -> np.ndarray:
     """Run the packed batch with PyTorch's operations only: F.linear, its variable-length attention, elementwise ops."""
     spec = runner.encoder.spec
-    batch: PackedBatch = runner._to_device(pack(ids, spec))
+    batch: PackedBatch = runner.to_device(pack(ids, spec))
     x = embedding_reference(
         *(batch.input_ids, batch.positions, None, weights.word, weights.token_type, None),
         *(weights.norm.weight, weights.norm.bias, spec.norm_eps),
@@ -293,7 +293,7 @@ def query_latency(
     modes = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
     for name, graphs in modes.items():
         engine = unpadded.load(folder, device=device, dtype=dtype, max_length=LONGEST)
-        engine._pipeline.runner._captures &= graphs
+        engine._pipeline.runner.captures_graphs &= graphs
         seconds = []
         for _ in range(120):
             start = time.perf_counter()

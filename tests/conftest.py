@@ -74,8 +74,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     from unpadded.execution import cuda_graphs
 
-    monkeypatch.setattr(cuda_graphs, "TOKENS", (8, 16))
-    monkeypatch.setattr(cuda_graphs, "TEXTS", (2, 6))
+    monkeypatch.setattr(cuda_graphs, "TOKEN_BUCKETS", (8, 16))
+    monkeypatch.setattr(cuda_graphs, "TEXT_BUCKETS", (2, 6))
     with stand_in():
         yield "cuda:1"
 

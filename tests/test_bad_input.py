@@ -1,4 +1,4 @@
-"""What cannot be embedded is refused by index and value; what is only strange is embedded."""
+"""Texts that cannot be embedded raise an error with their index and value; unusual texts are embedded."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def engine(minilm):
         ("lone \ud800 surrogate", "text 613 holds a lone surrogate: U\\+D800 at character 5"),
     ],
 )
-def test_one_bad_text_among_a_thousand_is_named(engine, bad, message):
+def test_the_error_names_one_bad_text_among_a_thousand(engine, bad, message):
     texts = ["fine"] * 1000
     texts[613] = bad
     with pytest.raises(InputError, match=message):
@@ -40,27 +40,27 @@ def test_one_bad_text_among_a_thousand_is_named(engine, bad, message):
 
 
 @pytest.mark.parametrize("texts", [None, 3, b"bytes"])
-def test_not_a_collection(engine, texts):
+def test_texts_must_be_a_collection(engine, texts):
     with pytest.raises(InputError, match="texts are not a collection"):
         engine.encode(texts)
 
 
-def test_strange_texts_are_embedded(engine):
-    strange = ["", " ", "\n\t", "\x00\x01\x7f", "\u200b\ufeff", "a" * 1_000_000, "word " * 200_000, "漢" * 10_000]
-    vectors = engine.encode(strange)
+def test_unusual_texts_are_embedded(engine):
+    unusual = ["", " ", "\n\t", "\x00\x01\x7f", "\u200b\ufeff", "a" * 1_000_000, "word " * 200_000, "漢" * 10_000]
+    vectors = engine.encode(unusual)
     assert np.isfinite(vectors).all()
     empty = engine.encode([""])[0]
-    assert all(np.array_equal(row, empty) for row in vectors[:3]), "what holds no token is the empty text"
+    assert all(np.array_equal(row, empty) for row in vectors[:3]), "a text without tokens equals the empty text"
 
 
-def test_without_a_tokenizer_ids_work_and_text_names_the_file(tmp_path):
+def test_without_a_tokenizer_only_token_ids_are_embedded(tmp_path):
     engine = unpadded.load(write_nomic(tmp_path, tokenizer=False), device="cpu")
     assert np.isfinite(engine.encode([[101, 2054, 102]])).all()
     with pytest.raises(CheckpointError, match=r"tokenizer.json"):
         engine.encode(["text"])
 
 
-def test_nan_weights_are_refused_by_name(tmp_path):
+def test_the_error_names_weights_that_are_nan(tmp_path):
     folder = write_nomic(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["encoder.layers.1.mlp.fc2.weight"][3, 4] = float("nan")
@@ -69,8 +69,8 @@ def test_nan_weights_are_refused_by_name(tmp_path):
         unpadded.load(folder, device="cpu")
 
 
-def test_a_vector_that_is_not_finite_names_its_text(tmp_path):
-    """Weights within the dtype whose product is not: a word row so large that LayerNorm's variance overflows."""
+def test_the_error_names_the_text_of_a_vector_that_is_not_finite(tmp_path):
+    """The weights are finite, but one row of the word table is so large that LayerNorm's variance overflows."""
     engine = unpadded.load(write_nomic(tmp_path), device="cpu")
     engine._pipeline.runner.encoder.weights.word[7] = torch.finfo(torch.float32).max
     with pytest.raises(OutputError, match="the vector of text 2 is not finite"):

@@ -1,4 +1,4 @@
-"""Concurrent callers share batches: same bits, fair turns, and one caller's trouble stays its own."""
+"""Concurrent callers share batches: the bits are the same, shares are fair, and an error fails one caller only."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from support.corpus import PARAGRAPHS
 import unpadded
 from unpadded.errors import DeadlineError, InputError, OutputError, OverloadedError
 from unpadded.execution.batcher import Batcher, Work
-from unpadded.execution.fairness import Backlog, next_batch
+from unpadded.execution.scheduler import Backlog, next_batch
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def engine(minilm):
 
 
 class Gate:
-    """A batcher's work that holds still until it is opened, and writes down each batch."""
+    """The work of a batcher: blocks until it is opened and records each batch."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -48,7 +48,7 @@ def batcher():
 
 
 def drain(backlogs, token_budget):
-    """Batches until nothing is left; whoever goes without comes first the next time."""
+    """Form batches until nothing is left; a caller without texts in a batch comes first in the next."""
     batches, order = [], list(backlogs)
     while order:
         shares = next_batch([backlogs[name] for name in order], token_budget)
@@ -58,7 +58,7 @@ def drain(backlogs, token_budget):
     return batches
 
 
-def test_a_query_is_in_the_next_batch_however_much_another_queued():
+def test_a_query_is_in_the_next_batch_however_many_texts_are_queued():
     backlogs = {"corpus": Backlog([60] * 1000), "query": Backlog([9])}
     assert next_batch(list(backlogs.values()), 100) == [[0], [0]]
 
@@ -98,7 +98,7 @@ def test_waiting_calls_share_a_batch(batcher):
     assert gate.batches == [[1], [2, 3, 4]]
 
 
-def test_calls_of_another_kind_do_not_share(batcher):
+def test_calls_with_different_keys_do_not_share_a_batch(batcher):
     gate, other = Gate(), Gate()
     calls = [batcher.submit(sequences(1, [10]), Work("a", gate))]
     assert gate.entered.wait(10)
@@ -111,7 +111,7 @@ def test_calls_of_another_kind_do_not_share(batcher):
     assert gate.batches == [[1], [2]] and other.batches == [[3]]
 
 
-def test_a_call_that_fails_is_alone_in_it(batcher):
+def test_a_failing_call_fails_alone(batcher):
     gate = Gate()
     work = Work("a", gate)
     first = batcher.submit(sequences(1, [10]), work)
@@ -139,20 +139,20 @@ def test_a_cancelled_call_leaves_the_queue(batcher):
     assert gate.batches == [[1], [1]]
 
 
-def test_a_full_queue_refuses(batcher):
+def test_a_full_queue_rejects_calls(batcher):
     gate = Gate()
     work = Work("a", gate)
     batcher.submit(sequences(1, [10]), work)
     assert gate.entered.wait(10)
-    taken = batcher.submit(sequences(2, [500]), work, max_queued_tokens=300)  # finds the queue empty
-    with pytest.raises(OverloadedError, match="500 tokens wait, 10 more pass the limit of 300"):
+    accepted = batcher.submit(sequences(2, [500]), work, max_queued_tokens=300)  # the queue is empty
+    with pytest.raises(OverloadedError, match="500 tokens wait, 10 more exceed the limit of 300"):
         batcher.submit(sequences(3, [10]), work, max_queued_tokens=300)
     gate.opened.set()
-    taken.future.result(10)
+    accepted.future.result(10)
     assert batcher.submit(sequences(3, [10]), work, max_queued_tokens=300).future.result(10)[0][0] == 3
 
 
-def test_batches_run_side_by_side():
+def test_batches_run_in_parallel():
     batcher, meeting = Batcher(token_budget=100, parallelism=2), threading.Barrier(2, timeout=10)
 
     def run(sequences):
@@ -164,7 +164,7 @@ def test_batches_run_side_by_side():
     batcher.close()
 
 
-def test_one_of_two_batches_of_a_call_fails():
+def test_a_call_fails_if_one_of_its_batches_fails():
     batcher = Batcher(token_budget=100, parallelism=2)
 
     def run(sequences):
@@ -180,7 +180,7 @@ def test_one_of_two_batches_of_a_call_fails():
     batcher.close()
 
 
-def test_a_closed_joiner_leaves_nobody_waiting():
+def test_close_completes_every_call():
     batcher, gate = Batcher(token_budget=100), Gate()
     running = batcher.submit(sequences(1, [10]), Work("a", gate))
     assert gate.entered.wait(10)
@@ -190,7 +190,7 @@ def test_a_closed_joiner_leaves_nobody_waiting():
     assert running.future.done() and waiting.future.done()
 
 
-def test_same_bits_as_embed_from_many_callers(engine):
+def test_concurrent_calls_return_the_bits_of_embed(engine):
     calls = [PARAGRAPHS[start : start + size] for start, size in zip(range(0, 60, 3), [1, 2, 3, 7] * 5, strict=True)]
     options = [{}, {"dimensions": 128}, {"normalize": False}, {"precision": "ubinary"}]
 
@@ -206,7 +206,7 @@ def test_same_bits_as_embed_from_many_callers(engine):
         assert np.array_equal(found.truncated, expected.truncated)
 
 
-def test_shapes_of_aencode(engine):
+def test_aencode_returns_the_shapes_of_encode(engine):
     async def three():
         return await engine.aencode("one"), await engine.aencode(["one"]), await engine.aencode([])
 
@@ -214,7 +214,7 @@ def test_shapes_of_aencode(engine):
     assert one.shape == (384,) and np.array_equal(listed, one[None]) and none.shape == (0, 384)
 
 
-def test_long_texts_by_their_mean(engine):
+def test_aencode_averages_long_texts(engine):
     text = " ".join(PARAGRAPHS[:80])
     found = asyncio.run(engine.aencode([text, "short"], long_text="mean"))
     assert np.array_equal(found, engine.encode([text, "short"], long_text="mean"))
@@ -234,7 +234,7 @@ def test_a_query_overtakes_a_corpus(engine):
     assert overtaken and waited < whole / 3
 
 
-def test_a_bad_text_fails_its_own_caller(engine):
+def test_a_bad_text_fails_only_its_caller(engine):
     async def together():
         return await asyncio.gather(
             engine.aembed(["good"]), engine.aembed(["good", "\ud800"]), engine.aembed(["fine"]), return_exceptions=True
@@ -246,7 +246,7 @@ def test_a_bad_text_fails_its_own_caller(engine):
     assert np.array_equal(fine.vectors, engine.embed(["fine"]).vectors)
 
 
-def test_a_vector_that_is_not_finite_fails_its_own_caller(minilm):
+def test_a_vector_that_is_not_finite_fails_only_its_caller(minilm):
     engine = unpadded.load(minilm, device="cpu")
     texts = ["about coroutines", "zebra crossing", "about threads"]
     expected = engine.encode([texts[0], texts[2]])
@@ -261,11 +261,11 @@ def test_a_vector_that_is_not_finite_fails_its_own_caller(minilm):
     assert np.array_equal([first[1], last[1]], expected)
 
 
-def test_a_deadline_drops_the_rest(engine):
+def test_a_deadline_drops_the_remaining_texts(engine):
     async def late():
         with pytest.raises(DeadlineError, match=r"0\.05 s"):
             await engine.aembed(PARAGRAPHS[:2000], deadline=0.05)
-        while engine._batcher.queued_tokens:  # a window being tokenized is dropped once it is done
+        while engine._batcher.queued_tokens:  # a window that is being tokenized is dropped afterwards
             await asyncio.sleep(0.01)
         return await engine.aencode("after")
 

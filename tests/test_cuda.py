@@ -91,28 +91,28 @@ def test_graphs_follow_new_contents(folder, cuda, pooling):
     """Every bucket captured once, then replayed on other batches; eager passes over the same batches agree."""
     engine = unpadded.load(folder, device=cuda, dtype="float16", max_length=8192)
     eager = unpadded.load(folder, device=cuda, dtype="float16", max_length=8192)
-    eager._pipeline.runner._captures = False
+    eager._pipeline.runner.captures_graphs = False
     engine._pipeline.runner.pooling = eager._pipeline.runner.pooling = pooling
     draw = np.random.default_rng(2)
-    for tokens, texts, _ in itertools.product(cuda_graphs.TOKENS, cuda_graphs.TEXTS, range(2)):
+    for tokens, texts, _ in itertools.product(cuda_graphs.TOKEN_BUCKETS, cuda_graphs.TEXT_BUCKETS, range(2)):
         lengths = draw.integers(1, max(2, tokens // texts), draw.integers(1, texts + 1))
         texts = random_ids(lengths, seed=int(draw.integers(1 << 30)))
         np.testing.assert_allclose(engine.encode(texts), eager.encode(texts), atol=2e-3 * np.sqrt(768))
-    graphs = engine._pipeline.runner._graphs
-    assert len({bucket for bucket, *_ in graphs}) == len(graphs) > len(cuda_graphs.TOKENS)
-    assert not eager._pipeline.runner._graphs
+    graphs = engine._pipeline.runner.graphs
+    assert len({bucket for bucket, *_ in graphs}) == len(graphs) > len(cuda_graphs.TOKEN_BUCKETS)
+    assert not eager._pipeline.runner.graphs
 
 
 def test_experts_in_a_graph(experts, cuda):
     """With products of fixed tiles a token's bits are its own, in a graph's bucket too."""
     options = {"device": cuda, "dtype": "float16", "batch_invariant": True}
     engine, eager = unpadded.load(experts, **options), unpadded.load(experts, **options)
-    eager._pipeline.runner._captures = False
+    eager._pipeline.runner.captures_graphs = False
     batches = ((5,), (40, 1), (7, 20, 30), (60,), (200, 300), (900,)) if HAS_CUDA else ((5,), (7, 1), (4, 3, 6), (16,))
     for seed, lengths in enumerate(batches):
         texts = random_ids(lengths, seed=seed)
         assert np.array_equal(engine.encode(texts), eager.encode(texts)), lengths
-    assert engine._pipeline.runner._graphs and not eager._pipeline.runner._graphs
+    assert engine._pipeline.runner.graphs and not eager._pipeline.runner.graphs
 
 
 def test_no_batch_compiles_a_kernel_anew(either, cuda, compiled):
@@ -136,7 +136,7 @@ def test_nothing_waits_for_the_gpu_before_the_vectors_are_asked_for(either, cuda
     runner.pooling = pooling
     batches = [random_ids(lengths) for lengths in (((700, 800, 900), (300,)) if HAS_CUDA else ((7, 10), (8,)))]
     before = [runner.launch(batch, options).wait() for batch in batches]
-    assert len(runner._graphs) == 1
+    assert len(runner.graphs) == 1
     torch.cuda.set_sync_debug_mode("error")
     try:
         launched = [runner.launch(batch, options) for batch in batches]

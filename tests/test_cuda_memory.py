@@ -1,4 +1,4 @@
-"""On a GPU: what a batch takes is what was counted, what does not fit is split, and processes agree with each other."""
+"""On a GPU: the memory that a batch takes, batches that do not fit, and several processes."""
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ def folder(tmp_path_factory):
     return write_nomic(tmp_path_factory.mktemp("nomic"), tokenizer=False, **REAL | {"layers": 4})
 
 
-def test_a_batch_takes_what_was_counted(folder):
+def test_a_batch_takes_the_memory_that_was_computed(folder):
     engine = unpadded.load(folder, device="cuda", dtype="float16")
     texts = random_ids([512] * (engine._pipeline.token_budget // 512))
-    engine.encode(texts)  # libraries take their workspaces
+    engine.encode(texts)  # libraries allocate their workspaces
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     engine.encode(texts)
@@ -43,7 +43,7 @@ def test_a_batch_that_does_not_fit_is_split(folder, caplog):
     assert "a batch of 131072 tokens does not fit the memory of cuda" in caplog.text
 
 
-def test_processes_agree(folder):
+def test_two_processes_return_the_bits_of_one(folder):
     texts = random_ids([1, 7, 40, 512, 2048, 300] * 20)
     options = {"dtype": "float16", "batch_invariant": True, "token_budget": 4096}
     with unpadded.load(folder, device="cuda:0,cuda:0", **options) as engine:

@@ -1,4 +1,4 @@
-"""From text to vectors: options, order, streaming, what is said; on real weights, or seeded ones of nomic's kind."""
+"""From texts to vectors: options, order, streaming and warnings, on real weights or on a seeded NomicBERT."""
 
 import itertools
 import logging
@@ -55,7 +55,7 @@ def test_outputs_agree(engine):
     assert np.array_equal(engine.encode(text for text in TEXTS), vectors)
 
 
-def test_counts_and_truncation_are_reported(engine):
+def test_embed_returns_token_counts_and_truncation(engine):
     found = engine.embed(TEXTS)
     assert found.token_counts.tolist() == [7, 12, 2, 2, 7, 256]
     assert found.truncated.tolist() == [False] * 5 + [True]
@@ -66,30 +66,30 @@ def test_counts_and_truncation_are_reported(engine):
         engine.embed(TEXTS, truncation="error")
 
 
-def test_ids_are_used_as_given(engine):
+def test_token_ids_are_embedded_unchanged(engine):
     ids = [101, 2054, 2003, 24529, 2638, 1029, 102]
     mixed = engine.encode([TEXTS[0], ids, np.array(ids), TEXTS[0]])
     assert all(np.array_equal(row, mixed[0]) for row in mixed)
 
 
-def test_no_texts(engine):
+def test_no_texts_give_empty_results(engine):
     assert engine.encode([]).shape == (0, 384)
     assert engine.encode([], precision="ubinary").shape == (0, 48)
     assert engine.token_embeddings([]) == []
     assert list(engine.stream([])) == []
 
 
-def test_an_endless_stream_is_not_collected(engine, monkeypatch):
+def test_stream_reads_one_window_ahead(engine, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 50)
     texts = (f"text number {index}" for index in itertools.count())
     blocks = engine.stream(texts)
     first, second = next(blocks), next(blocks)
-    assert int(next(texts).split()[-1]) == 150, "one window ahead of the two that were taken"
+    assert int(next(texts).split()[-1]) == 150, "two windows were returned and one was read ahead"
     expected = engine.encode(f"text number {index}" for index in range(100))
     assert np.array_equal(np.concatenate([first.vectors, second.vectors]), expected)
 
 
-def test_texts_are_taken_in_the_callers_thread(engine, monkeypatch):
+def test_texts_are_read_in_the_callers_thread(engine, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     threads = set()
 
@@ -103,25 +103,25 @@ def test_texts_are_taken_in_the_callers_thread(engine, monkeypatch):
 
 
 def test_texts_of_one_window_start_no_thread(engine, monkeypatch):
-    """Whose start takes three times what a query's tokens do."""
+    """Starting a thread takes three times as long as tokenizing a query."""
     expected = engine.encode(["a", "b"])
 
-    def refused(thread):
+    def fail(thread):
         raise AssertionError(thread.name)
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(threading.Thread, "start", fail)
     assert np.array_equal(engine.encode(["a", "b"]), expected)
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     with pytest.raises(AssertionError, match="unpadded-tokenize"):
         engine.encode(["a", "b", "c"])
 
 
-def test_without_a_stderr_there_is_no_bar(engine, monkeypatch):
+def test_encode_works_without_a_stderr(engine, monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     assert engine.encode(["a"]).shape == (1, engine.dimensions)
 
 
-def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch):
+def test_a_bad_text_of_a_later_window_keeps_the_earlier_blocks(engine, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     blocks = engine.stream(["a", "b", "c", None, "e"])
     assert len(next(blocks).vectors) == 2
@@ -130,7 +130,7 @@ def test_a_bad_text_of_a_later_window_loses_no_earlier_block(engine, monkeypatch
     assert np.isfinite(engine.encode(["still works"])).all()
 
 
-def test_what_is_interrupted_frees_its_threads(engine, monkeypatch):
+def test_interrupted_calls_stop_their_threads(engine, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     before = threading.active_count()
     blocks = engine.stream(str(index) for index in itertools.count())
@@ -157,14 +157,14 @@ def test_what_is_interrupted_frees_its_threads(engine, monkeypatch):
     assert np.isfinite(engine.encode(["still works"])).all()
 
 
-def test_order_survives_any_budget(minilm):
+def test_any_token_budget_keeps_the_order(minilm):
     texts = paragraphs(60)
     expected = unpadded.load(minilm, device="cpu").encode(texts)
     for budget in (1, 300, 100_000):
         assert np.array_equal(unpadded.load(minilm, device="cpu", token_budget=budget).encode(texts), expected)
 
 
-def test_precisions(engine):
+def test_precisions_quantize_the_fp32_vectors(engine):
     vectors = engine.encode(TEXTS)
     assert np.array_equal(engine.encode(TEXTS, precision="float16"), vectors.astype(np.float16))
     assert np.array_equal(engine.encode(TEXTS, precision="ubinary"), np.packbits(vectors > 0, axis=-1))
@@ -176,7 +176,7 @@ def test_precisions(engine):
         engine.stream(TEXTS, precision="int8")
 
 
-def test_tasks_are_prefixes(nomic):
+def test_a_task_puts_its_prompt_before_the_text(nomic):
     with_task = nomic.encode(["What is TSNE?"], task="search_query")
     assert np.array_equal(with_task, nomic.encode(["search_query: What is TSNE?"]))
     assert np.array_equal(with_task, nomic.encode(["What is TSNE?"], prompt="search_query: "))
@@ -187,7 +187,7 @@ def test_tasks_are_prefixes(nomic):
         nomic.encode(["x"], task="clustering", prompt="y")
 
 
-def test_a_prompt_survives_left_truncation(tmp_path):
+def test_left_truncation_keeps_the_prompt(tmp_path):
     engine = unpadded.load(write_nomic(tmp_path), device="cpu", max_length=12)
     rows = [engine.token_embeddings([text], task="clustering", truncation="left")[0] for text in ("a " * 50, "b " * 50)]
     assert rows[0].shape == rows[1].shape == (12, 128)
@@ -204,7 +204,7 @@ def test_matryoshka_is_layer_norm_cut_l2(nomic):
     np.testing.assert_allclose(nomic.encode(["x y z"], task="clustering", normalize=True), unit(full), atol=1e-6)
 
 
-def test_a_cut_without_training_is_l2_of_the_cut_and_said(engine, caplog):
+def test_cutting_a_model_without_matryoshka_normalizes_and_warns(engine, caplog):
     with caplog.at_level(logging.WARNING, "unpadded"):
         cut = engine.encode(TEXTS, dimensions=100)
     np.testing.assert_allclose(cut, unit(engine.encode(TEXTS)[:, :100]), atol=1e-6)
@@ -212,7 +212,7 @@ def test_a_cut_without_training_is_l2_of_the_cut_and_said(engine, caplog):
 
 
 def test_long_text_mean_is_nomics_chunked_mean(tmp_path):
-    """Chunks of 2048 with prefix and special tokens, 8 tokens shared; layer norm, cut, L2 each; mean; L2."""
+    """Chunks of 2048 tokens overlap by 8; each is layer-normalized, cut and L2-normalized before the mean and L2."""
     folder = write_nomic(tmp_path)
     change_json(folder / "config.json", matryoshka_dimensions=[128, 64], matryoshka_layer_norm=True)
     engine = unpadded.load(folder, device="cpu")
@@ -220,11 +220,13 @@ def test_long_text_mean_is_nomics_chunked_mean(tmp_path):
     found = engine.embed([" ".join(words), "short"], task="search_document", long_text="mean", dimensions=64)
 
     prefix = engine.embed([""], task="search_document").token_counts[0] - 2
-    room = 2048 - 2 - prefix
+    body_tokens = 2048 - 2 - prefix
     tokenizer = engine.tokenizer
     body = tokenizer.encode([" ".join(words)], max_length=10**6)[0].ids[1:-1]
     head = tokenizer.encode(["search_document: x"], max_length=100)[0].ids[: 1 + prefix]
-    chunks = [np.concatenate([head, body[at : at + room], [102]]) for at in range(0, len(body) - 8, room - 8)]
+    chunks = [
+        np.concatenate([head, body[at : at + body_tokens], [102]]) for at in range(0, len(body) - 8, body_tokens - 8)
+    ]
     assert len(chunks) == 3 and found.token_counts[0] == sum(map(len, chunks))
     rows = engine.encode([chunk.astype(np.int32) for chunk in chunks], normalize=False).astype(np.float64)
     rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-5)
@@ -248,18 +250,18 @@ def test_pooling_and_dense_modules(tmp_path, mode):
     np.testing.assert_allclose(engine.encode(TEXTS, prompt=""), unit(expected), atol=1e-5)
 
 
-def test_what_a_user_should_know_is_said_once(tmp_path, caplog):
+def test_each_warning_is_logged_once(tmp_path, caplog):
     engine = unpadded.load(write_nomic(tmp_path, trained_length=64), device="cpu")
     with caplog.at_level(logging.WARNING, "unpadded"):
         for _ in range(2):
             engine.encode(["search_query: fine", "no task", "word " * 100])
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert "text 1 has none; pass task='search_query'" in said[0]
-    assert "longer than the 64" in said[1] and "rotary_scaling_factor=2" in said[1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "text 1 has none; pass task='search_query'" in messages[0]
+    assert "longer than the 64" in messages[1] and "rotary_scaling_factor=2" in messages[1]
 
 
-def test_describe_is_plain_and_names_what_was_assumed(tmp_path):
+def test_describe_returns_plain_values_and_the_assumed_defaults(tmp_path):
     import json
 
     engine = unpadded.load(write_nomic(tmp_path), device="cpu")
@@ -280,7 +282,7 @@ def test_describe_is_plain_and_names_what_was_assumed(tmp_path):
         ({"task": "search_query"}, "task is unknown: 'search_query'"),
     ],
 )
-def test_options_that_are_not_offered(engine, option, message):
+def test_wrong_options_raise(engine, option, message):
     with pytest.raises(unpadded.OptionError, match=message):
         engine.encode(["x"], **option)
 
@@ -289,7 +291,7 @@ def test_options_that_are_not_offered(engine, option, message):
     ("option", "message"),
     [
         ({"device": "tpu-9"}, "device is unknown: 'tpu-9'"),
-        ({"device": "cuda:7"}, "device is not here: 'cuda:7'"),
+        ({"device": "cuda:7"}, "device does not exist: 'cuda:7'"),
         ({"dtype": "int8"}, "dtype is unknown: 'int8'"),
         ({"attention": "fast"}, "attention is unknown: 'fast'; use one of auto"),
         ({"attention": "flash-attn"}, "runs on CUDA in float16 or bfloat16 only"),
@@ -298,6 +300,6 @@ def test_options_that_are_not_offered(engine, option, message):
         ({"rotary_scaling_factor": 2}, "rotary_scaling_factor"),
     ],
 )
-def test_loading_options_that_are_not_offered(minilm, option, message):
+def test_wrong_loading_options_raise(minilm, option, message):
     with pytest.raises(unpadded.OptionError, match=message):
         unpadded.load(minilm, **({"device": "cpu"} | option))

@@ -1,6 +1,4 @@
-"""What crosses to a device arrives as it was, what fills a bucket for a CUDA graph changes no text's bits, and what a
-device's memory does not hold is split.
-"""
+"""Transfer to a device, padding to a CUDA graph's bucket, and splitting of batches that do not fit the memory."""
 
 import asyncio
 import itertools
@@ -14,10 +12,12 @@ from support.checkpoints import write_bert, write_nomic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
-from unpadded.execution.cuda_graphs import TEXTS, TOKENS, Bucket, bucket_of, fill
+from unpadded.execution.cuda_graphs import TEXT_BUCKETS, TOKEN_BUCKETS, Bucket, bucket_of, fill
 from unpadded.execution.memory import bytes_per_token
-from unpadded.execution.runner import FIELDS, Runner, _select_pooled_tokens, _stage, _views
+from unpadded.execution.runner import Runner
+from unpadded.execution.transfer import TENSORS, from_words, to_words
 from unpadded.model.batch import pack
+from unpadded.model.heads import select_pooled_tokens
 from unpadded.model.weights import plain_weights
 from unpadded.options import VectorOptions
 from unpadded_kernels import activation
@@ -36,40 +36,40 @@ def draw(lengths):
 
 
 @pytest.mark.parametrize("lengths", [(1,), (7, 3, 40), (130, 5, 99)])
-def test_a_batch_survives_the_crossing(runner, lengths):
+def test_a_batch_is_unchanged_after_the_transfer(runner, lengths):
     batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
-    assert _views(_stage(batch), batch).token_types is None
+    assert from_words(to_words(batch), batch).token_types is None
     batch = replace(batch, token_types=batch.positions % 2)
-    words = _stage(batch)
-    arrived = _views(words, batch)
-    for name in FIELDS:
+    words = to_words(batch)
+    arrived = from_words(words, batch)
+    for name in TENSORS:
         assert torch.equal(getattr(arrived, name), getattr(batch, name)), name
         assert (getattr(arrived, name).data_ptr() - words.data_ptr()) % 16 == 0, name
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("lengths", [(1,), (64,), (7, 3, 40), (60, 60, 60, 60), (99, 1)])
-def test_a_filled_bucket_gives_the_same_bits(runner, pooling, lengths):
+def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
     runner = Runner(runner.encoder, runner.device, pooling=pooling, dense=())
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
     bucket = bucket_of(batch)
-    assert bucket.tokens == min(most for most in TOKENS if most >= sum(lengths))
-    assert bucket.texts == min(most for most in TEXTS if most >= len(lengths))
+    assert bucket.tokens == min(size for size in TOKEN_BUCKETS if size >= sum(lengths))
+    assert bucket.texts == min(size for size in TEXT_BUCKETS if size >= len(lengths))
     filled = fill(batch, bucket, 64)
     assert (len(filled.input_ids), len(filled.cu_seqlens)) == (bucket.tokens, bucket.texts + 1)
     options = VectorOptions(layer_norm=False, dimensions=128, normalize=True)
     with torch.inference_mode():
-        rows = runner._pooled(filled, options)[: len(texts)]
+        rows = runner.vectors(filled, options)[: len(texts)]
     alone = np.concatenate([runner.launch([ids], options).wait() for ids in texts])
     assert np.array_equal(rows.numpy(), alone)
 
 
 @pytest.mark.parametrize("pooling, places", [("cls", (0, 0, 0, 0, 0, 0)), ("last", (0, 0, 128, 299, 127, 0))])
-def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
+def test_select_pooled_tokens_returns_tokens_and_their_tiles(pooling, places):
     lengths = (0, 1, 129, 300, 128, 0)
     cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-    selected = _select_pooled_tokens(cu_seqlens, pooling, 128)
+    selected = select_pooled_tokens(cu_seqlens, pooling, 128)
     starts = cu_seqlens[:-1].tolist()
     assert selected.indices.tolist() == [min(start + place, 557) for start, place in zip(starts, places, strict=True)]
     assert selected.tile_map.dtype == torch.int32
@@ -79,7 +79,7 @@ def test_the_tiles_of_attention_that_pooling_reads(pooling, places):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
-def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, monkeypatch):
+def test_the_last_layer_computes_only_the_pooled_tokens(runner, pooling, monkeypatch):
     runner, maps, rows_of_out = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
     encoder = runner.encoder
     attention = encoder.attention
@@ -105,13 +105,13 @@ def test_the_last_layer_ends_with_the_rows_that_pooling_reads(runner, pooling, m
     assert not runner.launch(draw((0, 0)), options).wait().any()
 
 
-def test_tiles_that_fill_a_map_are_of_no_tokens(runner):
+def test_added_tiles_belong_to_no_tokens(runner):
     batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=make_tile_map((70, 3), 64))
     filled = fill(batch, Bucket(128, 8), 64)
     assert filled.tile_map.tolist() == [[0, 70, 0], [0, 70, 1], [70, 3, 0], *[[0, 0, 0]] * 7]
 
 
-def test_a_bucket_has_room_for_the_tiles_of_any_texts(runner):
+def test_a_bucket_holds_the_tiles_of_any_texts(runner):
     for lengths in ((65,) * 31 + (33,), (1,) * 8, (2048,), (64,) * 64, (65,) * 63 + (1,), (2, 62)):
         batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
         bucket = bucket_of(batch)
@@ -120,10 +120,10 @@ def test_a_bucket_has_room_for_the_tiles_of_any_texts(runner):
         assert torch.equal(filled[: len(batch.tile_map)], batch.tile_map) and not filled[len(batch.tile_map) :].any()
 
 
-def test_what_no_bucket_holds(runner):
+def test_batches_without_a_bucket(runner):
     spec = runner.encoder.spec
-    assert bucket_of(pack(draw([3] * (TEXTS[-1] + 1)), spec)) is None  # too many texts
-    assert bucket_of(pack(draw([3] * TEXTS[-1]), spec)) == (1024, TEXTS[-1])
+    assert bucket_of(pack(draw([3] * (TEXT_BUCKETS[-1] + 1)), spec)) is None  # too many texts
+    assert bucket_of(pack(draw([3] * TEXT_BUCKETS[-1]), spec)) == (1024, TEXT_BUCKETS[-1])
     assert bucket_of(pack(draw([99] * 42), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
     batch = pack(draw([5]), spec)
@@ -131,7 +131,7 @@ def test_what_no_bucket_holds(runner):
 
 
 class Small:
-    """An encoder on a device that holds `tokens` at a time."""
+    """An encoder on a device whose memory holds `tokens` at a time."""
 
     def __init__(self, encoder, tokens):
         self.tokens, self.ran = tokens, []
@@ -158,26 +158,26 @@ def test_a_batch_that_does_not_fit_is_split(engine, caplog):
     rows = engine.token_embeddings(texts)
     engine._pipeline.runner.encoder = small = Small(engine._pipeline.runner.encoder, 320)
     assert np.array_equal(engine.encode(texts), expected)
-    assert sum(small.ran[0]) == 800, "it is tried as it is first"
+    assert sum(small.ran[0]) == 800, "the whole batch is tried first"
     small.ran.clear()
     assert np.array_equal(engine.encode(texts), expected)
     assert all(np.array_equal(*pair) for pair in zip(engine.token_embeddings(texts), rows, strict=True))
-    assert max(map(sum, small.ran)) <= 400, "those that follow are not tried whole again"
+    assert max(map(sum, small.ran)) <= 400, "later batches of this size are split at once"
     assert len(caplog.messages) == 1
     assert "a batch of 800 tokens does not fit the memory of cpu" in caplog.text
 
 
-def test_a_text_that_alone_does_not_fit_is_named(engine):
+def test_the_error_names_a_text_that_does_not_fit_alone(engine):
     engine._pipeline.runner.encoder = Small(engine._pipeline.runner.encoder, 320)
     texts = draw([5, 300, 5, 80, 321, 7])
-    message = "text 4 does not fit the memory of cpu: 321 tokens; free some, load with a max_length below 321"
+    message = "text 4 does not fit the memory of cpu: 321 tokens; free memory, load with a max_length below 321"
     for attempt in (engine.encode, engine.token_embeddings, lambda texts: asyncio.run(engine.aencode(texts))):
         with pytest.raises(unpadded.TooLargeError, match=message):
             attempt(texts)
         assert np.isfinite(engine.encode(texts[:4])).all()
 
 
-def test_a_text_that_does_not_fit_is_its_own_callers(engine):
+def test_a_text_that_does_not_fit_fails_only_its_caller(engine):
     expected = engine.encode(draw([5, 300]))
     engine._pipeline.runner.encoder = Small(engine._pipeline.runner.encoder, 320)
 
@@ -191,11 +191,11 @@ def test_a_text_that_does_not_fit_is_its_own_callers(engine):
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that the results of operations take at a time."""
+    """Records the maximum number of bytes that the results of operations take at a time."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         given = {id(tensor.untyped_storage()) for tensor in arguments if isinstance(tensor, torch.Tensor)}
@@ -208,7 +208,7 @@ class Live(TorchDispatchMode):
 
     def add(self, size):
         self.now += size
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
 
 
 def unfused(layer):
@@ -220,25 +220,25 @@ def unfused(layer):
 
 @pytest.mark.parametrize("write", [write_nomic, write_bert], ids=["gated", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bytes_of_a_token(tmp_path, write, dtype):
-    """As on a GPU: all rows at once, the MLP's product and its activation apart."""
+def test_bytes_per_token_bounds_the_peak_memory(tmp_path, write, dtype):
+    """As on a GPU: all rows at once, and the activation separate from the MLP's first linear layer."""
     spec = unpadded.load(write(tmp_path), device="cpu", dtype=dtype).checkpoint.spec
     encoder = unpadded.load(tmp_path, device="cpu", dtype=dtype)._pipeline.runner.encoder
     encoder.row_block = None
     weights = plain_weights(encoder.weights)
     encoder.weights = replace(weights, layers=tuple(map(unfused, weights.layers)))
     itemsize = encoder.weights.word.dtype.itemsize
-    most = []
+    peaks = []
     for tokens in (1000, 3000):
         batch = pack(draw([tokens // 20] * 20), spec)
         with torch.inference_mode(), Live() as live:
             encoder(batch)
-        most.append(live.most)
+        peaks.append(live.peak)
     counted = bytes_per_token(spec, itemsize)
-    assert 0.8 * counted < (most[1] - most[0]) / 2000 <= counted
+    assert 0.8 * counted < (peaks[1] - peaks[0]) / 2000 <= counted
 
 
-def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypatch):
+def test_an_automatic_budget_depends_on_the_free_memory(minilm, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr("unpadded.execution.memory.MEMINFO", meminfo)
 
@@ -254,5 +254,5 @@ def test_an_automatic_budget_follows_the_free_memory(minilm, tmp_path, monkeypat
     assert budget(10, token_budget=512) == 512
     meminfo.unlink()
     assert unpadded.load(minilm, device="cpu", token_budget="auto").describe()["token_budget"] == 2048
-    with pytest.raises(unpadded.OptionError, match="token_budget is unknown: 'most'; use auto"):
-        unpadded.load(minilm, device="cpu", token_budget="most")
+    with pytest.raises(unpadded.OptionError, match="token_budget is unknown: 'max'; use auto"):
+        unpadded.load(minilm, device="cpu", token_budget="max")

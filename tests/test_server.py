@@ -72,7 +72,9 @@ def test_warm_up_covers_every_cuda_graph_within_the_token_budget(minilm):
     assert service.warm_up_sizes() == [(1, 1), (512, 1)]
     service.device_type = "cuda"
     sizes = set(service.warm_up_sizes())
-    graphs = {(tokens, texts) for tokens in cuda_graphs.TOKENS for texts in cuda_graphs.TEXTS if texts <= tokens}
+    graphs = {
+        (tokens, texts) for tokens in cuda_graphs.TOKEN_BUCKETS for texts in cuda_graphs.TEXT_BUCKETS if texts <= tokens
+    }
     assert graphs - sizes == {(tokens, texts) for tokens, texts in graphs if tokens > 512} < graphs
     service.warm_up()
     service.batcher.close()

@@ -1,4 +1,4 @@
-"""Several devices: one engine over a process each. The same bits in the same order, whichever of them is killed."""
+"""Several devices, one process each: the bits and the order of one device, whichever process is killed."""
 
 import asyncio
 import logging
@@ -47,13 +47,13 @@ def engine(minilm):
 
 
 class Echo:
-    """Stands in for a runner in a process: a row of the first id and the length; some first ids mean trouble, and
-    SLEEP gives the process for the length.
+    """A runner whose vectors are the first id and the length of each sequence. Some first ids cause errors; for SLEEP
+    the vector has the process id instead of the length.
     """
 
     dimensions = 2
     depth = 1
-    KILL, RAISE, RAISE_UNPICKLABLE, SAY, SLEEP, HANG = -9, -1, -2, -3, -4, -5
+    KILL, RAISE, RAISE_UNPICKLABLE, PRINT, SLEEP, HANG = -9, -1, -2, -3, -4, -5
 
     def __init__(self, device):
         if flag := os.environ.get("UNPADDED_TEST_FLAG"):
@@ -73,12 +73,12 @@ class Echo:
                 case Echo.RAISE:
                     raise ZeroDivisionError("a negative id")
                 case Echo.RAISE_UNPICKLABLE:
-                    error = ValueError("of its own kind")
+                    error = ValueError("cannot be pickled")
                     error.lock = threading.Lock()
                     raise error
-                case Echo.SAY:
+                case Echo.PRINT:
                     print("on stdout")
-                    logging.getLogger("unpadded").warning("said by %s", "a worker")
+                    logging.getLogger("unpadded").warning("logged by %s", "a worker")
                 case Echo.SLEEP:
                     time.sleep(0.2)
                 case Echo.HANG:
@@ -99,7 +99,7 @@ def ids(first, length=3):
 
 
 def pids(engine):
-    return [worker.process.pid for worker in engine._pipeline.backend._crew.workers]
+    return engine._pipeline.backend.process_ids
 
 
 def gone(pid):
@@ -115,7 +115,7 @@ def wait_until(condition):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not come true in two minutes")
+    raise AssertionError("the condition was not met in two minutes")
 
 
 def check(found, expected):
@@ -125,7 +125,7 @@ def check(found, expected):
 
 
 def killing(texts, at, numbers):
-    """The texts; before the one at `at` these processes are killed."""
+    """Yield the texts; kill the processes before the text at index `at`."""
     for index, text in enumerate(texts):
         if index == at:
             for number in numbers:
@@ -133,7 +133,7 @@ def killing(texts, at, numbers):
         yield text
 
 
-def test_the_bits_and_the_order_of_one_device(engine, expected, monkeypatch):
+def test_vectors_equal_those_of_one_device(engine, expected, monkeypatch):
     check(engine.embed(PARAGRAPHS), expected)
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
     blocks = list(engine.stream(PARAGRAPHS))
@@ -148,28 +148,28 @@ def test_token_embeddings(engine, minilm):
         assert np.array_equal(rows, one)
 
 
-def test_both_work(echoes):
-    on_the_way = [echoes.launch([ids(Echo.SLEEP)], OPTIONS) for _ in range(4)]
-    by = [coming.wait()[0][1] for coming in on_the_way]
-    assert sorted(by) == sorted(2 * [worker.process.pid for worker in echoes._crew.workers])
+def test_both_processes_run_batches(echoes):
+    pending = [echoes.launch([ids(Echo.SLEEP)], OPTIONS) for _ in range(4)]
+    processes = [vectors.wait()[0][1] for vectors in pending]
+    assert sorted(processes) == sorted(2 * echoes.process_ids)
 
 
-def test_a_budget_for_processes_that_share_the_memory(echoes):
+def test_processes_on_the_cpu_share_its_memory(echoes):
     assert echoes.max_batch_tokens() == 50
 
 
 @pytest.mark.parametrize("killed", [1, 2])
-def test_killed_in_the_middle(engine, expected, killed, caplog, monkeypatch):
+def test_embed_survives_killed_processes(engine, expected, killed, caplog, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
     victims = pids(engine)[:killed]
     check(engine.embed(killing(PARAGRAPHS, 100, victims)), expected)
     for pid in victims:
         assert f"cpu (process {pid}, exit code -9)" in caplog.text
-    wait_until(lambda: all(worker.ready for worker in engine._pipeline.backend._crew.workers))
+    wait_until(lambda: engine._pipeline.backend.ready_devices == 2)
     assert set(pids(engine)).isdisjoint(victims)
 
 
-def test_killed_under_concurrent_callers(engine, expected, caplog):
+def test_concurrent_callers_survive_a_killed_process(engine, expected, caplog):
     async def callers():
         calls = [asyncio.create_task(engine.aembed(PARAGRAPHS[start::10])) for start in range(10)]
         await asyncio.sleep(0.1)
@@ -179,10 +179,10 @@ def test_killed_under_concurrent_callers(engine, expected, caplog):
     for start, found in enumerate(asyncio.run(callers())):
         assert np.array_equal(found.vectors, expected.vectors[start::10])
     assert "exit code -9" in caplog.text
-    wait_until(lambda: all(worker.ready for worker in engine._pipeline.backend._crew.workers))
+    wait_until(lambda: engine._pipeline.backend.ready_devices == 2)
 
 
-def test_a_stream_that_is_left_half_way(engine, expected, monkeypatch):
+def test_an_abandoned_stream_stops_its_threads(engine, expected, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
     before = threading.active_count()
     blocks = engine.stream(PARAGRAPHS)
@@ -192,7 +192,7 @@ def test_a_stream_that_is_left_half_way(engine, expected, monkeypatch):
     check(engine.embed(PARAGRAPHS[:50]), type(expected)(*(part[:50] for part in vars(expected).values())))
 
 
-def test_a_bad_text_comes_after_the_blocks_before_it(engine, monkeypatch):
+def test_stream_yields_the_blocks_before_a_bad_text(engine, monkeypatch):
     monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
     blocks = engine.stream(["a", "b", "c", "d", "e", None])
     assert [len(next(blocks).vectors) for _ in range(2)] == [2, 2]
@@ -201,57 +201,57 @@ def test_a_bad_text_comes_after_the_blocks_before_it(engine, monkeypatch):
     assert np.isfinite(engine.encode(["still works"])).all()
 
 
-def test_what_needs_the_weights_refuses(engine):
+def test_the_runner_is_not_available(engine):
     with pytest.raises(unpadded.OptionError, match="not in this process: device='cpu,cpu'"):
         _ = engine._pipeline.runner
     assert engine.describe()["device"] == "cpu,cpu"
 
 
-def test_what_is_raised_in_a_worker(echoes):
+def test_errors_in_a_worker_are_raised(echoes):
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="a negative id") as raised:
             echoes.launch([ids(5), ids(Echo.RAISE)], OPTIONS).wait()
         assert "in the worker on cpu" in raised.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="of its own kind"):
+    with pytest.raises(RuntimeError, match="cannot be pickled"):
         echoes.launch([ids(Echo.RAISE_UNPICKLABLE)], OPTIONS).wait()
     assert echoes.launch([ids(5)], OPTIONS).wait().tolist() == [[5, 3]]
 
 
-def test_what_is_said_in_a_worker(echoes, caplog):
-    assert echoes.launch([ids(Echo.SAY)], OPTIONS).wait().tolist() == [[Echo.SAY, 3]]
-    assert "said by a worker" in caplog.messages
+def test_log_messages_of_a_worker_are_forwarded(echoes, caplog):
+    assert echoes.launch([ids(Echo.PRINT)], OPTIONS).wait().tolist() == [[Echo.PRINT, 3]]
+    assert "logged by a worker" in caplog.messages
 
 
-def test_answers_go_to_their_batches(echoes):
-    on_the_way = [echoes.launch([ids(i, 1 + i % 5)] * (1 + i % 3), OPTIONS) for i in range(1, 200)]
-    for i, coming in reversed(list(enumerate(on_the_way, 1))):
-        assert coming.wait().tolist() == [[i, 1 + i % 5]] * (1 + i % 3)
+def test_every_batch_gets_its_own_vectors(echoes):
+    pending = [echoes.launch([ids(i, 1 + i % 5)] * (1 + i % 3), OPTIONS) for i in range(1, 200)]
+    for i, vectors in reversed(list(enumerate(pending, 1))):
+        assert vectors.wait().tolist() == [[i, 1 + i % 5]] * (1 + i % 3)
 
 
-def test_a_batch_that_kills_is_given_up(echoes, caplog):
+def test_a_batch_that_crashes_two_workers_raises(echoes, caplog):
     others = [echoes.launch([ids(Echo.SLEEP)], OPTIONS), echoes.launch([ids(2)], OPTIONS)]
-    deadly = echoes.launch([ids(7), ids(Echo.KILL, 4)], OPTIONS)
+    crashing = echoes.launch([ids(7), ids(Echo.KILL, 4)], OPTIONS)
     others += [echoes.launch([ids(i)], OPTIONS) for i in range(3, 9)]
-    named = r"a batch of 2 texts and 7 tokens ended 2 workers in a row: (cpu \(process \d+, exit code -9\)(, )?){2};"
+    named = r"a batch of 2 texts and 7 tokens crashed 2 workers in a row: (cpu \(process \d+, exit code -9\)(, )?){2};"
     with pytest.raises(unpadded.WorkerError, match=named):
-        deadly.wait()
+        crashing.wait()
     assert [other.wait()[0][0] for other in others] == [Echo.SLEEP, 2, 3, 4, 5, 6, 7, 8]
-    assert len([line for line in caplog.messages if "a worker died" in line]) == 2
+    assert len([line for line in caplog.messages if "a worker crashed" in line]) == 2
 
 
-def test_none_that_can_be_started(tmp_path, monkeypatch, caplog):
+def test_a_worker_that_cannot_restart_raises(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("UNPADDED_TEST_FLAG", str(tmp_path / "flag"))
     workers = WorkerPool(Echo, [CPU])
     (tmp_path / "flag").touch()
-    os.kill(workers._crew.workers[0].process.pid, signal.SIGKILL)
+    os.kill(workers.process_ids[0], signal.SIGKILL)
     for _ in range(2):
-        with pytest.raises(unpadded.WorkerError, match=r"no worker is left for a batch of 1 texts .* died 3 times"):
+        with pytest.raises(unpadded.WorkerError, match=r"no worker is left for a batch of 1 texts .* crashed 3 times"):
             workers.launch([ids(1)], OPTIONS).wait()
-    assert "could not be loaded again on cpu" in caplog.text and "not started again" in caplog.text
+    assert "could not be loaded again on cpu" in caplog.text and "not restarted" in caplog.text
     workers.close()
 
 
-def test_what_loading_raises(tmp_path):
+def test_errors_while_loading_are_raised(tmp_path):
     folder = write_nomic(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["emb_ln.weight"][3] = float("nan")
@@ -262,34 +262,34 @@ def test_what_loading_raises(tmp_path):
     wait_until(lambda: threading.active_count() == before)
 
 
-def test_closed(minilm, caplog):
+def test_close_drops_pending_batches(minilm, caplog):
     workers = WorkerPool(Echo, [CPU])
     for i in range(1, 100):
-        workers.launch([ids(i)], OPTIONS)  # some are answered as it closes, and that is nothing to report
+        workers.launch([ids(i)], OPTIONS)  # some finish while the pool closes, which logs nothing
     dropped = [workers.launch([ids(Echo.HANG)], OPTIONS), workers.launch([ids(2)], OPTIONS)]
-    process = workers._crew.workers[0].process
+    process = workers._pool.workers[0].process
     workers.close()
     workers.close()
     assert process.returncode == 0 and not caplog.messages
-    for coming in dropped:
+    for vectors in dropped:
         with pytest.raises(unpadded.WorkerError, match="the engine was closed: a batch of 1 texts"):
-            coming.wait()
+            vectors.wait()
     with pytest.raises(unpadded.WorkerError, match="the engine is closed: a batch of 1 texts"):
         workers.launch([ids(1)], OPTIONS).wait()
     with unpadded.load(minilm, device="cpu") as plain:
         pass
-    assert plain.encode("an engine of one device has nothing to close").shape == (384,)
+    assert plain.encode("an engine of one device can still be used").shape == (384,)
 
 
 @pytest.mark.parametrize("end", ["left open", "killed"])
-def test_no_process_is_left_behind(minilm, end):
+def test_no_process_outlives_the_parent(minilm, end):
     code = f"""
 import os, signal, unpadded, unpadded.tokenization.windows
 unpadded.tokenization.windows.WINDOW_TEXTS = 50
 engine = unpadded.load({str(minilm)!r}, device="cpu,cpu", token_budget=64)
 blocks = engine.stream(f"text {{i}}" for i in range(100_000))
 next(blocks)
-print(*(worker.process.pid for worker in engine._pipeline.backend._crew.workers))
+print(*engine._pipeline.backend.process_ids)
 """
     if end == "killed":
         code += "os.kill(os.getpid(), signal.SIGKILL)"
@@ -303,7 +303,7 @@ print(*(worker.process.pid for worker in engine._pipeline.backend._crew.workers)
     wait_until(lambda: all(map(gone, numbers)))
 
 
-def test_on_the_command_line(minilm, tmp_path, expected):
+def test_the_command_line_uses_several_devices(minilm, tmp_path, expected):
     (tmp_path / "texts.txt").write_text("\n".join(PARAGRAPHS))
     out = tmp_path / "vectors.npy"
     flags = ["--device", "cpu,cpu", "--token-budget", str(BUDGET)]
@@ -311,10 +311,14 @@ def test_on_the_command_line(minilm, tmp_path, expected):
     assert np.array_equal(np.load(out), expected.vectors)
 
 
-def test_devices_that_are_not_offered(minilm):
+def test_wrong_devices_raise(minilm):
     assert unpadded.load(minilm, device=["cpu"])._pipeline.runner.device == CPU
     if not torch.cuda.is_available():
         assert unpadded.load(minilm, device="all")._pipeline.runner.device == CPU
-    for device, message in [(["cpu", "meta"], "not of one kind"), ("cpu,tpu-9", "unknown: 'tpu-9'"), ([], "no device")]:
+    for device, message in [
+        (["cpu", "meta"], "of different types"),
+        ("cpu,tpu-9", "unknown: 'tpu-9'"),
+        ([], "no device"),
+    ]:
         with pytest.raises(unpadded.OptionError, match=message):
             unpadded.load(minilm, device=device)

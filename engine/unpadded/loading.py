@@ -1,4 +1,4 @@
-"""load: a folder or a hub id -> an Engine on a device."""
+"""Load a model from a folder or the Hugging Face hub into an `Engine`."""
 
 from __future__ import annotations
 
@@ -26,83 +26,65 @@ from unpadded.tokenization.tokenizer import Tokenizer
 Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# A layer's out-projection and MLP run on a CPU in blocks of rows, of which the MLP holds this many bytes between its
-# products, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB an MLP of 768 x 3072 ran at 410
-# GFLOP/s in blocks of 512 rows, at 340 whole; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows, 3.42 s of 512).
+# On a CPU a layer's output projection and MLP run in blocks of rows whose activations between the MLP's linear layers
+# take this many bytes, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB of cache an MLP of
+# 768 x 3072 ran at 410 GFLOP/s in blocks of 512 rows and at 340 in one; on a Xeon MiniLM took 3.13 s in blocks of 1024
+# rows and 3.42 s in blocks of 512).
 CPU_BLOCK_BYTES = 6 * 2**20
-# Tokens of a batch where the caller names none: enough to keep the processor busy, few enough for a CPU's caches.
+# The default token_budget: enough to keep the device busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
-# Cores of torch that one which tokenizes keeps up with, with room to spare: it took 0.9 million tokens/s, where a core
-# of torch embedded 7 to 10 thousand with MiniLM (EPYC, 2026-11).
-CORES_A_TOKENIZER = 16
+# One core that tokenizes keeps up with many that run torch: it tokenized 0.9 million tokens/s, while a core of torch
+# embedded 7 to 10 thousand tokens/s with MiniLM (EPYC, 2026-11).
+CORES_PER_TOKENIZER_CORE = 16
 
 
-def load(model: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Engine:
+def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Engine:
     """Load a checkpoint: its configuration, safetensors and tokenizer; never a pickle, never its code.
 
     model: a folder, or an id of the Hugging Face hub (`HF_HUB_OFFLINE` and tokens are honored).
     The keyword arguments are described in `unpadded.options.LoadOptions`.
     Raises CheckpointError (ConfigError, WeightsError) or OptionError.
     """
-    return _load(model, LoadOptions(**options))
-
-
-def _load(model: str | os.PathLike[str], options: LoadOptions) -> Engine:
+    options = LoadOptions(**keywords)
     devices = _devices(options.device)
     kind = devices[0].type
-    float8 = options.dtype == "float8"
-    if float8:
+    if options.dtype == "float8":
         _check_float8(devices)
-    dtype = _dtype("auto" if float8 else options.dtype, kind)
-    attention_backend(options.attention, devices[0], dtype)  # checked before anything is read
+    attention_backend(options.attention, devices[0], _dtype(options.dtype, kind))  # checked before anything is read
     checkpoint = open_checkpoint(
         model,
         revision=options.revision,
         max_length=options.max_length,
         rotary_scaling_factor=options.rotary_scaling_factor,
     )
-    if float8 and checkpoint.spec.lora is not None:
+    if options.dtype == "float8" and checkpoint.spec.lora is not None:
         raise OptionError(
-            f"dtype='float8' is not for adapters, which change the weights, and {checkpoint.name} has some for "
+            f"dtype='float8' is not supported with LoRA adapters, and {checkpoint.name} has some for "
             f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='float16'"
         )
-    # On a CPU torch has the cores, and tokenizing takes the few that keep up with it.
-    cores = max(1, torch.get_num_threads() // CORES_A_TOKENIZER) if kind == "cpu" else None
+    # On a CPU torch needs the cores; the tokenizer gets the few that keep up with it.
+    cores = max(1, torch.get_num_threads() // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None
     tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
-    make = partial(
-        make_runner,
-        checkpoint,
-        dtype=dtype,
-        float8=float8,
-        attention=options.attention,
-        batch_invariant=options.batch_invariant,
-    )
+    make = partial(make_runner, checkpoint, options)
     backend = make(devices[0]) if len(devices) == 1 else WorkerPool(make, devices)
     token_budget = _token_budget(options.token_budget, kind, backend)
     return Engine(EmbeddingPipeline(checkpoint, tokenizer, backend, token_budget))
 
 
-def make_runner(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    *,
-    dtype: torch.dtype,
-    float8: bool,
-    attention: str,
-    batch_invariant: bool,
-) -> Runner:
-    """A checkpoint's weights on a device, ready to run."""
-    backend = attention_backend(attention, device, dtype)
+def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> Runner:
+    """Load a checkpoint's weights onto a device."""
+    float8, dtype = options.dtype == "float8", _dtype(options.dtype, device.type)
+    attention = attention_backend(options.attention, device, dtype)
     weights = load_weights(checkpoint, device=device, dtype=dtype, prepack=not float8)
     weights = float8_weights(weights) if float8 else weights
-    encoder = make_encoder(checkpoint.spec, weights, backend, batch_invariant=batch_invariant)
+    encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
 
 
 def make_encoder(
     spec: EncoderSpec, weights: EncoderWeights, attention: Attention, *, batch_invariant: bool = False
 ) -> Encoder:
-    """An encoder that runs where its weights are."""
+    """Return an encoder that runs on the device of its weights."""
     row_block = None
     if weights.word.device.type == "cpu":
         rows = CPU_BLOCK_BYTES // (spec.intermediate * weights.word.dtype.itemsize)
@@ -115,12 +97,12 @@ def _devices(device: Device | Sequence[Device]) -> list[torch.device]:
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
     if isinstance(device, str):
         device = device.replace(" ", "").split(",")
-    found = [_device(one) for one in ([device] if isinstance(device, torch.device) else device)]
-    if not found:
+    devices = [_device(one) for one in ([device] if isinstance(device, torch.device) else device)]
+    if not devices:
         raise OptionError(f"no device is given: {device!r}; use auto, all, cpu, cuda or cuda:N")
-    if len({one.type for one in found}) > 1:
-        raise OptionError(f"devices are not of one kind: {device!r}; use several of CUDA, or several times cpu")
-    return found
+    if len({one.type for one in devices}) > 1:
+        raise OptionError(f"devices are of different types: {device!r}; use CUDA devices only, or cpu only")
+    return devices
 
 
 def _device(device: Device) -> torch.device:
@@ -132,7 +114,7 @@ def _device(device: Device) -> torch.device:
         raise OptionError(f"device is unknown: {device!r}; use auto, all, cpu, cuda or cuda:N") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise OptionError(
-            f"device is not here: {device!r}, of {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+            f"device does not exist: {device!r}, there are {torch.cuda.device_count()} CUDA devices; use auto or cpu"
         )
     return found
 
@@ -146,7 +128,7 @@ def _token_budget(requested: int | str | None, kind: str, backend: Backend) -> i
 
 
 def _dtype(dtype: str | torch.dtype, kind: str) -> torch.dtype:
-    if dtype == "auto":
+    if dtype in ("auto", "float8"):  # float8 applies to some linear layers only
         return torch.float16 if kind == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return cast(torch.dtype, dtype)
@@ -160,5 +142,5 @@ def _check_float8(devices: list[torch.device]) -> None:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             major, minor = torch.cuda.get_device_capability(device)
             raise OptionError(
-                f"dtype='float8' runs from compute capability 8.9 on: {device} has {major}.{minor}; use dtype='float16'"
+                f"dtype='float8' needs compute capability 8.9: {device} has {major}.{minor}; use dtype='float16'"
             )

@@ -1,8 +1,8 @@
-"""The async side: concurrent callers share batches, and none waits for another's whole work.
+"""Dynamic batching: concurrent callers share batches, and none waits for the whole work of another.
 
-A `Call` is one caller's tokenized texts. The `Batcher` owns the threads that run the model, one a device: each forms a
-batch from all calls that wait (`fairness`), runs it, hands out the rows, and takes the next. A call that is cancelled
-leaves the queue; a batch that fails is run again call by call, so that only the call at fault fails.
+A `Call` is one caller's tokenized texts. The `Batcher` runs the model on threads of its own, one per device. Each batch
+is formed from all calls that wait (`scheduler.next_batch`). A call that is cancelled leaves the queue. A batch that
+fails is run again call by call, so that only the call at fault fails.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import TypeAlias
 import numpy as np
 
 from unpadded.errors import OutputError, OverloadedError, TooLargeError, UnpaddedError
-from unpadded.execution.fairness import Backlog, next_batch
+from unpadded.execution.scheduler import Backlog, next_batch
 from unpadded.tokenization.windows import Window
 
-Rows: TypeAlias = Sequence[np.ndarray] | np.ndarray  # one a sequence
-Parts: TypeAlias = list[tuple["Call", list[int]]]  # a batch: of each call, which of its sequences
-Observe: TypeAlias = Callable[[int, int, float], object]  # of a batch: its texts, tokens, seconds
+Rows: TypeAlias = Sequence[np.ndarray] | np.ndarray  # one row per sequence
+Parts: TypeAlias = list[tuple["Call", list[int]]]  # a batch: the indices of the sequences of each call
+Observe: TypeAlias = Callable[[int, int, float], object]  # called with the texts, tokens and seconds of a batch
 
-MAX_READERS = 4  # threads that tokenize; each call of the tokenizer spreads over the cores by itself
+MAX_READERS = 4  # threads that tokenize; each call of the tokenizer uses several cores
 
 
 @dataclass(frozen=True)
 class Work:
-    """What to do with sequences. Calls of equal `key` may share a batch, and any one's `run` serves them all."""
+    """A computation on sequences. Calls with equal `key` may share a batch, which the `run` of any of them computes."""
 
     key: Hashable
     run: Callable[[list[np.ndarray]], Rows]
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass
 class Timing:
-    """Seconds one caller's texts spent in each stage, added up over its windows."""
+    """Seconds that one caller's texts spent in each stage, summed over its windows."""
 
     tokenize: float = 0.0
     queue: float = 0.0
@@ -48,20 +48,20 @@ class Timing:
 
 
 class Call:
-    """One caller's sequences on their way through the batcher."""
+    """One caller's sequences and the rows computed so far."""
 
     def __init__(self, sequences: Sequence[np.ndarray], work: Work) -> None:
         self.sequences = sequences
         self.work = work
         self.backlog = Backlog([len(ids) for ids in sequences])
-        self.future: Future[Rows] = Future()  # set by the batcher once every row is there, or the first error
-        self.submitted = self.started = time.perf_counter()  # started: set by the batcher with the first batch
+        self.future: Future[Rows] = Future()  # set when every row is there, or to the first error
+        self.submitted = self.started = time.perf_counter()  # started is set again by the first batch
         self._rows: list[np.ndarray | None] = [None] * len(sequences)
         self._missing = len(sequences)
-        self._lock = threading.Lock()  # its batches may end side by side
+        self._lock = threading.Lock()  # its batches may finish at the same time
 
     def add(self, indices: Sequence[int], rows: Rows) -> None:
-        """Take the rows of some sequences; the last ones set the future."""
+        """Store the rows of some sequences; the last ones set the future's result."""
         with self._lock:
             for index, row in zip(indices, rows, strict=True):
                 self._rows[index] = row
@@ -70,11 +70,11 @@ class Call:
                 self.future.set_result([row for row in self._rows if row is not None])
 
     def fail(self, indices: Sequence[int], error: BaseException) -> None:
-        """End with what was raised for some of its sequences."""
+        """Set the future's exception to the error of some of its sequences."""
         if isinstance(error, TooLargeError):
             error = error.at(indices[error.index])
         elif not isinstance(error, UnpaddedError):
-            failed = OutputError(f"the model failed on these texts: {error!r}; send them one by one to find which")
+            failed = OutputError(f"the model failed on these texts: {error!r}; send them one by one to find the cause")
             failed.__cause__ = error
             error = failed
         with self._lock:
@@ -83,7 +83,7 @@ class Call:
 
 
 class Batcher:
-    """Runs calls in shared batches of at most `token_budget` tokens, `parallelism` at a time, on its own threads.
+    """Runs calls in shared batches of at most `token_budget` tokens on `parallelism` threads.
 
     Any thread may submit.
     """
@@ -92,12 +92,12 @@ class Batcher:
         self.token_budget = token_budget
         self.observe = observe
         self.readers = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), "unpadded-tokenize")
-        self._at_once = parallelism
+        self._parallelism = parallelism
         self._device = ThreadPoolExecutor(parallelism, "unpadded-run")
         self._lock = threading.Lock()
-        self._calls: list[Call] = []  # with a backlog; the first is served first
+        self._calls: list[Call] = []  # those with a backlog; the first comes first
         self._retries: list[Parts] = []
-        self._running = 0  # batches
+        self._running = 0  # number of batches
         self._closed = False
 
     @property
@@ -112,9 +112,9 @@ class Batcher:
         return len(self._calls)
 
     def submit(self, sequences: Sequence[np.ndarray], work: Work, *, max_queued_tokens: int | None = None) -> Call:
-        """Queue sequences; the call's future gives their rows in order, and cancelling it drops what has not run.
+        """Queue sequences. The call's future returns their rows in order; cancelling it drops what has not run.
 
-        OverloadedError when more than `max_queued_tokens` would wait; a call that finds the queue empty is taken.
+        Raises OverloadedError if more than `max_queued_tokens` would wait; an empty queue accepts any call.
         """
         call = Call(sequences, work)
         if not sequences:
@@ -124,8 +124,8 @@ class Batcher:
             queued = sum(other.backlog.tokens for other in self._calls)
             if max_queued_tokens is not None and queued and queued + call.backlog.tokens > max_queued_tokens:
                 raise OverloadedError(
-                    f"the queue is full: {queued} tokens wait, {call.backlog.tokens} more pass the limit of "
-                    f"{max_queued_tokens}; try again later or send less at once"
+                    f"the queue is full: {queued} tokens wait, {call.backlog.tokens} more exceed the limit of "
+                    f"{max_queued_tokens}; try again later or send fewer texts"
                 )
             self._calls.append(call)
         call.future.add_done_callback(partial(self._drop, call))
@@ -133,7 +133,7 @@ class Batcher:
         return call
 
     def close(self) -> None:
-        """Let the running batches end and take no further work; whoever waits gets a CancelledError."""
+        """Wait for the running batches and cancel all other calls."""
         with self._lock:
             self._closed = True
             calls = [*self._calls, *(call for parts in self._retries for call, _ in parts)]
@@ -144,7 +144,7 @@ class Batcher:
         self._device.shutdown(wait=True)
 
     def _drop(self, call: Call, future: Future[Rows]) -> None:
-        """A call that ended before its texts were all taken has nothing left to wait for."""
+        """Remove a call that finished before all of its texts ran."""
         with self._lock:
             if call in self._calls:
                 self._calls.remove(call)
@@ -152,7 +152,7 @@ class Batcher:
     def _advance(self) -> None:
         while True:
             with self._lock:
-                if self._running == self._at_once or not (self._retries or self._calls):
+                if self._running == self._parallelism or not (self._retries or self._calls):
                     return
                 parts = self._retries.pop() if self._retries else self._next_parts()
                 self._running += 1
@@ -206,15 +206,16 @@ async def run_windows(
     max_queued_tokens: int | None = None,
     timing: Timing | None = None,
 ) -> list[tuple[Window, Rows]]:
-    """Tokenize off the event loop and run through the batcher, one window ahead of the one that is waited for.
+    """Tokenize off the event loop and run through the batcher, tokenizing one window ahead.
 
-    Cancelling drops what has not run. `max_queued_tokens` judges the first window alone: a call once taken is finished.
+    Cancelling drops what has not run. `max_queued_tokens` applies to the first window only: an accepted call is
+    finished.
     """
     timing = timing or Timing()
     done: list[tuple[Window, Rows]] = []
     ahead: tuple[Window, Call] | None = None
 
-    async def settle(window: Window, call: Call) -> None:
+    async def finish(window: Window, call: Call) -> None:
         with window.naming(range(len(window.distinct))):
             rows = await asyncio.wrap_future(call.future)
         done.append((window, [rows[i] for i in window.copies]))
@@ -228,17 +229,17 @@ async def run_windows(
             timing.tokenize += time.perf_counter() - start
             if window is None:
                 break
-            taken = done or ahead
-            call = batcher.submit(window.to_run(), work, max_queued_tokens=None if taken else max_queued_tokens)
+            accepted = done or ahead
+            call = batcher.submit(window.to_run(), work, max_queued_tokens=None if accepted else max_queued_tokens)
             if ahead is not None:
                 behind, ahead = ahead, (window, call)
-                await settle(*behind)
+                await finish(*behind)
             else:
                 ahead = (window, call)
             if window.last:
                 break
         if ahead is not None:
-            await settle(*ahead)
+            await finish(*ahead)
     finally:
         if ahead is not None:
             ahead[1].future.cancel()

@@ -1,6 +1,7 @@
-"""One device's process: batches come in on stdin, vectors go out on stdout, pickled, one message after another.
+"""One device's process: reads batches from stdin and writes vectors to stdout, as pickled messages.
 
-`workers` starts it. It ends with its stdin, so whenever the parent does, and leaves signals to the parent.
+`worker_pool` starts it. It exits when its stdin is closed, and so whenever the parent exits; it ignores the signals
+that stop the parent.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch
 from unpadded.execution.backend import PendingVectors
 from unpadded.execution.runner import Runner
 
-# A runner's method ("launch", "hidden_states"), ids end to end [total_tokens] int32, the length of each text, keywords.
+# A runner's method ("launch" or "hidden_states"), concatenated ids [total_tokens] int32, lengths, keyword arguments.
 Job: TypeAlias = tuple[str, np.ndarray, list[int], dict[str, Any]]
 Outcome: TypeAlias = tuple[str, Any]  # "done" and a result, or "failed" and an exception
 Send: TypeAlias = Callable[[str, Any], None]
 
-# For `python -c`. Signals are ignored first: Ctrl-C reaches every process of a terminal.
+# For `python -c`. Ignores signals first: Ctrl-C reaches every process of a terminal.
 BOOTSTRAP = """
 import pickle, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -39,9 +40,9 @@ main()
 
 
 def main() -> None:
-    """Make the runner that the first message describes, say "ready", then answer every job in order."""
+    """Make the runner that the first message describes, send "ready", then answer every job in order."""
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not stand between messages
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that a library's prints do not corrupt the messages
     writing = threading.Lock()
 
     def send(kind: str, value: Any) -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     logging.getLogger("unpadded").propagate = False
     make, device, threads = pickle.load(sys.stdin.buffer)
     jobs: SimpleQueue[Job] = SimpleQueue()
-    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     if threads is not None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -63,11 +64,11 @@ def main() -> None:
         send("not loaded", runner)
         os._exit(1)
     send("ready", (runner.dimensions, runner.describe(), runner.max_batch_tokens()))
-    _work(runner, device, jobs, send)
+    _run_jobs(runner, device, jobs, send)
 
 
-def _read(jobs: SimpleQueue[Job]) -> None:
-    """In a thread of its own: the parent never waits to hand out a batch, and its end is seen at once."""
+def _read_jobs(jobs: SimpleQueue[Job]) -> None:
+    """Queue jobs from stdin; exit when it is closed. Runs in a thread, so that the parent never waits to send a job."""
     while True:
         try:
             jobs.put(pickle.load(sys.stdin.buffer))
@@ -75,35 +76,35 @@ def _read(jobs: SimpleQueue[Job]) -> None:
             os._exit(0)
 
 
-def _work(runner: Runner, device: torch.device, jobs: SimpleQueue[Job], send: Send) -> None:
-    """Launch a batch before the one behind it is waited for, where the device lets the host go on meanwhile."""
-    behind: Outcome | None = None
+def _run_jobs(runner: Runner, device: torch.device, jobs: SimpleQueue[Job], send: Send) -> None:
+    """Run jobs in order; if the device works asynchronously, launch a batch before waiting for the previous one."""
+    previous: Outcome | None = None
     while True:
-        ahead = None
-        if behind is None or (runner.depth > 1 and not jobs.empty()):
+        launched = None
+        if previous is None or (runner.depth > 1 and not jobs.empty()):
             method, ids, lengths, options = jobs.get()
             sequences = np.split(ids, np.cumsum(lengths)[:-1])
-            ahead = _attempt(partial(getattr(runner, method), sequences, **options), device)
-        if behind is not None:
-            launched = behind[1]
-            send(*(_attempt(launched.wait, device) if isinstance(launched, PendingVectors) else behind))
-        behind = ahead
+            launched = _attempt(partial(getattr(runner, method), sequences, **options), device)
+        if previous is not None:
+            pending = previous[1]
+            send(*(_attempt(pending.wait, device) if isinstance(pending, PendingVectors) else previous))
+        previous = launched
 
 
 def _attempt(run: Callable[[], Any], device: torch.device) -> Outcome:
     try:
         return "done", run()
-    except Exception as error:  # whatever it is, it is raised in the caller's thread
+    except Exception as error:  # any error is raised in the caller's thread
         error.add_note(f"in the worker on {device}:\n{traceback.format_exc()}")
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # neither is it ours to say what an exception's pickling may raise
+        except Exception:  # pickling an exception may raise anything
             return "failed", RuntimeError(f"{error!r}\n{error.__notes__[-1]}")
         return "failed", error
 
 
 class _Forward(logging.Handler):
-    """Log lines are the parent's to write."""
+    """Sends log messages to the parent."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()

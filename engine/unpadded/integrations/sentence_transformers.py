@@ -33,9 +33,9 @@ from unpadded.checkpoint.modules import POOLING_MODES, TASK_TRANSFORMER
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
 from unpadded.errors import ConfigError, OptionError
-from unpadded.execution.runner import Dense as RunnerDense
 from unpadded.execution.runner import Runner
 from unpadded.integrations.transformers import UnpaddedModel, make_config
+from unpadded.model.heads import Dense as RunnerDense
 
 logger = logging.getLogger("unpadded")
 

@@ -29,11 +29,12 @@ from unpadded.checkpoint.safetensors_header import read_header
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
-from unpadded.execution.runner import Dense, Runner
+from unpadded.execution.runner import Runner
 from unpadded.integrations import attention_interface
 from unpadded.integrations.padding import pad, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
+from unpadded.model.heads import Dense
 from unpadded.model.tensor_loader import STORED_DTYPES
 from unpadded.model.weights import EncoderWeights, plain_weights, prepacked_weights
 from unpadded.tokenization.tokenizer import Tokenizer

@@ -67,8 +67,8 @@ class Service:
         return [
             (tokens, texts)
             for tokens in (2**power for power in range(token_budget.bit_length()))
-            for texts in cuda_graphs.TEXTS
-            if texts == 1 or texts <= tokens <= cuda_graphs.TOKENS[-1]
+            for texts in cuda_graphs.TEXT_BUCKETS
+            if texts == 1 or texts <= tokens <= cuda_graphs.TOKEN_BUCKETS[-1]
         ]
 
     def task_of_model(self, name: str | None) -> str | None:

@@ -128,9 +128,9 @@ def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
             rows = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
             for batch in schedule([len(ids) for ids in window.sequences], pipeline.token_budget):
                 with stage("copy"):
-                    packed = runner._to_device(pack([window.sequences[i] for i in batch], runner.encoder.spec))
+                    packed = runner.to_device(pack([window.sequences[i] for i in batch], runner.encoder.spec))
                 with stage("forward"):
-                    pooled = runner._pooled(packed, plan.vector_options)
+                    pooled = runner.vectors(packed, plan.vector_options)
                 with stage("output"):
                     rows[batch] = pooled.cpu().numpy()
             with stage("output"):
