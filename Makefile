@@ -30,7 +30,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@echo "bench: every measurement, one after the other, and the README's tables from them (half an hour; leave the machine alone)"
+	@echo "bench: all measurements, then the tables in README.md and docs/benchmarks.md (half an hour on an idle machine)"
 	@set -e; run() { name=$$1; shift; echo "bench: $$name"; \
 		PYTHONPATH=tests $(BIN)/python bench/$$name.py --out bench/results/$$name.json "$$@"; }; \
 	run ceilings; \
@@ -45,11 +45,11 @@ bench: $(READY)
 	@$(BIN)/python bench/report.py bench/results --page docs/benchmarks.md --readme README.md
 
 bench-check: $(READY)
-	@echo "bench-check: speed against baselines in the same run, held to the ratios stored for this machine (3 minutes)"
+	@echo "bench-check: speedups over baselines, compared with those stored for this machine (3 minutes)"
 	@PYTHONPATH=tests $(BIN)/python bench/check.py
 
 format: $(READY)
-	@echo "format: ruff fixes and formats every file"
+	@echo "format: ruff check --fix, ruff format"
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -58,9 +58,9 @@ clean:
 	@rm -rf $(VENV) .coverage demo-output dist build .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and alone, so that only it looks at PyTorch's own index. On a GPU machine: make TORCH=torch test
+# torch is installed first, so that only it uses PyTorch's own index. On a GPU machine: make TORCH=torch test
 $(READY): pyproject.toml .ci/requirements.txt
-	@echo "install: $(VENV) with $(PYTHON): torch, then unpadded (a few minutes, once)"
+	@echo "install: $(VENV) with $(PYTHON): torch, then unpadded (takes a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-deps $(TORCH)
 	@$(BIN)/python -m pip install --quiet --editable ".[test,bench,lint]"

@@ -9,6 +9,7 @@ import report
 
 import unpadded
 from unpadded.cli.benchmark import plots
+from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -36,12 +37,25 @@ def test_readme_has_figures_of_speed_only_in_its_generated_table():
 
 
 def test_files_that_the_readme_names_exist():
-    named = set(re.findall(r"`((?:bench|docs|tests|engine|kernels)/[\w./*]+)`", README))
+    named = set(re.findall(r"\b((?:bench|docs|tests|engine|kernels)/[\w/*]+\.\w+)", README)) | {"CONTRIBUTING.md"}
     assert named
     assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
 
 
 def test_public_names_that_the_readme_uses_exist():
-    names = set(re.findall(r"unpadded\.(\w+)\(", README)) | {"embed"}
-    assert {"load", "accelerate"} & names
+    names = set(re.findall(r"unpadded\.(\w+)\(", README))
+    assert "load" in names
     assert [name for name in names if not hasattr(unpadded, name)] == []
+    imports = re.findall(r"^from unpadded.*", README, re.MULTILINE)
+    assert imports
+    exec("\n".join(imports), {})
+
+
+def test_flags_that_the_readme_uses_exist(capsys):
+    used = re.findall(r"unpadded (embed|info|map|serve|bench) ([^|`]*?)(?:`|\||\n)", README)
+    assert {command for command, _ in used} >= {"embed", "map", "serve"}
+    for command, arguments in used:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        known = set(re.findall(r"-[\w-]+", capsys.readouterr().out))
+        assert set(re.findall(r"(?<=\s)-[\w-]*\w", f" {arguments}")) <= known, arguments
