@@ -179,7 +179,7 @@ def loading(result: Result) -> str:
         )
         for row in result["rows"]
     )
-    header = ("dtype", "way", "time", "peak resident memory", "peak private memory")
+    header = ("dtype", "method", "time", "peak resident memory", "peak private memory")
     return f"A file of {result['bytes'] / 1e6:.0f} MB in float32, loaded in each dtype.\n\n{table(header, rows)}"
 
 
