@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in the interpreter: same code, on the CPU, in fp32 and fp16."""
+"""Options and fixtures of all tests. Without a GPU, Triton kernels run in the interpreter in fp32 and fp16."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--checkpoints", type=Path, metavar="DIR", help="real checkpoints, as owner/name or owner--name")
     parser.addoption(
-        "--fuzz", type=int, default=120, metavar="N", help="fuzzed requests to each endpoint (default: 120)"
+        "--checkpoints", type=Path, metavar="DIR", help="folder of real checkpoints, named owner/name or owner--name"
     )
     parser.addoption(
-        "--families", type=Path, metavar="FILE", help="write what the parity tests find, if all tests pass"
+        "--fuzz", type=int, default=120, metavar="N", help="number of fuzzed requests per endpoint (default: 120)"
+    )
+    parser.addoption(
+        "--families",
+        type=Path,
+        metavar="FILE",
+        help="write the errors that the parity tests measure to FILE, if all tests pass",
     )
 
 
@@ -54,7 +59,7 @@ def seed() -> None:
 
 @pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty returns NaN, so a kernel that leaves part of its output unwritten fails."""
+    """Make torch.empty return NaN, so that a kernel that leaves part of its output unwritten fails."""
     real = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
@@ -66,7 +71,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A CUDA device, or where there is none the second of the stand-in's, with buckets of graphs that it can fill."""
+    """Return a CUDA device; without a GPU the second device of the stand-in, with graphs for small batches."""
     if HAS_CUDA:
         yield "cuda"
         return
@@ -82,7 +87,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def compiled(cuda: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many kernels have been compiled."""
+    """Return a function that counts the kernels compiled so far."""
     if not HAS_CUDA:
         from support.stand_in import CUDA
 
@@ -96,7 +101,7 @@ def compiled(cuda: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of sm_80, and those of sm_90 and later wherever they can run."""
+    """Run a test with the kernels of sm_80 and, where they can run, those of sm_90 and later."""
     if request.param == "descriptors" and HAS_CUDA and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9.0")
     if request.param == "pointers" or not HAS_CUDA:
@@ -109,12 +114,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def far_tokens(tmp_path: Path) -> torch.Tensor:
-    """[5, 192] fp16 of random rows, 2**29 elements from one to the next: the last lies past what int32 counts."""
+    """Return random rows, [5, 192] fp16, with a stride of 2**29 elements: the last row is beyond int32 offsets."""
     tokens, width, stride = 5, 192, 2**29
     size = (tokens - 1) * stride + width
     if HAS_CUDA:
         storage = torch.zeros(size, dtype=torch.float16, device=DEVICE)
-    else:  # a sparse file: only the pages of the five rows take room
+    else:  # a sparse file: only the pages of the five rows use memory
         storage = torch.from_file(str(tmp_path / "far"), shared=True, size=size, dtype=torch.float16)
     far = storage.as_strided((tokens, width), (stride, 1))
     far.copy_(torch.randn(tokens, width))
@@ -123,14 +128,14 @@ def far_tokens(tmp_path: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The folder of the real all-MiniLM-L6-v2."""
+    """Return the folder of the real all-MiniLM-L6-v2."""
     assert MINILM.is_dir(), MINILM
     return MINILM
 
 
 @pytest.fixture(scope="session")
 def minilm_engine(minilm: Path) -> unpadded.Engine:
-    """The real all-MiniLM-L6-v2 in fp32 on the CPU. Tests must not change it: the whole session shares it."""
+    """Load the real all-MiniLM-L6-v2 in fp32 on the CPU. All tests share it, so they must not change it."""
     import unpadded  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
 
     return unpadded.load(minilm, device="cpu")
@@ -138,13 +143,13 @@ def minilm_engine(minilm: Path) -> unpadded.Engine:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """English paragraphs of 40 characters and more."""
+    """Return English paragraphs of at least 40 characters."""
     return PARAGRAPHS
 
 
 @pytest.fixture
 def checkpoint(pytestconfig: pytest.Config) -> Callable[[str], Path]:
-    """The folder of a real checkpoint by its hub id; the test is skipped without it."""
+    """Return a function from a hub id to the folder of that real checkpoint; it skips the test if there is none."""
 
     def find(name: str) -> Path:
         root = pytestconfig.getoption("checkpoints")
