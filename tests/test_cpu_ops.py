@@ -19,7 +19,7 @@ BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
 
 
 @pytest.fixture(params=["onednn", "without"], autouse=True)
-def products(request, monkeypatch):
+def onednn(request, monkeypatch):
     """Run with oneDNN, and as on a processor or build without it."""
     torch.manual_seed(0)
     if request.param == "without":
@@ -60,9 +60,9 @@ def test_linear_activation(dtype, bias, kind, rows):
     actual = linear_activation(x, weight, added, kind)
     assert actual.shape == (rows, 64 if kind in ("swiglu", "geglu") else 128)
     if rows:
-        product = linear_reference(x.double(), weight.double(), None if added is None else added.double())
-        # the reference of an activation rounds to fp32; float64 is beyond it
-        expected = linear_activation_reference(product, torch.eye(128).double(), None, kind)
+        before = linear_reference(x.double(), weight.double(), None if added is None else added.double())
+        # the reference of an activation computes in fp32
+        expected = linear_activation_reference(before, torch.eye(128).double(), None, kind)
         assert_close(actual, expected, dtype)
         alone = torch.cat([linear_activation(row, weight, added, kind) for row in x.split(1)])
         assert torch.equal(actual, alone)

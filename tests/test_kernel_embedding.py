@@ -45,8 +45,8 @@ def test_the_reference_is_the_published_formula():
         for types, row in ((token_types, token_type[token_types[t]]), (None, token_type[0])):
             x = (word[input_ids[t]] + row + position[positions[t]]).double()
             y = (x - x.mean()) / x.std(correction=0) * weight + bias
-            found = embedding_reference(input_ids, positions, types, word, token_type, position, weight, bias, EPS)
-            assert_matches(found[t], y)
+            actual = embedding_reference(input_ids, positions, types, word, token_type, position, weight, bias, EPS)
+            assert_matches(actual[t], y)
 
 
 def test_the_first_and_the_last_row_of_every_table():
@@ -103,7 +103,7 @@ def test_strided_ids_and_ids_of_other_lengths_raise():
     *ids, word, token_type, position, weight, bias = inputs(8, 96, torch.float32)
     tables = word, token_type, position, weight, bias
     for at, name in enumerate(["input_ids", "positions", "token_types"]):
-        strided = [one[::2] if at == which else one[:4].contiguous() for which, one in enumerate(ids)]
+        strided = [one[::2] if at == i else one[:4].contiguous() for i, one in enumerate(ids)]
         with pytest.raises(ValueError, match=f"must be contiguous and of one length, got {name} of"):
             embedding_triton(*strided, *tables, EPS)
     with pytest.raises(ValueError, match=r"got token_types of \(7,\), .* input_ids of \(8,\)"):

@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def device_guard(launcher: Callable[..., Result]) -> Callable[..., Result]:
-    """Return the launcher run with the device of its first tensor as the current one, where Triton launches."""
+    """Make the device of the first tensor current during a launch, since Triton launches on the current device."""
 
     @functools.wraps(launcher)
     def guarded(first: Tensor, *rest: object, **options: object) -> Result:

@@ -24,8 +24,8 @@ def _load(
 ):
     """Load BLOCK_R rows of a text from `row` on, at one column of packed qkv.
 
-    source: a tensor descriptor if TMA, else a pointer. MASKED: rows may lie past the end of the text; a pointer load
-    returns zeros for them, a descriptor load the rows of the next text.
+    source: a tensor descriptor if TMA, else a pointer. MASKED: rows may exceed the text; a pointer load returns
+    zeros for them, a descriptor load the rows of the next text.
     """
     if TMA:
         x = source.load([text_start + row, column])

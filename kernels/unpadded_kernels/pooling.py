@@ -109,7 +109,7 @@ def _chunk_sums_kernel(
     BLOCK_H: tl.constexpr,
 ):
     slot = tl.program_id(0)
-    text, beyond = 0, batch  # bisect for the last text whose chunks start at or before this slot
+    text, beyond = 0, batch  # bisect for the last text with _first_chunk <= slot
     while text + 1 < beyond:
         middle = (text + beyond) // 2
         if _first_chunk(cu_seqlens_ptr, middle, CHUNK_T) <= slot:

@@ -1,8 +1,9 @@
-"""Compile every kernel as its launcher would launch it on a GPU generation, without a GPU, and read what came out.
+"""Compile every kernel as its launcher would on a GPU generation, without a GPU, and report resources and instructions.
 
-    python tests/aot.py 80 89 90 100     JSON on stdout: one object for each kernel, dtype, case and generation
+    python tests/support/aot.py fp16:90 fp8:100     JSON on stdout: per job a list of one object per kernel and case
 
-The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder: tiles, flags and alignments are theirs.
+The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder, so tiles, flags and alignments are those
+of a real launch.
 """
 
 import json
@@ -50,14 +51,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
 }
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE")
 WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
-REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one multiprocessor
+# Per multiprocessor.
+REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TOKENS = 256
 
 Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """What `call` launches: kernel, grid, positional and keyword arguments."""
+    """Return the launches of `call`: kernel, grid, positional and keyword arguments."""
     recorded: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -72,7 +74,7 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call of a launcher) for the dimensions of the models that are served."""
+    """Yield (name, call of a launcher) for the dimensions of supported models."""
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -85,7 +87,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for hidden in (384, 768, 1024):
         x, row = rows(TOKENS, hidden), rows(hidden)
         yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_triton(x, x, row, row, 1e-5)
-        yield f"hidden {hidden}, sum too", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
+        yield f"hidden {hidden}, with sum", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
     for hidden in (768, 1152, 2304):
         x, row = rows(TOKENS, hidden), rows(hidden)
         for residual in (None, x):
@@ -99,8 +101,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
     yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)
     yield "12 heads of 64", lambda: rotary_triton(rows(TOKENS, 3, 12, 64), torch.empty(TOKENS, 64))
-    if dtype == torch.float32:
-        yield "frequencies a text", lambda: rotary_cos_sin_triton(ids, torch.empty(2, 32), cu_seqlens)
+    if dtype == torch.float16:
+        yield "frequencies per text", lambda: rotary_cos_sin_triton(ids, torch.empty(2, 32), cu_seqlens)
     for mode in ("mean", "last"):
         yield mode, lambda mode=mode: pool_triton(x, cu_seqlens, mode, True, 256, True)
     yield "int64 mask", lambda: masked_mean_pool_triton(rows(2, TOKENS, 768), ids.view(2, -1).long().repeat(1, 2), True)
@@ -125,7 +127,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """What makes e4m3 rows of fp16, and the products of such rows."""
+    """Yield the kernels that quantize fp16 rows to e4m3, and the matmuls of such rows."""
     for hidden in (384, 768, 1024):
         x = torch.empty(TOKENS, hidden, dtype=torch.float16)
         yield f"rows of {hidden}", lambda x=x: quantize_rows_triton(x)
@@ -138,7 +140,7 @@ def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel specialized as the JIT specializes it for these arguments, and the launch options left over."""
+    """Return the kernel specialized as by the JIT for these arguments, and the launch options."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -185,7 +187,7 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
 
 
 def exponentials_between_wgmmas(sass: str) -> int:
-    """MUFU.EX2 that stand within a group of wgmmas, whose last one says gsb0."""
+    """Count MUFU.EX2 within groups of wgmmas. The last wgmma of a group has gsb0."""
     open_group, result = False, 0
     for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2).*", sass):
         if line.startswith("HGMMA"):
@@ -195,8 +197,9 @@ def exponentials_between_wgmmas(sass: str) -> int:
     return result
 
 
-def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
-    dtype, capability = job
+def compile_cases(job: str) -> list[dict[str, Any]]:
+    """Compile and describe every case of a job such as fp16:90."""
+    dtype, capability = job.split(":")[0], int(job.split(":")[1])
     for op in ("attention", "linear_kernels", "moe"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
@@ -213,12 +216,9 @@ def compiled_rows(job: tuple[str, int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    # sm_80 has no e4m3; sm_89 has, and otherwise runs what sm_80 does
-    dtypes = {80: ("fp32", "fp16", "bf16"), 89: ("fp8",)}
-    jobs = [(dtype, capability) for capability in map(int, sys.argv[1:]) for dtype in dtypes.get(capability, DTYPES)]
+    jobs = sys.argv[1:]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for rows in pool.map(compiled_rows, jobs) for row in rows]
-    json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout)
+        json.dump(dict(zip(jobs, pool.map(compile_cases, jobs), strict=True)), sys.stdout)
 
 
 if __name__ == "__main__":

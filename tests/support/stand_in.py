@@ -1,16 +1,16 @@
-"""A stand-in for CUDA devices: what the engine does around its kernels, where there is no GPU.
+"""A stand-in for CUDA devices, which tests what the engine does around its kernels on a machine without a GPU.
 
-Tensors say that they lie on cuda:N and keep their values on the CPU. Our ops run what is registered for CUDA, whose
-kernels run in Triton's interpreter. As on a GPU
+A tensor reports the device cuda:N and keeps its values on the CPU. The ops of unpadded_kernels run their CUDA
+implementation, whose kernels run in Triton's interpreter. As on a GPU
 
-- an operation or a kernel takes no tensor of the host or of another device; a kernel is launched on the current one;
-- what waits for the device is an error in a capture and where `torch.cuda.set_sync_debug_mode("error")` forbids it;
-- a copy to pinned memory has arrived when its event says so;
-- a capture runs nothing, and each replay runs what was captured over what then lies in memory: host code not at all;
-- new memory holds anything: here, NaN;
-- a kernel is compiled anew for what its arguments are specialized by: `CUDA.compiled`.
+- an operation or kernel rejects tensors of the host or of another device; a kernel is launched on the current device;
+- a synchronization is an error in a capture and under `torch.cuda.set_sync_debug_mode("error")`;
+- a copy to pinned memory completes no earlier than its event;
+- a capture runs nothing; a replay runs the captured operations on the present contents of memory, and no host code;
+- new memory is undefined: here, NaN;
+- a kernel is compiled once per specialization of its arguments: `CUDA.compiled`.
 
-It says nothing of a GPU's arithmetic, speed or amount of memory.
+It does not model the arithmetic, speed or memory size of a GPU.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Step = Callable[[], object]
 
 
 class Misuse(AssertionError):
-    """What a GPU would refuse, or answer with anything."""
+    """A use that fails on a GPU or has an undefined result."""
 
 
 class OnDevice(Tensor):
-    """A tensor that says it lies on a CUDA device."""
+    """A tensor that reports a CUDA device."""
 
     value: Tensor
     index: int
@@ -56,9 +56,9 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor, index: int) -> OnDevice:
         layout = {"strides": value.stride(), "storage_offset": value.storage_offset()}
-        found = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, **layout)
-        found.value, found.index = value, index
-        return found
+        tensor = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, **layout)
+        tensor.value, tensor.index = value, index
+        return tensor
 
     @property
     def device(self) -> torch.device:
@@ -79,84 +79,84 @@ class OnDevice(Tensor):
         kwargs, name = kwargs or {}, function._schema.name.split("::")[1]
         if function in OPS:
             op = OPS[function]
-            with Placement():  # which is off while it handles a call
+            with Placement():  # a mode is off while it handles a call
                 return op._backend_fns.get("cuda", op._init_fn)(*args, **kwargs)
         if name == "copy_" and not all(isinstance(tensor, OnDevice) for tensor in args[:2]):
-            return CUDA.cross(*args, **kwargs)
-        places = tree_leaves(args[1:]) if name.startswith("index") else []
-        if name in WAITS or any(isinstance(one, Tensor) and one.dtype == torch.bool for one in places):
+            return CUDA.copy_across(*args, **kwargs)
+        indices = tree_leaves(args[1:]) if name.startswith("index") else []
+        if name in WAITS or any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices):
             CUDA.wait(name)
         return CUDA.compute(function, name, args, kwargs)
 
 
 class Cuda:
-    """What the devices are at."""
+    """The state of the devices."""
 
     def __init__(self) -> None:
         self.current = 0
         self.may_wait = True
         self.captured: list[Step] | None = None
-        self.made: list[Tensor] = []  # by the capture under way
-        self.under_way: list[Step] = []  # copies to pinned memory
-        self.pinned: dict[int, Tensor] = {}  # by the address of its storage
+        self.outputs: list[Tensor] = []  # of the capture in progress
+        self.pending: list[Step] = []  # copies to pinned memory
+        self.pinned: dict[int, Tensor] = {}  # by the address of the storage
         self.compiled: set[tuple[Any, ...]] = set()
 
-    def wait(self, why: str) -> None:
+    def wait(self, operation: str) -> None:
         if self.captured is not None or not self.may_wait:
-            raise Misuse(f"{why} waits for the device")
-        self.arrive(list(self.under_way))
+            raise Misuse(f"{operation} waits for the device")
+        self.complete(list(self.pending))
 
     @torch.inference_mode()
-    def arrive(self, copies: list[Step]) -> None:
+    def complete(self, copies: list[Step]) -> None:
         for copy in copies:
-            if copy in self.under_way:
-                self.under_way.remove(copy)
+            if copy in self.pending:
+                self.pending.remove(copy)
                 copy()
 
     def pin(self, tensor: Tensor) -> Tensor:
         self.pinned[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    def cross(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        """copy_ between the host and a device."""
+    def copy_across(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        """Copy between the host and a device."""
         if self.captured is not None:
-            raise Misuse("a copy that crosses within a capture would be of the same host memory ever after")
+            raise Misuse("a copy to or from the host within a capture would use the same host memory in every replay")
         host = source if isinstance(target, OnDevice) else target
         asynchronous = non_blocking and host.untyped_storage().data_ptr() in self.pinned
         if not asynchronous:
-            self.wait("a copy that crosses")
+            self.wait("a blocking copy")
         values = unwrapped(source).clone()
         if isinstance(target, OnDevice) or not asynchronous:
             unwrapped(target).copy_(values)
         else:
             scramble(target)
-            self.under_way.append(lambda: target.copy_(values))
+            self.pending.append(lambda: target.copy_(values))
         return target
 
     def compute(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """An operation on tensors of one device."""
+        """Run an operation on tensors of one device."""
         tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        own = {id(one.value): one for one in tensors if isinstance(one, OnDevice)}
-        index = {one.index for one in own.values()}
+        by_value = {id(one.value): one for one in tensors if isinstance(one, OnDevice)}
+        index = {one.index for one in by_value.values()}
         if len(index) > 1 or any(one.dim() for one in tensors if not isinstance(one, OnDevice)):
             raise Misuse(f"{name} takes tensors of several devices: {[one.device for one in tensors]}")
         (index,) = index
         args, kwargs = tree_map(unwrapped, (args, kwargs))
-        found = function(*args, **kwargs)
+        result = function(*args, **kwargs)
         writes = function._schema.is_mutable
         fresh = not writes and all(returned.alias_info is None for returned in function._schema.returns)
         if fresh:
-            self.record(name, lambda: function(*args, **kwargs), found)
+            self.record(name, lambda: function(*args, **kwargs), result)
         elif writes and self.captured is not None:
             self.captured.append(lambda: function(*args, **kwargs))
-        first = next(iter(own.values()))
-        # a view of what was made outside inference mode is of its kind within
+        first = next(iter(by_value.values()))
+        # a view inherits whether its base is an inference tensor
         with contextlib.nullcontext() if fresh or writes else torch.inference_mode(first.is_inference()):
-            return tree_map(lambda one: own[id(one)] if id(one) in own else wrapped(one, index), found)
+            return tree_map(lambda one: by_value[id(one)] if id(one) in by_value else wrapped(one, index), result)
 
-    def record(self, name: str, make: Step, found: Any) -> None:
-        """Keep for replays what made new tensors, which hold nothing yet where that is all it did."""
-        outputs = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+    def record(self, name: str, make: Step, result: Any) -> None:
+        """Record an operation that returned new tensors for replays; in a capture their contents are undefined."""
+        outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
         if name in EMPTY:
             scramble(*outputs)
         elif self.captured is not None:
@@ -168,12 +168,12 @@ class Cuda:
             scramble(*outputs)
             self.captured.append(again)
         if self.captured is not None:
-            self.made += outputs
+            self.outputs += outputs
 
     def launch(self, kernel: str, tensors: list[Tensor], run: Step) -> None:
         if {tensor.device for tensor in tensors} != {torch.device("cuda", self.current)}:
-            found = [str(tensor.device) for tensor in tensors]
-            raise Misuse(f"{kernel} is launched on cuda:{self.current} with tensors of {', '.join(found)}")
+            devices = [str(tensor.device) for tensor in tensors]
+            raise Misuse(f"{kernel} is launched on cuda:{self.current} with tensors of {', '.join(devices)}")
         run() if self.captured is None else self.captured.append(run)
 
 
@@ -181,19 +181,19 @@ CUDA = Cuda()
 
 
 def specialized(kernel: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> tuple[Any, ...]:
-    """What Triton compiles a kernel by: types, constants, and of a number whether it is 1 and whether 16 divides it."""
+    """Return the key of Triton's compilation: types, constants, and for a number whether it is 1 or divisible by 16."""
     parameters = inspect.signature(kernel.fn).parameters
     key: list[Any] = [kernel.__name__]
     for name, value in (dict(zip(parameters, args, strict=False)) | kwargs).items():
-        counted = isinstance(value, int) and name in parameters and parameters[name].annotation is not tl.constexpr
+        is_number = isinstance(value, int) and name in parameters and parameters[name].annotation is not tl.constexpr
         if isinstance(value, TensorDescriptor):
             key.append((name, value.base.dtype, *value.block_shape))
         elif isinstance(value, Tensor):
             key.append((name, value.dtype, value.data_ptr() % 16 == 0))
-        elif counted and name in (kernel.kwargs["do_not_specialize"] or ()):
+        elif is_number and name in (kernel.kwargs["do_not_specialize"] or ()):
             key.append(name)
         else:
-            key.append((name, value == 1, value % 16 == 0) if counted else (name, value))
+            key.append((name, value == 1, value % 16 == 0) if is_number else (name, value))
     return tuple(key)
 
 
@@ -214,7 +214,7 @@ def scramble(*tensors: Tensor) -> None:
 
 
 class Placement(TorchFunctionMode):
-    """Makes and moves tensors where a device is named."""
+    """Creates tensors on the named device and moves tensors to it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
@@ -223,47 +223,47 @@ class Placement(TorchFunctionMode):
         if kwargs.pop("pin_memory", False):
             return CUDA.pin(function(*args, **kwargs))
         if name in ("cpu", "cuda", "to"):
-            return self.moved(function, *args, **kwargs)
+            return self.move(function, *args, **kwargs)
         if name in ("item", "numpy", "tolist") and isinstance(args[0], OnDevice):
             if name == "numpy":
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
             CUDA.wait(name)
             return function(args[0].value)
-        where = placed(kwargs.get("device"))
-        if where is None or where.type != "cuda":
+        device = indexed(kwargs.get("device"))
+        if device is None or device.type != "cuda":
             return function(*args, **kwargs)
         if name == "tensor":
-            CUDA.wait("a tensor of the host's values")
+            CUDA.wait("a tensor of host values")
         kwargs["device"] = "cpu"
-        made = function(*map(unwrapped, args), **kwargs)
-        CUDA.record(name, lambda: function(*map(unwrapped, args), **kwargs), made)
-        return OnDevice(made, where.index)
+        value = function(*map(unwrapped, args), **kwargs)
+        CUDA.record(name, lambda: function(*map(unwrapped, args), **kwargs), value)
+        return OnDevice(value, device.index)
 
-    def moved(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Tensor.to, .cuda and .cpu."""
-        given = [*args, *kwargs.values()]
+    def move(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run Tensor.to, .cuda or .cpu."""
+        arguments = [*args, *kwargs.values()]
         default = None if function is Tensor.to else function.__name__
-        where = placed(next((one for one in given if isinstance(one, str | torch.device)), default))
-        if where is None or "cuda" not in (where.type, tensor.device.type):
+        device = indexed(next((one for one in arguments if isinstance(one, str | torch.device)), default))
+        if device is None or "cuda" not in (device.type, tensor.device.type):
             return function(tensor, *args, **kwargs)
-        tensor = Tensor.to(tensor, *(one for one in given if isinstance(one, torch.dtype)))
-        if where == tensor.device:
+        tensor = Tensor.to(tensor, *(one for one in arguments if isinstance(one, torch.dtype)))
+        if device == tensor.device:
             return tensor
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
-        target = target if where.type == "cpu" else OnDevice(target, where.index)
+        target = target if device.type == "cpu" else OnDevice(target, device.index)
         return target.copy_(tensor, non_blocking=kwargs.get("non_blocking", True in args[:3]))
 
 
-def placed(device: Any) -> torch.device | None:
-    """The device of that name; of CUDA without an index, the current one."""
-    if device is None:
+def indexed(name: Any) -> torch.device | None:
+    """Return the device of that name; "cuda" is the current one."""
+    if name is None:
         return None
-    found = torch.device(device)
-    return torch.device("cuda", CUDA.current) if found.type == "cuda" and found.index is None else found
+    device = torch.device(name)
+    return torch.device("cuda", CUDA.current) if device.type == "cuda" and device.index is None else device
 
 
 class Stream:
-    """All that is launched runs at once, in order."""
+    """Launches run immediately, in order."""
 
     def wait_stream(self, other: Stream) -> None: ...
 
@@ -273,23 +273,23 @@ class Event:
         self.copies: list[Step] = []
 
     def record(self) -> None:
-        self.copies = list(CUDA.under_way)
+        self.copies = list(CUDA.pending)
 
     def synchronize(self) -> None:
-        CUDA.arrive(self.copies)
+        CUDA.complete(self.copies)
 
 
 class CUDAGraph:
-    """Captured steps, and what they make; a replay leaves nothing of what the other graphs of its pool made."""
+    """Captured steps and their outputs; a replay overwrites the outputs of the other graphs of its pool."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.made: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self.pool: list[CUDAGraph] = []
 
     def replay(self) -> None:
         for other in self.pool:
-            scramble(*other.made)
+            scramble(*other.outputs)
         for step in self.steps:
             step()
 
@@ -298,7 +298,7 @@ class CUDAGraph:
 def capture(graph: CUDAGraph, pool: list[CUDAGraph] | None = None, **options: Any) -> Iterator[None]:
     pool = [] if pool is None else pool
     pool.append(graph)
-    graph.pool, CUDA.captured, CUDA.made = pool, graph.steps, graph.made
+    graph.pool, CUDA.captured, CUDA.outputs = pool, graph.steps, graph.outputs
     try:
         yield
     finally:
@@ -307,7 +307,7 @@ def capture(graph: CUDAGraph, pool: list[CUDAGraph] | None = None, **options: An
 
 @contextlib.contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    before, CUDA.current = CUDA.current, placed(device).index
+    before, CUDA.current = CUDA.current, indexed(device).index
     try:
         yield
     finally:
@@ -316,7 +316,7 @@ def current(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """torch.cuda is the stand-in within."""
+    """Replace torch.cuda by the stand-in."""
     stream = Stream()
     replaced = {
         "is_available": lambda: True,
@@ -341,14 +341,14 @@ def stand_in() -> Iterator[None]:
     interpret, matmul = InterpretedFunction.run, np.matmul
 
     def run(kernel: InterpretedFunction, *args: Any, **kwargs: Any) -> None:
-        given = [one.base if isinstance(one, TensorDescriptor) else one for one in (*args, *kwargs.values())]
+        arguments = [one.base if isinstance(one, TensorDescriptor) else one for one in (*args, *kwargs.values())]
         values = [unwrapped(one) for one in args], {name: unwrapped(one) for name, one in kwargs.items()}
-        tensors = [one for one in given if isinstance(one, Tensor)]
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
         CUDA.compiled.add(specialized(kernel, *args, **kwargs))
 
         def step() -> None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of NaNs: tokens of no text compute with anything
+                warnings.simplefilter("ignore", RuntimeWarning)  # padding tokens of a graph compute with NaN
                 interpret(kernel, *values[0], **values[1])
 
         CUDA.launch(kernel.__name__, tensors, step)
@@ -360,9 +360,9 @@ def stand_in() -> Iterator[None]:
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(InterpretedFunction, "run", run)
-        # tl.dot; of fp16, exact in fp64, a row's bits do not depend on its place in a tile
+        # tl.dot in fp64, exact for fp16, so that the bits of a row do not depend on its position in a tile
         patch.setattr(np, "matmul", exact)
-        # Module.to exchanges its parameters, not their contents only: one on a device is of another class
+        # Module.to replaces its parameters, not only their data, since OnDevice is another class
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         CUDA.__init__()
         yield
