@@ -111,8 +111,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    from unpadded.integrations.ray_job import run_on_ray
-
     refused = {
         "--resume": args.resume,
         "--part-rows": args.part_rows is not None,
@@ -121,6 +119,10 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
     for flag, given in refused.items():
         if given:
             raise OptionError(f"{flag} is for jobs on one machine, not for --ray {args.ray!r}; leave one of them out")
+    try:
+        from unpadded.integrations.ray_job import run_on_ray
+    except ModuleNotFoundError as error:
+        raise OptionError(f"--ray needs more packages: {error}; pip install 'unpadded[ray]'") from error
     totals = run_on_ray(
         args.ray,
         args.input,
@@ -128,7 +130,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
         args.model,
         column=args.column,
         id_column=args.id_column,
-        carry=args.carry,
+        carried_columns=args.carry,
         settings=settings(args) | options,
     )
     print(
