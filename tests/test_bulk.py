@@ -8,10 +8,7 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from support.forks import ForkedProcess
 
 import unpadded
 from unpadded.bulk import RejectedRow, Row, read_rows
@@ -30,30 +28,25 @@ from unpadded.bulk.writers import OutputColumns
 from unpadded.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 WORDS = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
-TEXTS = [" ".join(WORDS[start : start + 3 + start % 7]) for start in range(0, 1500, 4)]  # 375 of real English
-
-
-@pytest.fixture(scope="module")
-def loaded(minilm: Path) -> unpadded.Engine:
-    return unpadded.load(minilm, device="cpu")
+TEXTS = [" ".join(WORDS[start : start + 3 + start % 7]) for start in range(0, 1500, 4)]  # 375 English texts
 
 
 @pytest.fixture
-def engine(loaded: unpadded.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> unpadded.Engine:
-    monkeypatch.setattr(unpadded, "load", lambda model, **options: loaded, raising=False)
+def engine(minilm_engine: unpadded.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> unpadded.Engine:
+    """The engine that `--model loaded` stands for."""
+    monkeypatch.setattr(unpadded, "load", lambda model, **options: minilm_engine, raising=False)
     monkeypatch.chdir(tmp_path)
-    return loaded
+    return minilm_engine
 
 
 def embed(*arguments: str | Path) -> int:
     return main(["embed", "-m", "loaded", *map(str, arguments)])
 
 
-def write_jsonl(path: Path, texts: list[str], bad: dict[int, bytes] | None = None) -> Path:
+def write_jsonl(path: Path, texts: list[str], invalid: dict[int, bytes] | None = None) -> Path:
     lines = [json.dumps({"text": text, "doc": f"d{i}", "n": i}).encode() for i, text in enumerate(texts)]
-    for index, line in (bad or {}).items():
+    for index, line in (invalid or {}).items():
         lines[index] = line
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
@@ -288,8 +281,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
 
 
 def test_resuming_after_a_stop_at_every_step_writes_the_same_bytes(engine: unpadded.Engine, tmp_path: Path) -> None:
-    bad = {2: b"{", 3: b"{", 8: b'{"n": 1}', 11: b"12"}  # 8 rows remain: parts of 3, 3 and 2
-    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:12], bad)
+    invalid = {2: b"{", 3: b"{", 8: b'{"n": 1}', 11: b"12"}  # 8 rows remain: parts of 3, 3 and 2
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:12], invalid)
     flags = ["--part-rows", "3", "--on-error", "skip", "--carry", "n"]
     with pytest.MonkeyPatch.context() as counting:
         steps = stop_at(counting, 10**6)
@@ -305,74 +298,40 @@ def test_resuming_after_a_stop_at_every_step_writes_the_same_bytes(engine: unpad
         assert contents(Path(out)) == whole, step
 
 
-RUNS = """
-import json, os, sys
-import torch
-import pyarrow.parquet, unpadded.bulk, unpadded.loading, unpadded.tokenization.windows
-from unpadded.cli.main import main
-unpadded.tokenization.windows.WINDOW_TEXTS = 16
-for line in sys.stdin:
-    run = os.fork()
-    if run == 0:
-        os._exit(main(json.loads(line)))
-    print(run, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture
-def runs() -> Iterator[subprocess.Popen[str]]:
-    """A process that runs each command line in a fork of itself, after the slow imports."""
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", RUNS]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(
-    runs: subprocess.Popen[str], tmp_path: Path, minilm: Path
-) -> None:
+def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(tmp_path: Path, minilm: Path) -> None:
     draw = random.Random(0)
-    bad = dict.fromkeys((0, 1, 90, 200, 201, 202, 374), b'{"text": ')
-    source = write_jsonl(tmp_path / "in.jsonl", TEXTS, bad)
+    invalid = dict.fromkeys((0, 1, 90, 200, 201, 202, 374), b'{"text": ')
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS, invalid)
     flags = ["-m", str(minilm), "--device", "cpu", "--part-rows", "4", "--on-error", "skip", "--carry", "doc,n"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = ["embed", str(source), *flags, "--resume", "-o"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    small_windows = "import unpadded; unpadded.tokenization.windows.WINDOW_TEXTS = 16"
     assert main([*command, f"{whole}/"]) == 0
-
-    def start() -> int:
-        assert runs.stdin is not None and runs.stdout is not None
-        print(json.dumps([*command, f"{killed}/"]), file=runs.stdin, flush=True)
-        return int(runs.stdout.readline())
 
     def parts() -> int:
         return len(list(killed.glob("part-*")))
 
     progress = []
     for kill in range(10):
-        process, before = start(), parts()
+        before, process = parts(), ForkedProcess([*command, f"{killed}/"], setup=small_windows)
         deadline = time.monotonic() + 60
-        if kill % 5:  # else while the model loads
+        if kill % 5:  # the others are killed while the model loads
             while parts() == before:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
         moment = time.monotonic() + draw.uniform(0, 0.1)
-        while time.monotonic() < moment and parts() < before + 4:  # a fast machine would finish before the tenth
+        while time.monotonic() < moment and parts() < before + 4:  # a fast machine would finish before the tenth kill
             time.sleep(0.001)
-        os.kill(process, signal.SIGKILL)
-        assert runs.stdout is not None and int(runs.stdout.readline()) == -signal.SIGKILL
+        process.send_signal(signal.SIGKILL)
+        with process.stderr:
+            assert process.wait() == -signal.SIGKILL
         progress.append(parts())
     assert len(set(progress)) >= 8 and progress[-1] < 92, progress
-    start()
-    assert int(runs.stdout.readline()) == 0
+    process = ForkedProcess([*command, f"{killed}/"], setup=small_windows)
+    with process.stderr:
+        assert process.wait() == 0
     assert contents(killed) == contents(whole)
-    assert len(pq.read_table(killed)) == len(TEXTS) - len(bad)
+    assert len(pq.read_table(killed)) == len(TEXTS) - len(invalid)
 
 
 def test_two_runs_cannot_write_to_one_dataset(engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,7 +391,7 @@ def test_a_dataset_is_not_overwritten(
     assert embed(source, "-o", "parts") == 2
     assert "pass --resume" in capsys.readouterr().err
     assert embed(source, "-o", "parts", "--resume") == 0
-    assert "0 texts after 10 done before" in capsys.readouterr().err
+    assert "0 texts (10 embedded by earlier runs)" in capsys.readouterr().err
     assert contents(Path("parts")) == before
 
     Path("parts/part-000000.parquet").write_bytes(b"")

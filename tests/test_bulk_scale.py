@@ -1,4 +1,4 @@
-"""Bulk jobs of many rows: how many texts are still to come, and that memory does not grow with them."""
+"""Bulk jobs with many rows: the estimated number of texts, and memory that does not grow with the rows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.forks import ENVIRONMENT
 from tqdm import tqdm
 
 import unpadded
@@ -24,14 +25,14 @@ from unpadded.bulk.progress import EstimatedTexts, ReadProgress
 from unpadded.bulk.readers import ReadPosition
 from unpadded.cli.main import main
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-ROWS = 1500  # of a file
-AT_ONCE = pytest.mark.skipif(sys.version_info >= (3, 12), reason="gzip reads 128 KiB at once, more than these files")
+ROWS = 1500  # per file
+SMALL_GZIP_READS = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="gzip reads blocks of 128 KiB, which is more than these files"
+)
 
 
 def write_files(folder: Path, ending: str) -> list[str]:
-    """Three files of ROWS texts each, the last of them with longer texts."""
+    """Write three files of ROWS texts each; the last has longer texts."""
     draw = np.random.default_rng(0)
     names = []
     for number in range(3):
@@ -48,7 +49,7 @@ def write_files(folder: Path, ending: str) -> list[str]:
 
 
 def hints(names: list[str], start: ReadPosition) -> list[int]:
-    """The length hint as each text is given, and once more at the end."""
+    """Return the length hint at each text and after the last one."""
     progress = ReadProgress(names)
     rows = read_rows(names, start=start, progress=progress)
     texts = EstimatedTexts((row.text for row in rows if isinstance(row, Row)), progress)
@@ -57,8 +58,10 @@ def hints(names: list[str], start: ReadPosition) -> list[int]:
     return [*found, operator.length_hint(texts)]
 
 
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", pytest.param(".jsonl.gz", marks=AT_ONCE), ".csv", ".parquet"])
-def test_the_texts_to_come_are_estimated_from_the_bytes_read(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    "ending", [".txt", ".jsonl", pytest.param(".jsonl.gz", marks=SMALL_GZIP_READS), ".csv", ".parquet"]
+)
+def test_the_number_of_texts_is_estimated_from_the_bytes_read(tmp_path: Path, ending: str) -> None:
     names = write_files(tmp_path, ending)
     for start, count in (
         (ReadPosition(), 3 * ROWS),
@@ -67,18 +70,20 @@ def test_the_texts_to_come_are_estimated_from_the_bytes_read(tmp_path: Path, end
     ):
         found = hints(names, start)
         assert len(found) == count + 1 and found[-1] == count
-        # Short texts come first: their bytes alone would let expect nearly twice as many as there are.
+        # The short texts of the first two files make the estimate too high, by less than a factor of two.
         assert all(count / 2 < hint < 2 * count for hint in found[count // 3 :])
     assert max(hints(names[:1], ReadPosition())[ROWS // 2 :]) < 1.02 * ROWS
 
 
-def test_nothing_is_expected_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_has_no_estimate() -> None:
     progress = ReadProgress(["-"])
     texts = EstimatedTexts(iter(["a", "b"]), progress)
     assert [operator.length_hint(texts) for _ in texts] == [0, 0]
 
 
-def test_the_bar_has_a_total_and_both_rates(tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_has_a_total_and_both_rates(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = io.StringIO()
     bars = []
 
@@ -92,10 +97,10 @@ def test_the_bar_has_a_total_and_both_rates(tmp_path: Path, minilm: Path, monkey
     engine = unpadded.load(minilm, device="cpu", token_budget=64)
     monkeypatch.setattr(unpadded, "load", lambda model, **options: engine)
     source = tmp_path / "in.txt"
-    source.write_text("".join(f"the text of number {i}\n" for i in range(40)))
+    source.write_text("".join(f"text number {i}\n" for i in range(40)))
     assert main(["embed", "-m", "loaded", str(source), "-o", str(tmp_path / "out.npy")]) == 0
     first = next(line for line in drawn.getvalue().split("\r") if "/40 [" in line)
-    assert "text/s" in first and "tokens/s" in first and "<" in first  # time gone < time left
+    assert "text/s" in first and "tokens/s" in first and "<" in first  # elapsed < remaining time
     assert bars[0].n == bars[0].total == 40
 
 
@@ -131,7 +136,7 @@ for rows, out in ((20_000, sys.argv[1]), (200_000, sys.argv[2])):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.parametrize("ending", [".npy", "/"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
-    """100 MB of vectors and as many rejects as rows, the most of them before the first vector."""
+    """The larger job writes 100 MB of vectors and rejects half of its rows, nearly all before the first vector."""
     outs = [f"small{ending}", f"large{ending}"]
     ran = subprocess.run(
         [sys.executable, "-c", JOBS, *outs], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=True

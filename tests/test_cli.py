@@ -1,11 +1,13 @@
-"""The command line: a small fake engine where only files and flags matter, real weights where vectors do."""
+"""The command line: tests of files and flags use a fake engine, tests of vectors use real weights."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,20 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
+from support.forks import ENVIRONMENT, ForkedProcess, run_cli
 
 import unpadded
 from unpadded import bulk
 from unpadded.cli.main import main
 from unpadded.errors import InputError
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 TEXTS = ["a red house", "", "zwölf Boxkämpfer", "one", " two  spaces ", "日本語 テキスト", "last line"]
 LONG_TEXT = 3  # words; the fake engine reports longer texts as truncated
 
 
 def rows(texts: Iterable[str]) -> SimpleNamespace:
-    """What the fake engine returns: vectors that say which text they came from."""
+    """Return the results of the fake engine: each vector identifies its text."""
     texts = list(texts)
     words = [len(text.split()) for text in texts]
     vectors = np.array([[len(text), sum(map(ord, text)), 0.1] for text in texts], np.float32).reshape(-1, 3)
@@ -84,14 +85,14 @@ def embed(*arguments: str | Path) -> int:
     return main(["embed", "-m", "fake", *map(str, arguments)])
 
 
-def test_npy_holds_a_row_per_line(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
+def test_npy_has_one_row_per_line(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
     assert embed(text_file, "-o", out) == 0
     np.testing.assert_array_equal(np.load(out), rows(TEXTS).vectors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy"]
 
 
-def test_inputs_of_every_kind_follow_one_another(
+def test_inputs_of_every_format_are_read_in_order(
     engine: FakeEngine, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = tmp_path / "in.jsonl"
@@ -111,7 +112,7 @@ def test_inputs_of_every_kind_follow_one_another(
     np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), expected.vectors)
 
 
-def test_parquet_output(engine: FakeEngine, tmp_path: Path) -> None:
+def test_parquet_output_has_the_vectors_and_counts(engine: FakeEngine, tmp_path: Path) -> None:
     texts = [f"text {i} {'x ' * (i % 3)}" for i in range(10_000)]  # more than two row groups
     source, out = tmp_path / "in.txt", tmp_path / "out.parquet"
     source.write_text("\n".join(texts))
@@ -125,7 +126,7 @@ def test_parquet_output(engine: FakeEngine, tmp_path: Path) -> None:
     assert pq.ParquetFile(out).num_row_groups == 3
 
 
-def test_without_out_stdout_is_json_lines_alone(
+def test_without_output_json_lines_go_to_stdout(
     engine: FakeEngine, text_file: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     assert embed(text_file) == 0
@@ -137,7 +138,7 @@ def test_without_out_stdout_is_json_lines_alone(
 
 
 @pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
-def test_an_empty_input_gives_an_empty_file(engine: FakeEngine, tmp_path: Path, ending: str) -> None:
+def test_an_empty_input_makes_an_empty_file(engine: FakeEngine, tmp_path: Path, ending: str) -> None:
     source, out = tmp_path / "in.txt", tmp_path / f"out{ending}"
     source.touch()
     assert embed(source, "-o", out) == 0
@@ -181,7 +182,9 @@ def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("flag", "value"), [("config", "config"), ("none", None), ("2.5", 2.5)])
-def test_rotary_scaling_factor(engine: FakeEngine, text_file: Path, tmp_path: Path, flag: str, value: object) -> None:
+def test_rotary_scaling_factor_is_a_number_or_a_word(
+    engine: FakeEngine, text_file: Path, tmp_path: Path, flag: str, value: object
+) -> None:
     assert embed(text_file, "-o", tmp_path / "out.npy", "--rotary-scaling-factor", flag) == 0
     assert engine.load_options["rotary_scaling_factor"] == value
 
@@ -214,9 +217,9 @@ def test_a_failed_run_leaves_the_folder_as_it_was(
 ) -> None:
     engine.failure = failure
     out = tmp_path / f"out{ending}"
-    out.write_bytes(b"of an earlier run")
+    out.write_bytes(b"from an earlier run")
     assert embed(text_file, "-o", out) == status
-    assert out.read_bytes() == b"of an earlier run"
+    assert out.read_bytes() == b"from an earlier run"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.txt", out.name])
     stderr = capsys.readouterr().err
     assert ("interrupted" if status == 130 else "unpadded: error: text 3 is bad") in stderr
@@ -282,82 +285,72 @@ def test_an_error_names_the_file_and_a_remedy(
     assert sorted(tmp_path.iterdir()) == before
 
 
-DISK_FULL = """
-import resource, sys, test_cli, unpadded
-from unpadded.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-unpadded.load = test_cli.FakeEngine().load
-sys.exit(main(["embed", "-m", "fake", *sys.argv[1:]]))
-"""
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let writes past this size of a file fail, as they do when the disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
-def test_a_full_disk_is_reported(tmp_path: Path, ending: str) -> None:
+def test_a_full_disk_is_reported(
+    engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
     source, out = tmp_path / "in.txt", tmp_path / f"out{ending}"
     source.write_text("".join(f"{'word' * (i % 97)} {i * 7919 % 10007}\n" for i in range(10_000)))
-    ran = subprocess.run(
-        [sys.executable, "-c", DISK_FULL, str(source), "-o", str(out)],
-        env=ENVIRONMENT,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2, ran.stderr
-    assert ran.stderr.startswith("unpadded: error: the output cannot be written") and ran.stderr.count("\n") == 1
+    with file_size_limit(4096):
+        assert embed(source, "-o", out) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("unpadded: error: the output cannot be written") and stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_behind_stdout_is_reported(text_file: Path) -> None:
-    command = [sys.executable, "-c", DISK_FULL, str(text_file)]
-    with open("/dev/full", "wb") as full:
-        ran = subprocess.run(
-            command, env=ENVIRONMENT, cwd=Path(__file__).parent, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert ran.returncode == 2
-    assert ran.stderr.startswith("unpadded: error: the output cannot be written: 'stdout'"), ran.stderr
-    assert ran.stderr.count("\n") == 1
-
-
-def unpadded_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "unpadded", *map(str, arguments)]
+def test_a_full_disk_behind_stdout_is_reported(text_file: Path, minilm: Path) -> None:
+    status, stderr = run_cli("embed", str(text_file), "-m", str(minilm), "--device", "cpu", stdout="/dev/full")
+    assert status == 2
+    assert stderr.startswith("unpadded: error: the output cannot be written: 'stdout'") and stderr.count("\n") == 1
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
-    source = tmp_path / "in.txt"
+    source, pipe = tmp_path / "in.txt", tmp_path / "pipe"
     source.write_text("a line\n" * 2000)
-    command = unpadded_command("embed", source, "-m", minilm)
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None and run.stderr is not None
-        assert json.loads(run.stdout.readline())["index"] == 0
-        run.stdout.close()
+    os.mkfifo(pipe)
+    run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu"], stdout=pipe)
+    with run.stderr:
+        with open(pipe) as stdout:
+            assert json.loads(stdout.readline())["index"] == 0
         assert run.stderr.read() == ""
-    assert run.returncode == 141
+    assert run.wait() == 141
 
 
 def test_ctrl_c_leaves_no_file(tmp_path: Path, minilm: Path) -> None:
-    source = tmp_path / "in.txt"
+    source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("a\n" * 100_000)
-    command = unpadded_command("embed", source, "-m", minilm, "-o", tmp_path / "out.jsonl")
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as run:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        run.send_signal(signal.SIGINT)
-        assert run.stderr is not None
-        stderr = run.stderr.read()
-    assert run.returncode == 130, stderr
-    assert stderr == "unpadded: interrupted\n"
+    run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu", "-o", str(out)])
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    with run.stderr as stderr:
+        assert stderr.read() == "unpadded: interrupted\n"
+    assert run.wait() == 130
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-def test_real_vectors_in_every_format(tmp_path: Path, minilm: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_every_format_has_the_vectors_of_the_engine(
+    tmp_path: Path, minilm: Path, minilm_engine: unpadded.Engine, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     texts = ["What is the capital of Peru?", "Lima is the capital of Peru.", "", "word " * 400]
     source = tmp_path / "in.txt"
     source.write_text("\n".join(texts))
     flags = ["-m", str(minilm), "--device", "cpu", "--dimensions", "128"]
-    expected = unpadded.load(minilm, device="cpu").embed(texts, dimensions=128)
+    expected = minilm_engine.embed(texts, dimensions=128)
     assert expected.truncated.tolist() == [False, False, False, True]
 
     for ending in (".npy", ".jsonl", ".parquet"):
@@ -376,17 +369,19 @@ def test_real_vectors_in_every_format(tmp_path: Path, minilm: Path, capsysbinary
         assert truncated == [False, False, False, True]
 
 
-def test_a_model_that_is_not_there(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_reported(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "no-model"
     assert main(["embed", str(text_file), "-m", str(model), "-o", str(tmp_path / "out.npy")]) == 2
     assert str(model) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-def test_info_describes_what_would_be_loaded(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_the_model_that_would_be_loaded(
+    minilm: Path, minilm_engine: unpadded.Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["info", "--json", str(minilm)]) == 0
     described = json.loads(capsys.readouterr().out)
-    loaded = unpadded.load(minilm, device="cpu").describe()
+    loaded = minilm_engine.describe()
     assert {name: loaded[name] for name in described.keys() & loaded.keys()} == {
         name: described[name] for name in described.keys() & loaded.keys()
     }
@@ -397,7 +392,7 @@ def test_info_describes_what_would_be_loaded(minilm: Path, capsys: pytest.Captur
     assert described["memory"] == {"float32": 4 * used, "float16": 2 * used, "bfloat16": 2 * used}
 
 
-def test_info_loads_no_tensors(minilm: Path) -> None:
+def test_info_does_not_import_torch(minilm: Path) -> None:
     code = "import sys; from unpadded.cli.main import main\n"
     code += f"main(['info', {str(minilm)!r}]); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
@@ -407,7 +402,7 @@ def test_info_loads_no_tensors(minilm: Path) -> None:
     assert any(line.split() == ["float32", "86.1", "MiB"] for line in described), described
 
 
-def test_info_of_what_is_not_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reports_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tmp_path)]) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("unpadded: error: ") and str(tmp_path) in stderr

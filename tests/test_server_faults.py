@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support.corpus import PARAGRAPHS
-from support.serving import run_cli, serving, wait_until
+from support.forks import run_cli
+from support.serving import serving, wait_until
 
 import unpadded
 

@@ -2,97 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"}
+from support.forks import ENVIRONMENT, ROOT, ForkedProcess
 
 START_SECONDS = 120
 WAIT_SECONDS = 60
-
-# Forks one process per line of stdin, so that each starts without the 4 seconds of imports (torch imports torch._dynamo
-# when it runs the first custom operation). A line is [arguments of the command line, FIFO for stderr], answered with a
-# pid; or a pid, answered with its exit status.
-FORK_SERVER = """
-import json, os, sys
-import torch._dynamo, unpadded.loading, unpadded.server.serve
-from unpadded.cli.main import main
-for line in sys.stdin:
-    request = json.loads(line)
-    if isinstance(request, int):
-        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        os.dup2(os.open(request[1], os.O_WRONLY), 2)
-        sys.exit(main(request[0]))
-"""
-
-
-class ForkServer:
-    """Starts command lines by forking a process that has imported torch and the server."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", FORK_SERVER]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
-
-    def ask(self, request: object) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@functools.cache
-def fork_server() -> ForkServer:
-    """Return the fork server of this process, which exits with it."""
-    server = ForkServer()
-    atexit.register(server.close)
-    return server
-
-
-class ForkedProcess:
-    """A process of the fork server, with the members of subprocess.Popen that `Server` uses."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            fifo = os.path.join(folder, "stderr")
-            os.mkfifo(fifo)
-            self.pid = fork_server().ask([arguments, fifo])
-            self.stderr = open(fifo)  # noqa: SIM115
-        self._status: int | None = None
-
-    def send_signal(self, number: int) -> None:
-        if self._status is None:
-            os.kill(self.pid, number)
-
-    def wait(self) -> int:
-        if self._status is None:
-            self._status = fork_server().ask(self.pid)
-        return self._status
-
-
-def run_cli(*arguments: str) -> tuple[int, str]:
-    """Run a command line to its end and return its exit status and stderr."""
-    process = ForkedProcess(list(arguments))
-    with process.stderr as stderr:
-        return process.wait(), stderr.read()
 
 
 class Server:

@@ -33,7 +33,7 @@ class AtomicFile:
 
     def abandon(self) -> None:
         """Remove the file unless it was committed."""
-        with contextlib.suppress(OutputError):  # closing flushes what could not be written before
+        with contextlib.suppress(OutputError):  # a failed write fails again when the buffer is flushed
             self.file.close()
         self._temporary.unlink(missing_ok=True)
 

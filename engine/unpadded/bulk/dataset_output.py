@@ -113,7 +113,7 @@ class DatasetOutput:
         if self._part is not None:
             self._part.abandon()
         if self._rejects is not None:
-            with contextlib.suppress(OutputError):  # closing flushes what could not be written before
+            with contextlib.suppress(OutputError):  # a failed write fails again when the buffer is flushed
                 self._rejects.close()
             self._truncate_rejects()
         if self._lock is not None:

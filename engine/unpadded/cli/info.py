@@ -18,7 +18,7 @@ def add_command(commands: Commands) -> None:
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(command=run)
     info.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
-    info.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
+    info.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     info.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,58 +1,55 @@
-"""The flags that say which model is loaded and how, shared by the commands that load one."""
+"""Command-line flags that are generated from `LoadOptions` and `EncodeOptions`."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from unpadded.options import EncodeOptions, LoadOptions, Option, describe
+
 if TYPE_CHECKING:
     from unpadded import Engine
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what a command adds itself to
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # to which each command adds its parser
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a model that is loaded."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--revision", help="a branch, tag or commit of a Hugging Face id")
-    model.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, all, or several: cuda:0,cuda:1 (default: auto)"
-    )
-    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, float8 (default: auto)")
-    model.add_argument("--attention", default="auto", help="the attention backend (default: auto)")
-    model.add_argument(
-        "--rotary-scaling-factor",
-        type=_scaling_factor,
-        default="config",
-        metavar="F",
-        help="config, none, or a number such as 2 (default: config)",
-    )
-    model.add_argument("--max-length", type=int, metavar="N", help="tokens kept of a text (default: the model's)")
-    model.add_argument(
-        "--token-budget", type=_token_budget, metavar="N", help="tokens of a batch, or auto: as many as memory holds"
-    )
-    model.add_argument("--batch-invariant", action="store_true", help="the same bits in any batch on CUDA too, slower")
+    """Add a flag for each option of `unpadded.load`."""
+    add_flags(parser.add_argument_group("loading the model"), LoadOptions)
+
+
+def add_flags(group: argparse._ArgumentGroup, options: type[LoadOptions] | type[EncodeOptions]) -> None:
+    """Add a flag for each option of a class."""
+    for option in describe(options):
+        flags = [*_SHORT_FLAGS.get(option.name, ()), f"--{option.name.replace('_', '-')}"]
+        group.add_argument(*flags, default=option.default, help=_help(option), **_how_to_parse(option))
+
+
+def flag_values(args: argparse.Namespace, options: type[LoadOptions] | type[EncodeOptions]) -> dict[str, Any]:
+    """Return the keyword arguments that the flags stand for."""
+    return {option.name: getattr(args, option.name) for option in describe(options)}
 
 
 def load(args: argparse.Namespace) -> Engine:
-    """The engine that the flags ask for."""
+    """Load the model that the flags describe."""
     import unpadded
 
-    return unpadded.load(args.model, **settings(args))
+    return unpadded.load(args.model, **flag_values(args, LoadOptions))
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The words of `unpadded.load` that the flags give, all but the model."""
-    return {
-        "device": args.device,
-        "dtype": args.dtype,
-        "attention": args.attention,
-        "rotary_scaling_factor": args.rotary_scaling_factor,
-        "max_length": args.max_length,
-        "token_budget": args.token_budget,
-        "batch_invariant": args.batch_invariant,
-        "revision": args.revision,
-    }
+def _help(option: Option) -> str:
+    default = "" if option.default in (None, False) else f" (default: {option.default})"
+    return (option.help + default).replace("%", "%%")
+
+
+def _how_to_parse(option: Option) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that depend on the option's type."""
+    if option.type == "bool":
+        return {"action": "store_true"}
+    if option.type == "bool | None":
+        return {"action": argparse.BooleanOptionalAction}
+    parser = int if option.type == "int | None" else _PARSERS.get(option.name, str)
+    return {"type": parser, "choices": option.choices, "metavar": option.metavar}
 
 
 def _token_budget(value: str) -> str | int:
@@ -71,3 +68,7 @@ def _scaling_factor(value: str) -> str | float | None:
         return float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"not config, none or a number: {value!r}") from None
+
+
+_SHORT_FLAGS = {"task": ["-t"]}
+_PARSERS = {"token_budget": _token_budget, "rotary_scaling_factor": _scaling_factor}
