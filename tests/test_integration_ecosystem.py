@@ -1,4 +1,4 @@
-"""LangChain and mteb, with the real packages; their tasks on local data."""
+"""LangChain and mteb: their real packages, with mteb's tasks on local data."""
 
 import asyncio
 
@@ -24,16 +24,11 @@ TEXTS = ["The weather is lovely today.", "He drove to the stadium.\nTwice.", "It
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return unpadded.load(MINILM, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def nomic(tmp_path_factory):
     return unpadded.load(write_nomic(tmp_path_factory.mktemp("nomic")), device="cpu")
 
 
-def test_langchain_embeddings(engine, nomic):
+def test_langchain_embeddings_equal_the_engine(minilm_engine, nomic):
     embeddings = UnpaddedEmbeddings(nomic)
     assert isinstance(embeddings, Embeddings)
     documents, query = embeddings.embed_documents(TEXTS), embeddings.embed_query(TEXTS[0])
@@ -42,57 +37,57 @@ def test_langchain_embeddings(engine, nomic):
     assert asyncio.run(embeddings.aembed_documents(TEXTS)) == documents
     assert asyncio.run(embeddings.aembed_query(TEXTS[0])) == query
     assert UnpaddedEmbeddings(nomic, query={"prompt": ""}).embed_query("") == nomic.encode("", prompt="").tolist()
-    store = InMemoryVectorStore.from_texts(TEXTS, UnpaddedEmbeddings(engine))
+    store = InMemoryVectorStore.from_texts(TEXTS, UnpaddedEmbeddings(minilm_engine))
     assert [found.page_content for found in store.similarity_search("sun", k=2)] == [TEXTS[2], TEXTS[0]]
 
 
-def test_langchain_hugging_face_embeddings(monkeypatch):
-    """Their class, unchanged, around our SentenceTransformer."""
+def test_langchain_hugging_face_embeddings_run_on_the_drop_in(monkeypatch):
     arguments = {"model_name": str(MINILM), "encode_kwargs": {"normalize_embeddings": True}}
-    theirs = langchain_huggingface.HuggingFaceEmbeddings(**arguments)
+    original = langchain_huggingface.HuggingFaceEmbeddings(**arguments)
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", SentenceTransformer)
-    ours = langchain_huggingface.HuggingFaceEmbeddings(**arguments)
-    assert isinstance(ours._client, SentenceTransformer) and not isinstance(theirs._client, SentenceTransformer)
-    assert np.abs(np.array(ours.embed_documents(TEXTS)) - theirs.embed_documents(TEXTS)).max() <= 1e-5
-    assert np.abs(np.array(ours.embed_query(TEXTS[1])) - theirs.embed_query(TEXTS[1])).max() <= 1e-5
+    patched = langchain_huggingface.HuggingFaceEmbeddings(**arguments)
+    assert isinstance(patched._client, SentenceTransformer) and not isinstance(original._client, SentenceTransformer)
+    assert np.abs(np.array(patched.embed_documents(TEXTS)) - original.embed_documents(TEXTS)).max() <= 1e-5
+    assert np.abs(np.array(patched.embed_query(TEXTS[1])) - original.embed_query(TEXTS[1])).max() <= 1e-5
 
 
 @pytest.mark.filterwarnings("default")
-def test_mteb_evaluates(engine):
-    """A similarity and a retrieval task of local data: the scores of sentence-transformers."""
-    models = {
-        "theirs": sentence_transformers.SentenceTransformer(str(MINILM), device="cpu"),
-        "ours": SentenceTransformer(str(MINILM), device="cpu"),
-        "engine": UnpaddedEncoder(engine),
-    }
-    scores = {
-        name: [
+def test_mteb_scores_equal_those_of_sentence_transformers(minilm_engine):
+    """On a similarity task and a retrieval task."""
+    original, *others = (
+        [
             result.scores["test"][0]["main_score"]
             for result in mteb.evaluate(model, [MockSTSTask(), MockRetrievalTask()], cache=None).task_results
         ]
-        for name, model in models.items()
-    }
-    assert scores["ours"] == pytest.approx(scores["theirs"], abs=1e-5)
-    assert scores["engine"] == pytest.approx(scores["theirs"], abs=1e-5)
+        for model in (
+            sentence_transformers.SentenceTransformer(str(MINILM), device="cpu"),
+            SentenceTransformer(str(MINILM), device="cpu"),
+            UnpaddedEncoder(minilm_engine),
+        )
+    )
+    for scores in others:
+        assert scores == pytest.approx(original, abs=1e-5)
 
 
-def test_mteb_encoder_takes_the_prompt_of_the_task(nomic, tmp_path):
-    def encode(encoder, task, side=None):
+def test_the_mteb_encoder_uses_the_prompt_of_the_task(nomic, tmp_path):
+    def encode(encoder, task, prompt_type=None):
         batches = [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}]
-        return encoder.encode(batches, task_metadata=task.metadata, hf_split="test", hf_subset="", prompt_type=side)
+        return encoder.encode(
+            batches, task_metadata=task.metadata, hf_split="test", hf_subset="", prompt_type=prompt_type
+        )
 
     encoder = UnpaddedEncoder(nomic)
     assert isinstance(encoder, EncoderProtocol)
-    for task, side, expected in [
+    for task, prompt_type, expected in [
         (MockRetrievalTask, PromptType.query, "search_query"),
         (MockRetrievalTask, PromptType.document, "search_document"),
         (MockSTSTask, None, "classification"),
     ]:
-        assert np.array_equal(encode(encoder, task, side), nomic.encode(TEXTS, task=expected))
+        assert np.array_equal(encode(encoder, task, prompt_type), nomic.encode(TEXTS, task=expected))
     named = UnpaddedEncoder(nomic, prompts={"MockSTSTask": "clustering: "})
     assert np.array_equal(encode(named, MockSTSTask), nomic.encode(TEXTS, task="clustering"))
     folder = add_sentence_transformers_files(write_nomic(tmp_path), prompts={"query": "q: "})
-    own = unpadded.load(folder, device="cpu")
+    other = unpadded.load(folder, device="cpu")
     assert np.array_equal(
-        encode(UnpaddedEncoder(own), MockRetrievalTask, PromptType.query), own.encode(TEXTS, task="query")
+        encode(UnpaddedEncoder(other), MockRetrievalTask, PromptType.query), other.encode(TEXTS, task="query")
     )

@@ -1,4 +1,4 @@
-"""`embed.text` against nomic's local mode, written down once more from its published description."""
+"""`embed.text` against nomic's local mode, reimplemented here from its published description."""
 
 import logging
 
@@ -18,7 +18,7 @@ TEXTS = ["Nomic AI introduces Nomic Embed", "a longer text " * 1500, "", "tokens
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model trained for matryoshka, under the names of transformers so that transformers loads it too."""
+    """A model trained for matryoshka, with the tensor names of transformers, which loads it too."""
     folder = add_sentence_transformers_files(
         write_nomic(tmp_path_factory.mktemp("matryoshka"), names="transformers"), normalize=False
     )
@@ -28,25 +28,29 @@ def folder(tmp_path_factory):
 
 
 def reference(folder, text, task_type, dimensionality, long_text_mode):
-    """Chunks of 2048 with 8 shared; layer norm (n - 1), cut, L2 of each; mean; L2. The vector, and its tokens."""
+    """Return the vector of a text and its number of tokens.
+
+    Chunks of 2048 tokens overlap by 8. Each gets a layer norm with the variance over n - 1, is cut and L2-normalized;
+    their mean is L2-normalized.
+    """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     model = NomicBertModel.from_pretrained(folder).eval()
     start = tokenizer.encode(f"{task_type}:").ids[:-1]
     ids = tokenizer.encode(text or "24df574ea1c998de59d5be15e769658e", add_special_tokens=False).ids
-    room = 2048 - len(start) - 1
+    size = 2048 - len(start) - 1
     vectors, tokens, at = [], 0, 0
     while at < len(ids):
         at -= 8 if at else 0
-        chunk = ids[at : at + room]
+        chunk = ids[at : at + size]
         tokens += len(chunk)
         with torch.inference_mode():
             vector = model(torch.tensor([[*start, *chunk, 102]])).last_hidden_state[0].mean(0).double()
         vector = (vector - vector.mean()) / (vector.var() + 1e-5).sqrt()
         vector = vector[:dimensionality]
         vectors.append(vector / vector.norm())
-        at += room
+        at += size
         if long_text_mode == "truncate":
             break
     mean = torch.stack(vectors).mean(0)
@@ -74,7 +78,7 @@ def test_matches_the_local_mode(folder, task_type, dimensionality, long_text_mod
 
 
 def test_the_card_example_runs(folder, monkeypatch, tmp_path):
-    """Word for word, the model found by its name."""
+    """The example of the model card, unchanged: the model is found by its name."""
     (tmp_path / "nomic-embed-text-v1").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     output = embed.text(
@@ -84,7 +88,7 @@ def test_the_card_example_runs(folder, monkeypatch, tmp_path):
     assert isinstance(output["embeddings"][0][0], float)
 
 
-def test_no_texts(folder):
+def test_no_texts_give_no_embeddings(folder):
     expected = {"embeddings": [], "usage": {}, "model": str(folder), "inference_mode": "local"}
     assert embed.text([], model=str(folder), inference_mode="dynamic") == expected
 
@@ -104,18 +108,18 @@ def test_no_texts(folder):
     ],
     ids=["string", "task", "mode", "remote", "zero", "too wide", "too long", "model", "not text"],
 )
-def test_checks(folder, arguments, error, reason):
+def test_wrong_arguments_raise(folder, arguments, error, reason):
     with pytest.raises(error, match=reason):
         embed.text(**{"texts": ["some text"], "model": str(folder), "device": "cpu"} | arguments)
 
 
-def test_a_model_without_matryoshka_is_not_cut(tmp_path, caplog):
+def test_dimensionality_without_matryoshka_raises(tmp_path):
     with pytest.raises(unpadded.OptionError, match=r"dimensionality .*: 64; use 128"):
         embed.text(["text"], model=str(write_nomic(tmp_path)), dimensionality=64)
     free_embedding_model()
 
 
-def test_few_dimensions_are_warned_of(folder, caplog):
+def test_few_dimensions_log_a_warning(folder, caplog):
     with caplog.at_level(logging.WARNING, "unpadded"):
         embed.text(["text"], model=str(folder), dimensionality=32, device="cpu")
     assert "dimensionality 32 reduces quality; use 64 or more" in caplog.text

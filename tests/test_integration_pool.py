@@ -1,7 +1,6 @@
-"""Lists of devices, in sentence-transformers' own pools of processes: our SentenceTransformer beside theirs, and alone.
+"""Lists of devices in sentence-transformers' process pools: the SentenceTransformer drop-in against the original.
 
-Its processes share the model's memory as it is at that moment, casts and changed modules included, so they are left to
-do the work for ours too.
+The drop-in uses these pools because their processes share the model's current memory, with casts and modified modules.
 """
 
 import copy
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
-from support.checkpoints import MINILM, add_sentence_transformers_files, write_json
+from support.checkpoints import MINILM, add_sentence_transformers_files, write_bert, write_json
+from support.drop_in import TEXTS, assert_same
 from support.family_checks import write
 from test_family_jina_v3 import SMALL, model_of, published_names, with_adapters
 from test_family_xlm_roberta import write_tokenizer
-from test_integration_sentence_transformers import TEXTS, assert_same
 
 from unpadded.integrations.sentence_transformers import SentenceTransformer
 
@@ -32,10 +31,11 @@ CUT = {"normalize_embeddings": True, "truncate_dim": 64, "prompt": "query: "}
 
 
 @pytest.fixture(scope="module")
-def models():
-    return [
-        kind(str(MINILM), device="cpu") for kind in (SentenceTransformer, sentence_transformers.SentenceTransformer)
-    ]
+def models(tmp_path_factory):
+    """The drop-in and the original."""
+    folder = write_bert(tmp_path_factory.mktemp("bert"))
+    add_sentence_transformers_files(folder, max_seq_length=256)
+    return [cls(str(folder), device="cpu") for cls in (SentenceTransformer, sentence_transformers.SentenceTransformer)]
 
 
 @pytest.fixture(scope="module")
@@ -48,61 +48,61 @@ def pools(models):
         model.stop_multi_process_pool(pool)
 
 
-def assert_theirs(models, pools, inputs, atol=1e-5, **options):
+def assert_equal_in_pools(models, pools, inputs, atol=1e-5, **options):
     pairs = zip(models, pools, strict=True)
     assert_same(*(model.encode(inputs, pool=pool, chunk_size=2, **options) for model, pool in pairs), atol=atol)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "uint8", "binary", "ubinary"])
-def test_sentences_are_theirs(models, pools, precision):
-    integers = precision in ("int8", "uint8")  # whose ranges are those of several; a value may lie between two buckets
+def test_sentence_embeddings_equal_the_original(models, pools, precision):
+    integers = precision in ("int8", "uint8")  # need several texts; a value may be at the border of two buckets
     for inputs, options in itertools.product([TEXTS, [], *([] if integers else [TEXTS[0]])], [*CONVERSIONS, CUT]):
-        assert_theirs(models, pools, inputs, atol=1 if integers else 1e-5, precision=precision, **options)
+        assert_equal_in_pools(models, pools, inputs, atol=1 if integers else 1e-5, precision=precision, **options)
 
 
 @pytest.mark.parametrize("output_value", ["token_embeddings", None])
-def test_other_outputs_are_theirs(models, pools, output_value):
+def test_other_outputs_equal_the_original(models, pools, output_value):
     for inputs, options in itertools.product([TEXTS, [], TEXTS[0]], CONVERSIONS):
-        assert_theirs(models, pools, inputs, output_value=output_value, **options)
+        assert_equal_in_pools(models, pools, inputs, output_value=output_value, **options)
 
 
 @pytest.mark.parametrize("options", [{"output_value": None, "precision": "int8"}, {"chunk_size": 0}], ids=str)
-def test_the_same_is_refused(models, pools, options):
-    refused = []
+def test_both_reject_the_same_options(models, pools, options):
+    errors = []
     for model, pool in zip(models, pools, strict=True):
         with pytest.raises(Exception) as error:
             model.encode(TEXTS, pool=pool, **options)
-        refused.append(error.type)
-    assert refused[0] is refused[1]
+        errors.append(error.type)
+    assert errors[0] is errors[1]
 
 
-def test_order_and_bits_are_those_of_one_process(models, pools):
-    draw = np.random.default_rng(0)
-    texts = [" ".join(draw.choice(["tide", "bread", "moon", "stadium"], size)) for size in draw.integers(1, 250, 31)]
-    ours = models[0]
-    expected = ours.encode(texts)
+def test_order_and_bits_equal_those_of_one_process(models, pools):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["tide", "bread", "moon", "stadium"], size)) for size in rng.integers(1, 250, 31)]
+    drop_in = models[0]
+    expected = drop_in.encode(texts)
     for size in (None, 1, 7):
-        assert np.array_equal(ours.encode(texts, pool=pools[0], chunk_size=size), expected)
+        assert np.array_equal(drop_in.encode(texts, pool=pools[0], chunk_size=size), expected)
     with pytest.warns(DeprecationWarning):
-        assert np.array_equal(ours.encode_multi_process(texts, pools[0]), expected)
-    assert np.array_equal(ours.encode(texts, device=["cpu", "cpu"]), expected)
-    assert np.array_equal(ours.encode_query(texts, device=["cpu"]), ours.encode_query(texts))
+        assert np.array_equal(drop_in.encode_multi_process(texts, pools[0]), expected)
+    assert np.array_equal(drop_in.encode(texts, device=["cpu", "cpu"]), expected)
+    assert np.array_equal(drop_in.encode_query(texts, device=["cpu"]), drop_in.encode_query(texts))
 
 
-def test_a_changed_model_is_what_the_processes_have(models):
-    changed = [copy.deepcopy(model) for model in models]
-    for model in changed:
+def test_processes_run_the_modified_model(models):
+    modified = [copy.deepcopy(model) for model in models]
+    for model in modified:
         model.to(torch.bfloat16)
         model[1].pooling_mode = "cls"
         model.max_seq_length = 16
-    ours, theirs = (
-        model.encode(TEXTS, device=["cpu"], convert_to_tensor=True, chunk_size=len(TEXTS)) for model in changed
+    found, expected = (
+        model.encode(TEXTS, device=["cpu"], convert_to_tensor=True, chunk_size=len(TEXTS)) for model in modified
     )
-    assert_same(ours, theirs, atol=1e-2)
-    assert torch.equal(ours, changed[0].encode(TEXTS, convert_to_tensor=True))
+    assert_same(found, expected, atol=1e-2)
+    assert torch.equal(found, modified[0].encode(TEXTS, convert_to_tensor=True))
 
 
-def test_a_task_chooses_the_adapter_there_too(tmp_path):
+def test_a_task_selects_the_adapter_in_a_pool(tmp_path):
     folder = write(tmp_path, SMALL, with_adapters(published_names(model_of().state_dict())))
     write_tokenizer(folder, (MINILM / "README.md").read_text().splitlines())
     add_sentence_transformers_files(folder)

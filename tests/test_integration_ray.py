@@ -1,4 +1,4 @@
-"""Ray Data and Ray Serve on a real cluster of this machine, whose processes are killed in the middle of the work."""
+"""Ray Data and Ray Serve on a real cluster on this machine, some of whose processes are killed at work."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ import pytest
 from support.checkpoints import MINILM
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Ray's own, of pydantic
+    warnings.simplefilter("ignore")  # Ray emits warnings about pydantic
     import ray
     import ray.data
     import ray.serve
@@ -33,10 +33,11 @@ with warnings.catch_warnings():
 import unpadded
 from unpadded.cli.main import main
 from unpadded.integrations.ray import UnpaddedEmbedder, serve
-from unpadded.integrations.ray_job import readable
-from unpadded.integrations.ray_serve import QueuedTokens
+from unpadded.integrations.ray_job import original_error
+from unpadded.integrations.ray_serve import QueuedTokensPolicy
+from unpadded.options import LoadOptions
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray has warnings of its own
+pytestmark = pytest.mark.filterwarnings("default")  # Ray emits warnings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -46,7 +47,7 @@ TEXTS = [" ".join(WORDS[start : start + 3 + start % 17]) for start in range(600)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The address of a cluster on this machine."""
+    """The address of a cluster on this machine, one for all tests. Tests that use it are slow."""
     folder = tempfile.mkdtemp(prefix="ray")  # pytest's own are too long for its sockets
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -60,11 +61,6 @@ def cluster():
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return unpadded.load(MINILM, device="cpu")
-
-
 @pytest.fixture
 def corpus(tmp_path):
     """TEXTS in three files."""
@@ -76,13 +72,13 @@ def corpus(tmp_path):
     return folder
 
 
-def vectors_of(column):
+def read_vectors(column):
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     assert pa.types.is_fixed_size_list(column.type)
     return column.flatten().to_numpy().reshape(len(column), -1)
 
 
-def test_the_class_takes_both_formats(engine):
+def test_the_class_embeds_both_batch_formats():
     embedder = UnpaddedEmbedder(MINILM, device="cpu", max_length=8, column="body", dimensions=64, precision="float16")
     expected = unpadded.load(MINILM, device="cpu", max_length=8).embed(TEXTS[:9], dimensions=64, precision="float16")
     table = embedder(pa.table({"body": TEXTS[:9], "n": range(9)}))
@@ -90,7 +86,7 @@ def test_the_class_takes_both_formats(engine):
     arrays = embedder({"body": np.array(TEXTS[:9], object), "n": np.arange(9)})
     assert list(arrays) == table.column_names
     for found in (table, arrays):
-        assert np.array_equal(vectors_of(found["embedding"]), expected.vectors)
+        assert np.array_equal(read_vectors(found["embedding"]), expected.vectors)
         assert found["tokens"].to_pylist() == expected.token_counts.tolist()
         assert found["truncated"].to_pylist() == expected.truncated.tolist()
     assert 0 < expected.truncated.sum() < 9
@@ -99,7 +95,7 @@ def test_the_class_takes_both_formats(engine):
     assert named.column_names == [*table.column_names, "v"]
 
 
-def test_the_class_refuses_what_would_be_silently_wrong():
+def test_the_class_raises_for_wrong_options_and_batches():
     with pytest.raises(unpadded.OptionError, match="without ranges"):
         UnpaddedEmbedder(MINILM, device="cpu", precision="int8")
     with pytest.raises(TypeError, match="dimension"):
@@ -107,36 +103,37 @@ def test_the_class_refuses_what_would_be_silently_wrong():
     embedder = UnpaddedEmbedder(MINILM, device="cpu")
     with pytest.raises(unpadded.InputError, match="no column 'text': the dataset has 'body'"):
         embedder({"body": np.array(["a"], object)})
-    with pytest.raises(unpadded.OptionError, match="twice: 'tokens'"):
+    with pytest.raises(unpadded.OptionError, match=r"'tokens' already .*pass another name"):
         embedder(pa.table({"text": ["a"], "tokens": [1]}))
-    with pytest.raises(unpadded.OptionError, match="DataFrame"):
+    with pytest.raises(unpadded.OptionError, match=r"DataFrame.*batch_format='pyarrow'"):
         embedder(pa.table({"text": ["a"]}).to_pandas())
 
 
-def test_an_actor_killed_in_the_middle_loses_no_row(cluster, engine, tmp_path):
+@pytest.mark.slow
+def test_a_killed_actor_loses_no_row(cluster, minilm_engine, tmp_path):
     done = tmp_path / "done"
     done.mkdir()
 
-    class Mortal(UnpaddedEmbedder):
-        """Dies once: on the job's fifth batch, when it is embedded and not handed over."""
+    class KilledOnce(UnpaddedEmbedder):
+        """Killed once, after embedding the fifth batch of the job and before returning it."""
 
         def __call__(self, batch):
-            found = super().__call__(batch)
+            embedded = super().__call__(batch)
             number = len(list(done.iterdir()))
             (done / f"{os.getpid()}-{number}").touch()
             if number >= 4:
                 try:
                     (done / "killed").touch(exist_ok=False)
                 except FileExistsError:
-                    return found
+                    return embedded
                 os.kill(os.getpid(), signal.SIGKILL)
-            return found
+            return embedded
 
     blocks = [
         pa.table({"n": range(start, start + 50), "text": TEXTS[start : start + 50]}) for start in range(0, 600, 50)
     ]
     embedded = ray.data.from_arrow(blocks).map_batches(
-        Mortal,
+        KilledOnce,
         fn_constructor_args=[str(MINILM)],
         fn_constructor_kwargs={"device": "cpu"},
         compute=ray.data.ActorPoolStrategy(size=2),
@@ -144,12 +141,13 @@ def test_an_actor_killed_in_the_middle_loses_no_row(cluster, engine, tmp_path):
     )
     table = pa.concat_tables(ray.get(embedded.to_arrow_refs())).sort_by("n")
     assert table["text"].to_pylist() == TEXTS
-    assert np.array_equal(vectors_of(table["embedding"]), engine.encode(TEXTS))
+    assert np.array_equal(read_vectors(table["embedding"]), minilm_engine.encode(TEXTS))
     assert (done / "killed").exists()
     assert len({path.name.partition("-")[0] for path in done.iterdir()} - {"killed"}) >= 2
 
 
-def test_embed_on_ray_writes_what_embed_writes(cluster, corpus, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_embed_writes_the_same_with_ray(cluster, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = os.path.relpath(MINILM, tmp_path)
     flags = ["-m", model, "--device", "cpu", "--id-column", "doc", "--carry", "year", "--precision", "float16"]
@@ -164,50 +162,51 @@ def test_embed_on_ray_writes_what_embed_writes(cluster, corpus, tmp_path, monkey
     assert main(["embed", "corpus", *flags, "-o", "there/", "--ray", cluster]) == 2
     assert "the output folder is not empty" in capsys.readouterr().err
     assert main(["embed", "corpus", *flags, "--column", "body", "-o", "more/", "--ray", cluster]) == 2
-    assert "no column 'body': the input has 'doc', 'text', 'year'; name one of them" in capsys.readouterr().err
+    assert "no column 'body': the input has 'doc', 'text', 'year'; pass one of them" in capsys.readouterr().err
     assert main(["embed", "nowhere", *flags, "-o", "more/", "--ray", cluster]) == 2
     assert "the inputs cannot be read" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_comes_out_of_rays_traceback(cluster):
+@pytest.mark.slow
+def test_the_original_error_is_read_from_rays_traceback(cluster):
     @ray.remote(num_cpus=0)
     def fail(error):
         raise error
 
     for error, expected in [
-        (unpadded.InputError("text 3 is null: None; give a string"),) * 2,
+        (unpadded.InputError("text 3 is null: None; pass a string"),) * 2,
         (
             ZeroDivisionError("by 0"),
-            unpadded.OutputError("the Ray job failed: ZeroDivisionError: by 0; its log says more"),
+            unpadded.OutputError("the Ray job failed: ZeroDivisionError: by 0; see Ray's log"),
         ),
     ]:
         with pytest.raises(ray.exceptions.RayError) as raised:
             ray.get(fail.remote(error))
-        found = readable(raised.value)
+        found = original_error(raised.value)
         assert type(found) is type(expected) and str(found) == str(expected)
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
-        (["-o", "out/", "--id-column", "doc", "--resume"], "--resume is not supported with --ray"),
-        (["-o", "out/", "--id-column", "doc", "--part-rows", "9"], "--part-rows is not supported with --ray"),
-        (["-o", "out/", "--id-column", "doc", "--on-error", "skip"], "--on-error skip is not supported with --ray"),
-        (["-o", "out.npy", "--id-column", "doc"], "--ray writes a folder, not 'out.npy'"),
-        (["--id-column", "doc"], "--ray writes a folder, not 'stdout'"),
-        (["-o", "out/"], "name a column with --id-column"),
+        (["-o", "out/", "--id-column", "doc", "--resume"], "--resume is "),
+        (["-o", "out/", "--id-column", "doc", "--part-rows", "9"], "--part-rows is "),
+        (["-o", "out/", "--id-column", "doc", "--on-error", "skip"], "--on-error skip is "),
+        (["-o", "out.npy", "--id-column", "doc"], "not 'out.npy'; pass one as -o vectors/"),
+        (["--id-column", "doc"], "not 'stdout'; pass one as -o vectors/"),
+        (["-o", "out/"], "pass --id-column"),
         (["-o", "out/", "--id-column", "doc", "--carry", "tokens"], "twice: 'tokens'"),
-        (["notes.txt", "-o", "out/", "--id-column", "doc"], "--ray reads Parquet only: 'notes.txt'"),
+        (["notes.txt", "-o", "out/", "--id-column", "doc"], "--ray reads only Parquet: 'notes.txt'"),
     ],
 )
-def test_what_does_not_go_with_ray_is_refused(flags, says, capsys):
+def test_flags_that_ray_does_not_support_raise(flags, message, capsys):
     inputs = [] if flags[0].endswith(".txt") else ["corpus"]
     assert main(["embed", *inputs, *flags, "-m", str(MINILM), "--ray", "local"]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def replicas():
-    """Process ids of the running replicas."""
+    """Return the process ids of the running replicas."""
     details = _get_global_client().get_serve_details()["applications"]["default"]["deployments"]["unpadded"]
     return {replica["pid"] for replica in details["replicas"] if replica["state"] == "RUNNING"}
 
@@ -219,7 +218,8 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_serve_grows_under_load_and_loses_no_answer_with_a_replica(cluster, engine):
+@pytest.mark.slow
+def test_serve_scales_up_and_answers_all_requests_when_a_replica_is_killed(cluster, minilm_engine):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.serve.start(http_options={"port": port})
@@ -232,7 +232,7 @@ def test_serve_grows_under_load_and_loses_no_answer_with_a_replica(cluster, engi
         answer = client.embeddings.create(model="text-embedding-3-small", input=TEXTS[start : start + texts])
         return np.array([item.embedding for item in answer.data], np.float32)
 
-    expected = engine.encode(TEXTS)
+    expected = minilm_engine.encode(TEXTS)
     assert np.array_equal(embed(0), expected[:20])
     (first,) = replicas()
     with ThreadPoolExecutor(8) as clients:
@@ -260,20 +260,41 @@ def test_serve_grows_under_load_and_loses_no_answer_with_a_replica(cluster, engi
         assert np.array_equal(last.result(), expected)
 
 
-def test_serve_reads_arguments_as_flags():
-    with pytest.raises(unpadded.OptionError, match="port is not the application's: 80"):
-        serve({"model": "x", "port": 80})
-    with pytest.raises(unpadded.OptionError, match="max_replicas is below replicas: 1 and 2"):
-        serve({"model": "x", "replicas": 2, "max_replicas": 1})
-    with pytest.raises(unpadded.OptionError, match="--long-input"):
-        serve({"model": "x", "long_input": "nothing"})
-    with pytest.raises(unpadded.OptionError, match="--modle"):
-        serve({"model": "x", "modle": "y"})
-    with pytest.raises(unpadded.OptionError, match="--model"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"port": 80}, "port is .*: 80; set it in Ray Serve's http_options"),
+        ({"replicas": 2, "max_replicas": 1}, "max_replicas is below replicas: 1 and 2"),
+        ({"replicas": "two"}, "replicas is not a number: 'two'; pass one such as 1"),
+        ({"max_length": "long"}, "max_length is not a number: 'long'"),
+        ({"long_input": "nothing"}, "long_input is unknown: 'nothing'; use one of truncate"),
+        ({"modle": "y"}, "option is unknown: modle='y'"),
+    ],
+)
+def test_serve_raises_for_wrong_arguments(arguments, message):
+    with pytest.raises(unpadded.OptionError, match=message):
+        serve({"model": "x", **arguments})
+
+
+def test_serve_needs_a_model():
+    with pytest.raises(unpadded.OptionError, match="pass model="):
         serve({})
 
 
-def test_replicas_are_counted_by_queued_tokens():
+def test_serve_converts_strings():
+    strings = {"model": "owner/model", "device": "cpu", "max_length": "64", "token_budget": "auto", "alias": "a"}
+    strings |= {"rotary_scaling_factor": "none", "batch_invariant": "true", "deadline": "5", "num_gpus": "0.5"}
+    deployment = serve(strings)._bound_deployment
+    assert deployment.ray_actor_options == {"num_cpus": 1.0, "num_gpus": 0.5}
+    model, load_options, server_options = deployment.init_args
+    assert model == "owner/model"
+    assert load_options == LoadOptions(
+        device="cpu", max_length=64, token_budget="auto", rotary_scaling_factor=None, batch_invariant=True
+    )
+    assert (server_options.alias, server_options.deadline) == (("a",), 5.0)
+
+
+def test_the_policy_divides_the_queued_tokens():
     context = argparse.Namespace(aggregated_metrics={"queued_tokens": {"a": 300.0, "b": 50.0}})
-    assert QueuedTokens(100)(context) == (3.5, {})
-    assert QueuedTokens(100)(argparse.Namespace(aggregated_metrics=None)) == (0.0, {})
+    assert QueuedTokensPolicy(100)(context) == (3.5, {})
+    assert QueuedTokensPolicy(100)(argparse.Namespace(aggregated_metrics=None)) == (0.0, {})

@@ -52,6 +52,29 @@ def option(default: Any, help: str, *, metavar: str | None = None, literal: Any 
     return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
 
+def convert(option: Option, value: Any) -> Any:
+    """Return the value of an option from a string, such as a flag's; other values are returned as they are.
+
+    OptionError for a string that is not of the option's type.
+    """
+    if option.default == ():
+        return (value,) if isinstance(value, str) else tuple(value)
+    if not isinstance(value, str):
+        return value
+    if option.type == "bool":
+        return value.lower() == "true"
+    number = {"int": int, "float": float}.get(option.type.partition(" ")[0])
+    if number is None or repr(value) in option.type:  # a string, or a word that a numeric option accepts
+        return value
+    if value == "none" and option.type.endswith("None"):
+        return None
+    try:
+        return number(value)
+    except ValueError:
+        example = 2 if option.default is None or isinstance(option.default, str) else option.default
+        raise OptionError(f"{option.name} is not a number: {value!r}; pass one such as {example}") from None
+
+
 class LoadKeywords(TypedDict, total=False):
     """The keyword arguments of `load`: the fields of `LoadOptions`."""
 

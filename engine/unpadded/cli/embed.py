@@ -105,8 +105,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    from unpadded.integrations.ray_job import run_on_ray
-
     single_machine_flags = {
         "--resume": args.resume,
         "--part-rows": args.part_rows is not None,
@@ -115,6 +113,10 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
     for flag, is_set in single_machine_flags.items():
         if is_set:
             raise OptionError(f"{flag} is not supported with --ray {args.ray!r}; omit one of them")
+    try:
+        from unpadded.integrations.ray_job import run_on_ray
+    except ModuleNotFoundError as error:
+        raise OptionError(f"--ray needs more packages: {error}; pip install 'unpadded[ray]'") from error
     totals = run_on_ray(
         args.ray,
         args.input,
@@ -122,7 +124,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
         args.model,
         column=args.column,
         id_column=args.id_column,
-        carry=args.carry,
+        carried_columns=args.carry,
         settings=flag_values(args, LoadOptions) | options,
     )
     print(

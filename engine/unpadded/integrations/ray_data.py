@@ -1,4 +1,4 @@
-"""Ray Data: an engine an actor, over the blocks of a dataset."""
+"""Ray Data: embed a dataset with one engine per actor."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import unpadded
 from unpadded.errors import InputError, OptionError
 from unpadded.options import EncodeKeywords
 
-# Rows that an actor takes at once, and loses when it dies: as many texts as an engine looks at together.
+# Rows per call of an actor, which are embedded again if it crashes: as many as the engine sorts by length at a time.
 BATCH_ROWS = 4096
 
 
 class UnpaddedEmbedder:
-    """For `Dataset.map_batches`, in the formats "pyarrow" and "numpy": adds columns to every batch.
+    """A class for `Dataset.map_batches` in the formats "pyarrow" and "numpy"; it adds columns to each batch.
 
-    column: the texts. output: the name of the vectors, fixed-size lists in the dtype of `precision`; tokens and
-    truncated: the names of what `Engine.embed` says beside them, None to leave one out. settings: the options
-    of `unpadded.load` and of `Engine.encode`. int8 and uint8 require `ranges`, because a vector would otherwise depend
-    on its batch.
+    column: name of the column of texts. output: name of the column of vectors, fixed-size lists in the dtype of
+    `precision`. tokens, truncated: names of the columns of token counts and of whether a text was truncated; None
+    omits them. settings: the options of `unpadded.load` and of `Engine.encode`. int8 and uint8 require `ranges`,
+    because a vector would otherwise depend on its batch.
     """
 
     def __init__(
@@ -38,27 +38,39 @@ class UnpaddedEmbedder:
         **settings: Any,
     ) -> None:
         self._column = column
-        self._names = (output, tokens, truncated)
+        self._output_names = (output, tokens, truncated)
         self._options = {name: settings.pop(name) for name in EncodeKeywords.__annotations__ if name in settings}
         self._engine = unpadded.load(model, **settings)
-        self._engine.stream((), **self._options)  # checks them
+        self._engine.stream((), **self._options)  # raises OptionError for wrong options
 
     def __call__(self, batch: pa.Table | Mapping[str, Any]) -> pa.Table | dict[str, Any]:
+        """Return the batch with the columns added."""
         if not isinstance(batch, pa.Table | Mapping):
-            raise OptionError(f"the batches are of a wrong format: {type(batch).__name__}; use batch_format='pyarrow'")
-        columns = dict(zip(batch.column_names, batch.columns, strict=True)) if isinstance(batch, pa.Table) else batch
-        given = ", ".join(map(repr, columns))
+            raise OptionError(f"batches are {type(batch).__name__}, which is not supported; use batch_format='pyarrow'")
+        is_table = isinstance(batch, pa.Table)
+        columns = {name: batch[name] for name in (batch.column_names if isinstance(batch, pa.Table) else batch)}
+        names = ", ".join(map(repr, columns))
         if self._column not in columns:
-            raise InputError(f"no column {self._column!r}: the dataset has {given}; name one of them with column=")
+            raise InputError(f"no column {self._column!r}: the dataset has {names}; pass column= with one of them")
         texts = columns[self._column]
-        found = self._engine.embed(
-            texts.to_pylist() if isinstance(batch, pa.Table) else texts.tolist(), show_progress=False, **self._options
+        embeddings = self._engine.embed(
+            texts.to_pylist() if is_table else texts.tolist(), show_progress=False, **self._options
         )
-        values = (_fixed_size_lists(found.vectors), found.token_counts.astype(np.int32), found.truncated)
-        added = {name: pa.array(value) for name, value in zip(self._names, values, strict=True) if name is not None}
-        for name in added.keys() & columns.keys():
-            raise OptionError(f"a column would be there twice: {name!r} beside {given}; name the new ones otherwise")
-        return pa.table({**columns, **added}) if isinstance(batch, pa.Table) else {**columns, **added}
+        vectors = embeddings.vectors
+        results = (
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+            pa.array(embeddings.token_counts.astype(np.int32)),
+            pa.array(embeddings.truncated),
+        )
+        for name, values in zip(self._output_names, results, strict=True):
+            if name in columns:
+                raise OptionError(
+                    f"the dataset has a column {name!r} already (its columns: {names}); pass another name as output=, "
+                    "tokens= or truncated="
+                )
+            if name is not None:
+                columns[name] = values
+        return pa.table(columns) if is_table else columns
 
 
 def embed(
@@ -70,24 +82,20 @@ def embed(
     num_gpus: float | None = None,
     **settings: Any,
 ) -> Dataset:
-    """The dataset with the columns of an `UnpaddedEmbedder`, whose settings these are.
+    """Return the dataset with the columns that an `UnpaddedEmbedder` with these settings adds.
 
-    actors: their number, or the least and the most; num_cpus and num_gpus: what each holds. An actor that dies is
-    started again and its rows are embedded again: Ray Data does so without a limit unless it is told otherwise.
+    actors: their number, or the minimum and the maximum. num_cpus, num_gpus: resources per actor. If an actor crashes,
+    it is restarted and its rows are embedded again; by default Ray Data does not limit the number of restarts.
     """
-    least, most = (actors, actors) if isinstance(actors, int) else actors
+    min_actors, max_actors = (actors, actors) if isinstance(actors, int) else actors
     model = os.path.abspath(model) if os.path.exists(model) else model  # actors run in another folder
     return dataset.repartition(target_num_rows_per_block=BATCH_ROWS).map_batches(
         UnpaddedEmbedder,
         batch_size=BATCH_ROWS,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=least, max_size=most),
+        compute=ActorPoolStrategy(min_size=min_actors, max_size=max_actors),
         fn_constructor_args=[model],
         fn_constructor_kwargs=settings,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
-
-
-def _fixed_size_lists(vectors: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

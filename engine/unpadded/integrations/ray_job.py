@@ -1,4 +1,4 @@
-"""A job on a Ray cluster: Parquet in, a folder of Parquet out. Ray hands out the blocks and runs lost ones again."""
+"""`unpadded embed --ray`: embed Parquet into a folder of Parquet on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+import ray.data
+from pyarrow import fs
+from ray.exceptions import RayError
 
 import unpadded
 from unpadded.bulk.atomic_files import write_error
@@ -16,16 +22,13 @@ from unpadded.bulk.job import check_carried_columns
 from unpadded.bulk.readers import DEFAULT_COLUMN, STDIN, TABLE_EXTENSIONS, extension
 from unpadded.bulk.writers import GROUP_ROWS, RESULT_COLUMNS
 from unpadded.errors import InputError, OptionError, OutputError, UnpaddedError
+from unpadded.integrations.ray_data import embed
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from ray.data import Dataset
-
-NOT_PARQUET = (".txt", *(name for name in TABLE_EXTENSIONS if name != ".parquet"))
+NOT_PARQUET = {".txt", *TABLE_EXTENSIONS} - {".parquet"}
 
 
 class RayTotals(NamedTuple):
-    """What a job did; `seconds` has the loading of the models in it."""
+    """A summary of a job. `seconds` includes loading the models."""
 
     texts: int
     tokens: int
@@ -41,98 +44,98 @@ def run_on_ray(
     *,
     column: str | None = None,
     id_column: str | None = None,
-    carry: Sequence[str] = (),
+    carried_columns: Sequence[str] = (),
     settings: Mapping[str, Any],
 ) -> RayTotals:
-    """Embed folders, files or buckets of Parquet on the cluster at `address`: "local", "auto" or as ray.init takes it.
+    """Embed files, folders or buckets of Parquet on the cluster at `address`: "local", "auto", or as for ray.init.
 
-    Columns as those of a dataset that is written here; the files are Ray's. settings: those of `UnpaddedEmbedder`.
+    The output has the columns of a dataset that one machine writes; its files are named by Ray.
+    settings: those of `UnpaddedEmbedder`.
     """
-    folder, ids = _check(inputs, output, id_column, carry)
+    output, id_column = _check(inputs, output, id_column, carried_columns)
     # Workers run in another folder.
-    folder, *inputs = (name if "://" in name else os.path.abspath(name) for name in (folder, *inputs))
+    output, *inputs = (name if "://" in name else os.path.abspath(name) for name in (output, *inputs))
     model = os.path.abspath(model) if os.path.exists(model) else model
-    try:
-        import ray
-        import ray.data
-        from ray.exceptions import RayError
-    except ModuleNotFoundError as error:
-        raise OptionError(f"--ray needs more packages: {error}; pip install 'unpadded[ray]'") from error
     started = time.perf_counter()
     if not ray.is_initialized():
         _connect(address)
-    job = (inputs, folder, model, column or DEFAULT_COLUMN, ids, list(carry), dict(settings))
+    job = (inputs, output, model, column or DEFAULT_COLUMN, id_column, list(carried_columns), dict(settings))
     try:
-        # Ray Data has no client of its own: behind ray:// the job is driven from inside the cluster.
-        inside = address.startswith("ray://")
-        counts = ray.get(ray.remote(num_cpus=0)(_run).remote(*job)) if inside else _run(*job)
+        # Ray Data cannot be driven through Ray Client, so behind ray:// the driver is a task in the cluster.
+        is_client = address.startswith("ray://")
+        counts = ray.get(ray.remote(num_cpus=0)(_run).remote(*job)) if is_client else _run(*job)
     except RayError as error:
-        raise readable(error) from error
+        raise original_error(error) from error
     return RayTotals(*counts, time.perf_counter() - started)
 
 
 def _run(
-    inputs: list[str], folder: str, model: str, text: str, ids: str, carry: list[str], settings: dict[str, Any]
+    inputs: list[str],
+    output: str,
+    model: str,
+    text_column: str,
+    id_column: str,
+    carried_columns: list[str],
+    settings: dict[str, Any],
 ) -> tuple[int, int, int]:
-    """Rows, tokens, and truncated texts of what was written."""
-    import ray
+    """Write the output; return the numbers of its rows, of their tokens and of truncated texts."""
 
-    from unpadded.integrations.ray_data import embed
+    def arrange(table: pa.Table) -> pa.Table:
+        """Select and name the columns as a dataset has them."""
+        names = list(RESULT_COLUMNS)
+        return table.select([id_column, *names[1:], *carried_columns]).rename_columns([*names, *carried_columns])
 
-    _check_new(folder)
-    rows = _read(inputs, [text, ids, *carry])
+    _check_is_empty(output)
+    rows = _read(inputs, [text_column, id_column, *carried_columns])
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU") and not str(settings["device"]).startswith("cpu") else "CPU"
-    most = max(1, int(resources[kind]))
-    embedded = embed(rows, model, actors=(1, most), column=text, **{f"num_{kind.lower()}s": 1}, **settings)
-    embedded.map_batches(lambda table: _arranged(table, ids, carry), batch_format="pyarrow").write_parquet(
-        folder,
+    actors = (1, max(1, int(resources[kind])))
+    embedded = embed(rows, model, actors=actors, column=text_column, **{f"num_{kind.lower()}s": 1}, **settings)
+    embedded.map_batches(arrange, batch_format="pyarrow").write_parquet(
+        output,
         min_rows_per_file=PART_ROWS,
         row_group_size=GROUP_ROWS,
         compression="zstd",
-        use_dictionary=["id", *carry],
+        use_dictionary=["id", *carried_columns],
     )
-    return _count(folder)
+    return _count(output)
 
 
-def _check(inputs: Sequence[str], output: str | None, id_column: str | None, carry: Sequence[str]) -> tuple[str, str]:
+def _check(
+    inputs: Sequence[str], output: str | None, id_column: str | None, carried_columns: Sequence[str]
+) -> tuple[str, str]:
+    """Return output and id_column; OptionError for what does not work with --ray."""
     for name in inputs:
         if name == STDIN or extension(name) in NOT_PARQUET:
-            raise OptionError(f"--ray reads Parquet only: {name!r}; give a folder, a bucket or files of it")
+            raise OptionError(f"--ray reads only Parquet: {name!r}; pass files, folders or buckets of Parquet")
     if output is None or output_extension(output) in OUTPUT_EXTENSIONS:
-        raise OptionError(f"--ray writes a folder, not {output or 'stdout'!r}; give one as -o vectors/")
+        raise OptionError(f"--ray writes only folders, not {output or 'stdout'!r}; pass one as -o vectors/")
     if id_column is None:
-        raise OptionError("--ray needs ids: rows read on many machines have no number; name a column with --id-column")
-    check_carried_columns(carry)
+        raise OptionError("--ray needs ids, because rows have no number on a cluster; pass --id-column")
+    check_carried_columns(carried_columns)
     return output, id_column
 
 
-def _check_new(folder: str) -> None:
-    from pyarrow import fs
-
+def _check_is_empty(output: str) -> None:
     try:
-        filesystem, path = fs.FileSystem.from_uri(folder)
+        filesystem, path = fs.FileSystem.from_uri(output)
         found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise write_error(folder, error) from error
+        raise write_error(output, error) from error
     if found:
-        raise OutputError(f"the output folder is not empty: {folder!r}; give a new one")
+        raise OutputError(f"the output folder is not empty: {output!r}; pass a new one")
 
 
 def _connect(address: str) -> None:
-    import ray
-
     try:
         ray.init(address, include_dashboard=False if address == "local" else None)
     except (ConnectionError, ValueError) as error:
         raise OptionError(
-            f"no Ray cluster answers: {address!r} ({error}); start one with ray start --head, or give local"
+            f"no Ray cluster answers at {address!r} ({error}); start one with ray start --head, or pass local"
         ) from error
 
 
-def _read(inputs: Sequence[str], columns: Sequence[str]) -> Dataset:
-    import ray.data
-
+def _read(inputs: Sequence[str], columns: Sequence[str]) -> ray.data.Dataset:
     try:
         rows = ray.data.read_parquet(list(inputs))
     except (OSError, ValueError) as error:
@@ -140,24 +143,16 @@ def _read(inputs: Sequence[str], columns: Sequence[str]) -> Dataset:
     names = rows.schema().names
     for column in columns:
         if column not in names:
-            raise InputError(f"no column {column!r}: the input has {', '.join(map(repr, names))}; name one of them")
+            raise InputError(f"no column {column!r}: the input has {', '.join(map(repr, names))}; pass one of them")
     return rows.select_columns(list(dict.fromkeys(columns)))
 
 
-def _arranged(table: pa.Table, ids: str, carry: list[str]) -> pa.Table:
-    """The columns of a dataset in their order, the ids under their name there."""
-    own = list(RESULT_COLUMNS)
-    return table.select([ids, *own[1:], *carry]).rename_columns([*own, *carry])
-
-
-def _count(folder: str) -> tuple[int, int, int]:
-    import ray.data
-
+def _count(output: str) -> tuple[int, int, int]:
     texts = tokens = truncated = 0
     try:
-        written = ray.data.read_parquet(folder, columns=["tokens", "truncated"])
+        written = ray.data.read_parquet(output, columns=["tokens", "truncated"])
     except FileNotFoundError as error:
-        raise InputError(f"the inputs hold no row: nothing is in {folder!r}; give others") from error
+        raise InputError(f"the inputs have no rows, so {output!r} is empty; pass other inputs") from error
     for batch in written.iter_batches(batch_size=None):
         texts += len(batch["tokens"])
         tokens += int(batch["tokens"].sum())
@@ -165,11 +160,11 @@ def _count(folder: str) -> tuple[int, int, int]:
     return texts, tokens, truncated
 
 
-def readable(error: Exception) -> UnpaddedError:
-    """The error of ours that ended an actor, out of the traceback that Ray sends in its place."""
-    ours = re.findall(r"^unpadded\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-    if ours:
-        name, message = ours[-1]
-        kind: type[UnpaddedError] = getattr(unpadded, name)
-        return kind(message)
-    return OutputError(f"the Ray job failed: {str(error).strip().splitlines()[-1]}; its log says more")
+def original_error(error: RayError) -> UnpaddedError:
+    """Return the error that stopped an actor, read from the traceback that Ray sends in its place."""
+    errors = re.findall(r"^unpadded\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if errors:
+        name, message = errors[-1]
+        error_class: type[UnpaddedError] = getattr(unpadded, name)
+        return error_class(message)
+    return OutputError(f"the Ray job failed: {str(error).strip().splitlines()[-1]}; see Ray's log")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unpadded.errors import OptionError
-from unpadded.options import Option, check_choice, describe, option
+from unpadded.options import check_choice, convert, describe, option
 
 API_KEYS_VARIABLE = "UNPADDED_API_KEYS"
 
@@ -131,7 +131,7 @@ class ServerOptions:
         unknown = sorted(values.keys() - _OPTIONS.keys())
         if unknown:
             raise OptionError(f"options are unknown: {', '.join(unknown)}; use {', '.join(FLAG_NAMES)}")
-        return cls(**{name: _convert(_OPTIONS[name], value) for name, value in values.items()}, api_keys=keys)
+        return cls(**{name: convert(_OPTIONS[name], value) for name, value in values.items()}, api_keys=keys)
 
 
 _OPTIONS = {described.name: described for described in describe(ServerOptions)}
@@ -168,23 +168,6 @@ def read_flags(args: argparse.Namespace) -> ServerOptions:
     """Return the options of parsed flags."""
     values = {name: getattr(args, name) for name in FLAG_NAMES}
     return ServerOptions.from_mapping({name: value for name, value in values.items() if value is not None})
-
-
-def _convert(described: Option, value: Any) -> Any:
-    if described.default == ():
-        return (value,) if isinstance(value, str) else tuple(value)
-    if not isinstance(value, str):
-        return value
-    if described.type == "bool":
-        return value.lower() == "true"
-    if described.type not in ("int", "float"):
-        return value
-    try:
-        return type(described.default)(value)
-    except ValueError:
-        raise OptionError(
-            f"{described.name} is not a number: {value!r}; pass one such as {described.default}"
-        ) from None
 
 
 def _read_api_keys(keys: str | list[str], file: str | Path | None) -> frozenset[str]:
