@@ -189,6 +189,14 @@ def test_rotary_scaling_factor_is_a_number_or_a_word(
     assert engine.load_options["rotary_scaling_factor"] == value
 
 
+@pytest.mark.parametrize("flag", ["rotary-scaling-factor", "max-length", "token-budget", "dimensions"])
+def test_a_flag_that_is_not_a_number_is_an_error(
+    engine: FakeEngine, text_file: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert embed(text_file, f"--{flag}", "ten") == 2
+    assert f"{flag.replace('-', '_')} is not a number: 'ten'; pass one such as" in capsys.readouterr().err
+
+
 def test_inputs_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 0
 

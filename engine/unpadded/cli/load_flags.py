@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from unpadded.options import EncodeOptions, LoadOptions, Option, describe
+from unpadded.options import EncodeOptions, LoadOptions, Option, convert, describe
 
 if TYPE_CHECKING:
     from unpadded import Engine
@@ -27,7 +27,7 @@ def add_flags(group: argparse._ArgumentGroup, options: type[LoadOptions] | type[
 
 def flag_values(args: argparse.Namespace, options: type[LoadOptions] | type[EncodeOptions]) -> dict[str, Any]:
     """Return the keyword arguments that the flags stand for."""
-    return {option.name: getattr(args, option.name) for option in describe(options)}
+    return {option.name: convert(option, getattr(args, option.name)) for option in describe(options)}
 
 
 def load(args: argparse.Namespace) -> Engine:
@@ -48,27 +48,7 @@ def _how_to_parse(option: Option) -> dict[str, Any]:
         return {"action": "store_true"}
     if option.type == "bool | None":
         return {"action": argparse.BooleanOptionalAction}
-    parser = int if option.type == "int | None" else _PARSERS.get(option.name, str)
-    return {"type": parser, "choices": option.choices, "metavar": option.metavar}
-
-
-def _token_budget(value: str) -> str | int:
-    try:
-        return value if value == "auto" else int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not auto or a number: {value!r}") from None
-
-
-def _scaling_factor(value: str) -> str | float | None:
-    if value == "config":
-        return value
-    if value == "none":
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not config, none or a number: {value!r}") from None
+    return {"choices": option.choices, "metavar": option.metavar}
 
 
 _SHORT_FLAGS = {"task": ["-t"]}
-_PARSERS = {"token_budget": _token_budget, "rotary_scaling_factor": _scaling_factor}
