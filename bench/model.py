@@ -278,7 +278,7 @@ def compare(
     rates = {row["provider"]: row["tokens_per_second"] for row in here}
     if INVARIANT in runs and "unpadded" in runs:
         result["batch_invariant_cost"][workload] = 1 - rates[INVARIANT] / rates["unpadded"]
-        print(f"  {workload}: batch_invariant costs {result['price'][workload]:.1%} of the tokens/s")
+        print(f"  {workload}: batch_invariant costs {result['batch_invariant_cost'][workload]:.1%} of the tokens/s")
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
