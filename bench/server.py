@@ -72,7 +72,7 @@ def main() -> None:
             result["relative to infinity"] = {
                 name: round(own[name] / other[name], 3) for name in ("texts/s", "p99, ms")
             }
-            print(f"relative to infinity: {result['to infinity']}")
+            print(f"relative to infinity: {result['relative to infinity']}")
         for name, row in loads.items():
             print(f"{name}: {row}")
     wrong = {name: row for name, row in loads.items() if row["wrong vectors"] or set(row["statuses"]) - {200, 429}}
