@@ -1,0 +1,71 @@
+"""Options of `load` and `encode`: described once, typed, and cheap to import; the public names of the package."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+import unpadded
+from unpadded.errors import OptionError
+from unpadded.options import EncodeKeywords, EncodeOptions, LoadKeywords, LoadOptions, describe
+
+PUBLIC_MEMBERS = {
+    "aembed",
+    "aencode",
+    "checkpoint",
+    "close",
+    "describe",
+    "dimensions",
+    "embed",
+    "encode",
+    "stream",
+    "token_embeddings",
+    "tokenizer",
+}
+
+
+@pytest.mark.parametrize(("options", "keywords"), [(LoadOptions, LoadKeywords), (EncodeOptions, EncodeKeywords)])
+def test_keywords_are_the_fields_of_the_options(options, keywords):
+    types = {name: reference.__forward_arg__ for name, reference in keywords.__annotations__.items()}
+    assert types == {field.name: field.type for field in fields(options)}
+
+
+@pytest.mark.parametrize("options", [LoadOptions, EncodeOptions])
+def test_every_option_is_described(options):
+    rows = describe(options)
+    assert [row.name for row in rows] == [field.name for field in fields(options)]
+    assert {row.name: row.default for row in rows} == vars(options())
+    assert all(row.help and row.type and not row.help.endswith(".") for row in rows)
+
+
+def test_describe_returns_the_choices_of_a_literal():
+    rows = {row.name: row for row in describe(EncodeOptions)}
+    assert rows["truncation"].choices == ("right", "left", "error") and rows["task"].choices is None
+    assert rows["dimensions"].metavar == "N" and rows["dimensions"].type == "int | None"
+
+
+def test_options_are_frozen_and_reject_unknown_names():
+    with pytest.raises(FrozenInstanceError):
+        EncodeOptions().task = "search_query"
+    with pytest.raises(TypeError, match="tsak"):
+        EncodeOptions(tsak="search_query")
+    with pytest.raises(OptionError, match="precision is unknown: 'int4'; use one of float32"):
+        EncodeOptions(precision="int4")
+
+
+def test_options_import_neither_torch_nor_numpy():
+    code = "import sys, unpadded.options; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_lists_its_public_names():
+    assert dir(unpadded) == sorted(unpadded.__all__)
+    assert {"Embeddings", "Engine", "OptionError", "__version__", "embed", "load"} <= set(dir(unpadded))
+    assert all(hasattr(unpadded, name) for name in dir(unpadded))
+    with pytest.raises(AttributeError, match="no attribute 'accelerate'"):
+        unpadded.accelerate  # noqa: B018
+
+
+def test_an_engine_lists_only_members_for_users():
+    assert {name for name in dir(unpadded.Engine) if not name.startswith("_")} == PUBLIC_MEMBERS
