@@ -63,14 +63,14 @@ SMALL = V2_MOE | {
 }
 
 
-def make_tensors():
+def make_tensors(layers=LAYERS):
     draw = _Draw(HIDDEN, 0)
     tensors = {
         "embeddings.word_embeddings.weight": draw(VOCABULARY, HIDDEN),
         "embeddings.token_type_embeddings.weight": draw(1, HIDDEN),
         **draw.norm("emb_ln"),
     }
-    for index in range(LAYERS):
+    for index in range(layers):
         layer = f"encoder.layers.{index}"
         tensors |= draw.linear(f"{layer}.attn.Wqkv", 3 * HIDDEN, HIDDEN)
         tensors |= draw.linear(f"{layer}.attn.out_proj", HIDDEN, HIDDEN)
