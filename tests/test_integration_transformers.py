@@ -1,4 +1,4 @@
-"""UnpaddedModel, accelerate and the attention interface against transformers' own models, fp32, on values."""
+"""UnpaddedModel, accelerate and the attention interface against transformers' models: values in fp32."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ MASKS = {
     "right": COLUMNS < LENGTHS,
     "left": COLUMNS >= 20 - LENGTHS,
     "holes": (COLUMNS + LENGTHS) % 3 > 0,
-    "a row of padding": (COLUMNS < LENGTHS) & (LENGTHS > 1),
+    "a text of padding": (COLUMNS < LENGTHS) & (LENGTHS > 1),
 }
 SENTENCES = ["search_query: What is TSNE?", "search_query: Who is Laurens van der Maaten?", "search_query: Hm " * 40]
 
@@ -46,7 +46,8 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture
-def theirs(folder):
+def original(folder):
+    """transformers' model of the folder."""
     return AutoModel.from_pretrained(folder).eval()
 
 
@@ -55,41 +56,41 @@ def ids(seed):
     return torch.randint(5, 30000, (4, 20))
 
 
-def assert_same(ours, expected, mask, tolerance=1e-5):
-    """Relative Frobenius error over the tokens that the mask keeps; zeros elsewhere."""
-    kept = torch.ones(ours.shape[:2], dtype=torch.bool) if mask is None else mask
-    error = (ours[kept].double() - expected[kept].double()).norm() / expected[kept].double().norm()
+def assert_same(actual, expected, mask, tolerance=1e-5):
+    """Assert a small relative Frobenius error over the tokens that the mask keeps, and zeros elsewhere."""
+    kept = torch.ones(actual.shape[:2], dtype=torch.bool) if mask is None else mask
+    error = (actual[kept].double() - expected[kept].double()).norm() / expected[kept].double().norm()
     assert error <= tolerance
-    assert not ours[~kept].any()
+    assert not actual[~kept].any()
 
 
 @pytest.mark.parametrize("padding", MASKS)
-def test_hidden_states_match_transformers(folder, theirs, ids, padding):
+def test_hidden_states_match_transformers(folder, original, ids, padding):
     mask = MASKS[padding]
     given = None if mask is None else mask.long()
-    ours = UnpaddedModel.from_pretrained(folder)(ids, given, output_hidden_states=True)
+    output = UnpaddedModel.from_pretrained(folder)(ids, given, output_hidden_states=True)
     with torch.no_grad():
-        expected = theirs(ids, given, output_hidden_states=True)
-    assert_same(ours.last_hidden_state, expected.last_hidden_state, mask)
-    assert len(ours.hidden_states) == len(expected.hidden_states)
-    for state, expected_state in zip(ours.hidden_states, expected.hidden_states, strict=True):
+        expected = original(ids, given, output_hidden_states=True)
+    assert_same(output.last_hidden_state, expected.last_hidden_state, mask)
+    assert len(output.hidden_states) == len(expected.hidden_states)
+    for state, expected_state in zip(output.hidden_states, expected.hidden_states, strict=True):
         assert_same(state, expected_state, mask)
 
 
-def test_position_ids(folder, theirs, ids):
-    """A row for all, and each text's own."""
+def test_position_ids(folder, original, ids):
+    """One row for all texts, or one row per text."""
     mask = MASKS["right"]
-    model, accelerated = UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))
+    model, accelerated = UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(original))
     for positions in (COLUMNS[None], 19 - COLUMNS[None], (COLUMNS + 3 * LENGTHS).flip(1)):
         with torch.no_grad():
-            # NomicBert's rotary embedding takes no single row for several texts
-            expected = theirs(ids, mask.long(), position_ids=positions.expand(4, -1))[0]
-            for ours in (model, accelerated):
-                assert_same(ours(ids, mask.long(), position_ids=positions)[0], expected, mask)
+            # NomicBert does not broadcast one row of positions over several texts
+            expected = original(ids, mask.long(), position_ids=positions.expand(4, -1))[0]
+            for one in (model, accelerated):
+                assert_same(one(ids, mask.long(), position_ids=positions)[0], expected, mask)
 
 
 def mean_pooling(model_output, attention_mask):
-    """As published on the model card."""
+    """The function of the model card."""
     token_embeddings = model_output[0]
     expanded = attention_mask.unsqueeze(-1).expand(token_embeddings.size()).float()
     return torch.sum(token_embeddings * expanded, 1) / torch.clamp(expanded.sum(1), min=1e-9)
@@ -102,41 +103,43 @@ def card_example(model, tokenizer, sentences):
     return F.normalize(mean_pooling(model_output, encoded["attention_mask"]), p=2, dim=1)
 
 
-def test_the_card_example_runs(folder, theirs):
+def test_the_card_example_runs(folder, original):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ours = card_example(UnpaddedModel.from_pretrained(folder, trust_remote_code=True), tokenizer, SENTENCES)
-    torch.testing.assert_close(ours, card_example(theirs, tokenizer, SENTENCES), atol=1e-6, rtol=0)
+    found = card_example(UnpaddedModel.from_pretrained(folder, trust_remote_code=True), tokenizer, SENTENCES)
+    torch.testing.assert_close(found, card_example(original, tokenizer, SENTENCES), atol=1e-6, rtol=0)
 
 
 def test_the_card_example_past_the_trained_length(tmp_path):
-    """rotary_scaling_factor=2 and model_max_length=8192: each text as transformers scales it alone."""
+    """With rotary_scaling_factor=2, each text equals what transformers computes for it alone."""
     scaled = write_nomic(tmp_path / "scaled", names="transformers", trained_length=64, scaling_factor=2.0)
     plain = write_nomic(tmp_path / "plain", trained_length=64)
     tokenizer = AutoTokenizer.from_pretrained(plain, model_max_length=8192)
     model = UnpaddedModel.from_pretrained(plain, trust_remote_code=True, rotary_scaling_factor=2)
-    ours = card_example(model, tokenizer, SENTENCES)
-    for text, row in zip(SENTENCES, ours, strict=True):
+    found = card_example(model, tokenizer, SENTENCES)
+    for text, row in zip(SENTENCES, found, strict=True):
         fresh = NomicBertModel.from_pretrained(scaled).eval()
         torch.testing.assert_close(row, card_example(fresh, tokenizer, [text])[0], atol=1e-6, rtol=0)
     unscaled = card_example(UnpaddedModel.from_pretrained(plain), tokenizer, SENTENCES)
-    assert [torch.equal(*rows) for rows in zip(ours, unscaled, strict=True)] == [True, True, False]
+    assert [torch.equal(*rows) for rows in zip(found, unscaled, strict=True)] == [True, True, False]
 
 
-def test_the_feature_extraction_pipeline_takes_it():
+def test_the_feature_extraction_pipeline_runs_the_model():
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
-    ours = pipeline(
+    packed = pipeline(
         "feature-extraction", device="cpu", model=UnpaddedModel.from_pretrained(MINILM), tokenizer=tokenizer
     )
-    theirs = pipeline("feature-extraction", device="cpu", model=AutoModel.from_pretrained(MINILM), tokenizer=tokenizer)
-    torch.testing.assert_close(ours("Some text."), theirs("Some text."), atol=1e-5, rtol=0)
-    batch = zip(ours(SENTENCES, batch_size=2), theirs(SENTENCES, batch_size=2), strict=True)
+    original = pipeline(
+        "feature-extraction", device="cpu", model=AutoModel.from_pretrained(MINILM), tokenizer=tokenizer
+    )
+    torch.testing.assert_close(packed("Some text."), original("Some text."), atol=1e-5, rtol=0)
+    batch = zip(packed(SENTENCES, batch_size=2), original(SENTENCES, batch_size=2), strict=True)
     for row, expected in batch:
         expected = torch.tensor(expected)
         kept = torch.tensor(row).abs().sum(-1) > 0
         torch.testing.assert_close(torch.tensor(row)[kept], expected[kept], atol=1e-5, rtol=0)
 
 
-def test_it_is_a_module(folder, ids):
+def test_the_model_is_a_module(folder, ids):
     model = UnpaddedModel.from_pretrained(folder)
     exact = model(ids)
     assert (model.device.type, model.dtype, exact[0].dtype) == ("cpu", torch.float32, torch.float32)
@@ -154,7 +157,7 @@ def test_it_is_a_module(folder, ids):
     assert UnpaddedModel.from_pretrained(folder, dtype=torch.bfloat16)(ids)[0].dtype == torch.bfloat16
 
 
-def test_it_follows_a_state_that_it_is_given(folder, ids):
+def test_the_model_uses_a_loaded_state_dict(folder, ids):
     model, other = UnpaddedModel.from_pretrained(folder), UnpaddedModel.from_pretrained(folder)
     state = {name: parameter * 1.1 for name, parameter in other.state_dict().items()}
     other.load_state_dict(state)
@@ -168,10 +171,10 @@ def test_the_stored_dtype_is_the_default(tmp_path):
     assert UnpaddedModel.from_pretrained(write_nomic(tmp_path, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_saved_and_loaded_by_transformers(folder, theirs, ids, tmp_path):
+def test_a_saved_model_is_loaded_by_transformers(folder, original, ids, tmp_path):
     UnpaddedModel.from_pretrained(folder).save_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], theirs(ids)[0])
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], original(ids)[0])
 
 
 @pytest.mark.parametrize(
@@ -190,13 +193,13 @@ def test_saved_and_loaded_by_transformers(folder, theirs, ids, tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_not_offered_is_refused(folder, ids, arguments, reason):
+def test_unsupported_arguments_raise(folder, ids, arguments, reason):
     model = UnpaddedModel.from_pretrained(folder)
     with pytest.raises(unpadded.UnpaddedError, match=reason):
         model(ids, **arguments)
 
 
-def test_inputs_embeds_of_another_shape_are_refused(folder):
+def test_inputs_embeds_of_a_wrong_shape_raise(folder):
     model = UnpaddedModel.from_pretrained(folder)
     for embeds in (torch.zeros(4, 20, 127), torch.zeros(20, 128), torch.zeros(4, 20, 128, dtype=torch.long)):
         with pytest.raises(unpadded.InputError, match=r"\[batch, length, 128\]"):
@@ -205,7 +208,7 @@ def test_inputs_embeds_of_another_shape_are_refused(folder):
         model(attention_mask=torch.ones(4, 20))
 
 
-def test_ids_out_of_range_are_refused(folder, ids):
+def test_ids_out_of_range_raise(folder, ids):
     model = UnpaddedModel.from_pretrained(folder)
     with pytest.raises(unpadded.InputError, match="input_ids contain 99999"):
         model(ids.index_fill(1, torch.tensor([3]), 99999))
@@ -215,33 +218,32 @@ def test_ids_out_of_range_are_refused(folder, ids):
         model(ids.float())
 
 
-def test_positions_beyond_the_table_are_refused(tmp_path):
+def test_positions_beyond_the_table_raise(tmp_path):
     model = UnpaddedModel.from_pretrained(write_bert(tmp_path, positions=16))
     with pytest.raises(unpadded.InputError, match=r"position 19.* 16 .*truncation=True"):
         model(torch.full((1, 20), 7))
 
 
-def test_training_mode_and_unknown_arguments_are_refused(folder, ids):
+def test_training_mode_and_unknown_arguments_raise(folder, ids):
     with pytest.raises(unpadded.OptionError, match="training mode"):
         UnpaddedModel.from_pretrained(folder).train()(ids)
     with pytest.raises(unpadded.OptionError, match="quantization_config"):
         UnpaddedModel.from_pretrained(folder, quantization_config={})
 
 
-def test_nothing_but_padding(folder):
-    """A row, or a whole batch, without a token."""
+def test_a_batch_of_padding_gives_zeros(folder):
     output = UnpaddedModel.from_pretrained(folder)(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5))
     assert output[0].shape[:2] == (2, 5) and not output[0].any()
 
 
 def memory(model):
-    """Bytes of the distinct storages under a model's parameters."""
+    """Return the bytes of the distinct storages of a model's parameters."""
     storages = (parameter.untyped_storage() for parameter in model.parameters())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def seeded(family):
-    """A small transformers model of a family, fp32, with weights large enough to matter beside the residuals."""
+    """A small transformers model of a family in fp32, with weights large enough to matter next to the residual."""
     torch.manual_seed(0)
     types = {"type_vocab_size": 3}
     name, own = {
@@ -265,33 +267,36 @@ def seeded(family):
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_accelerated_matches(folder, theirs, ids, padding):
+def test_an_accelerated_model_matches_transformers(folder, original, ids, padding):
     mask = MASKS[padding]
     given = None if mask is None else mask.long()
-    model = accelerate(copy.deepcopy(theirs))
-    assert memory(model) == memory(theirs)
+    model = accelerate(copy.deepcopy(original))
+    assert memory(model) == memory(original)
     with torch.no_grad():
-        ours, expected = model(ids, given, output_hidden_states=True), theirs(ids, given, output_hidden_states=True)
-        assert_same(ours[0], expected[0], mask)
-        assert_same(ours.hidden_states[1], expected.hidden_states[1], mask)
-        if theirs.config.model_type == "bert" and padding != "left":  # transformers pools a padding token there
-            torch.testing.assert_close(ours.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)
-        assert torch.equal(model(ids, given, return_dict=False)[0], ours[0])
+        output, expected = (
+            model(ids, given, output_hidden_states=True),
+            original(ids, given, output_hidden_states=True),
+        )
+        assert_same(output[0], expected[0], mask)
+        assert_same(output.hidden_states[1], expected.hidden_states[1], mask)
+        if original.config.model_type == "bert" and padding != "left":  # transformers pools a padding token there
+            torch.testing.assert_close(output.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)
+        assert torch.equal(model(ids, given, return_dict=False)[0], output[0])
 
 
 @pytest.mark.parametrize("family", ["gte", "modernbert", "xlm_roberta"])
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_other_families_match(ids, family, padding, tmp_path):
-    theirs = seeded(family)
-    ids = ids if MASKS[padding] is None else ids.where(MASKS[padding], theirs.config.pad_token_id)
+def test_other_families_match_transformers(ids, family, padding, tmp_path):
+    original = seeded(family)
+    ids = ids if MASKS[padding] is None else ids.where(MASKS[padding], original.config.pad_token_id)
     mask = MASKS[padding]
     given = None if mask is None else mask.long()
-    theirs.save_pretrained(tmp_path)
-    ours = UnpaddedModel.from_pretrained(tmp_path)
-    accelerated = accelerate(copy.deepcopy(theirs))
+    original.save_pretrained(tmp_path)
+    packed = UnpaddedModel.from_pretrained(tmp_path)
+    accelerated = accelerate(copy.deepcopy(original))
     with torch.no_grad():
-        expected = theirs(ids, given, output_hidden_states=True)
-        for model in (ours, accelerated):
+        expected = original(ids, given, output_hidden_states=True)
+        for model in (packed, accelerated):
             output = model(ids, given, output_hidden_states=True)
             assert_same(output[0], expected[0], mask)
             for state, expected_state in zip(output.hidden_states, expected.hidden_states, strict=True):
@@ -304,27 +309,27 @@ def test_other_families_match(ids, family, padding, tmp_path):
 )
 def trio(request, tmp_path_factory):
     """A transformers model of a family, its checkpoint as an UnpaddedModel, and a copy of it accelerated."""
-    folder, theirs = tmp_path_factory.mktemp("checkpoint"), seeded(request.param)
-    theirs.save_pretrained(folder)
-    return theirs, UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))
+    folder, original = tmp_path_factory.mktemp("checkpoint"), seeded(request.param)
+    original.save_pretrained(folder)
+    return original, UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(original))
 
 
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("types", [False, True], ids=["", "types"])
 @pytest.mark.parametrize("words", ["input_ids", "inputs_embeds"])
 def test_token_types_and_inputs_embeds(trio, ids, words, types, padding, caplog):
-    """What a model does with both, ignoring types of which it has none, in every hidden state."""
-    theirs, *ours = trio
+    """All hidden states match transformers. Models without token types ignore them."""
+    original, *packed = trio
     mask = MASKS[padding]
-    if padding == "holes" and theirs.config.model_type == "modernbert":
-        pytest.skip("refused")
+    if padding == "holes" and original.config.model_type == "modernbert":
+        pytest.skip("gaps in the mask are not supported with local attention")
     given = {"attention_mask": None if mask is None else mask.long(), "output_hidden_states": True}
     given[words] = ids if words == "input_ids" else 0.15 * torch.randn(4, 20, 64)
     if types:
         given["token_type_ids"] = torch.randint(3, (4, 20))
     with torch.no_grad():
-        expected = theirs(**given)
-        for model in ours:
+        expected = original(**given)
+        for model in packed:
             output = model(**given)
             assert_same(output[0], expected[0], mask)
             for state, expected_state in zip(output.hidden_states, expected.hidden_states, strict=True):
@@ -332,94 +337,94 @@ def test_token_types_and_inputs_embeds(trio, ids, words, types, padding, caplog)
     assert not caplog.records
 
 
-def test_the_tables_own_rows_as_inputs_embeds(trio, ids):
-    """The bits of the ids that stand for them: from another dtype, strided, with a gradient, which is not carried."""
-    theirs, *ours = trio
+def test_word_embeddings_as_inputs_embeds_give_the_bits_of_input_ids(trio, ids):
+    """Also with another dtype, strided, and with a gradient, which is not propagated."""
+    original, *packed = trio
     mask = MASKS["left"]
-    embeds = theirs.get_input_embeddings()(ids)
+    embeds = original.get_input_embeddings()(ids)
     assert embeds.requires_grad
     strided = embeds.detach().repeat_interleave(2, dim=2)[..., ::2]
-    for model in ours:
+    for model in packed:
         expected = model(ids, mask)[0]
-        if theirs.config.model_type == "xlm_roberta":  # whose embeddings have other positions than its ids
+        if original.config.model_type == "xlm_roberta":  # its positions depend on the ids
             expected = model(ids, mask, position_ids=COLUMNS[None] + 2)[0]
         for given in (embeds, embeds.double(), strided):
             found = model(inputs_embeds=given, attention_mask=mask)[0]
             assert torch.equal(found, expected) and not found.requires_grad
 
 
-def test_inputs_embeds_with_their_positions_and_one_row_of_types(trio):
-    theirs, *ours = trio
+def test_inputs_embeds_with_position_ids_and_one_row_of_token_types(trio):
+    original, *packed = trio
     given = {"inputs_embeds": torch.randn(4, 20, 64), "attention_mask": MASKS["right"].long()}
     given["token_type_ids"] = torch.randint(3, (1, 20))
     with torch.no_grad():
         for positions in (19 - COLUMNS[None], (COLUMNS + 3 * LENGTHS).flip(1)):
             given["position_ids"] = positions
-            # NomicBert's rotary embedding takes no single row for several texts
-            expected = theirs(**given | {"position_ids": positions.expand(4, -1)})[0]
-            for model in ours:
+            # NomicBert does not broadcast one row of positions over several texts
+            expected = original(**given | {"position_ids": positions.expand(4, -1)})[0]
+            for model in packed:
                 assert_same(model(**given)[0], expected, MASKS["right"])
 
 
 @pytest.mark.gpu
 def test_token_types_and_inputs_embeds_on_the_gpu(trio, ids):
-    """From either device."""
-    theirs, *ours = trio
+    """The inputs may be on either device."""
+    original, *packed = trio
     mask = MASKS["right"]
     for words in ({"input_ids": ids}, {"inputs_embeds": 0.15 * torch.randn(4, 20, 64)}):
         given = {"attention_mask": mask.long(), "token_type_ids": torch.randint(3, (4, 20)), **words}
         with torch.no_grad():
-            expected = theirs(**given)[0]
-            for model in ours:
+            expected = original(**given)[0]
+            for model in packed:
                 moved = copy.deepcopy(model).to("cuda")
                 for device in ("cpu", "cuda"):
                     found = moved(**{name: tensor.to(device) for name, tensor in given.items()})[0]
                     assert_same(found.cpu(), expected, mask)
 
 
-def test_restored_is_as_before(theirs, ids):
-    model = accelerate(copy.deepcopy(theirs))
+def test_restore_undoes_accelerate(original, ids):
+    model = accelerate(copy.deepcopy(original))
     assert restore(model) is model
-    assert vars(model).keys() == vars(theirs).keys()
+    assert vars(model).keys() == vars(original).keys()
     with torch.no_grad():
-        assert torch.equal(model(ids)[0], theirs(ids)[0])
+        assert torch.equal(model(ids)[0], original(ids)[0])
     pointers = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
     assert len(set(pointers)) == len(pointers)
     with pytest.raises(unpadded.OptionError, match="is not accelerated"):
         restore(model)
 
 
-def test_accelerated_follows_its_weights(theirs, ids):
+def test_an_accelerated_model_uses_its_current_weights(original, ids):
     """After an in-place change, a cast, a copy and a load of a state dict."""
-    model = accelerate(copy.deepcopy(theirs))
+    model = accelerate(copy.deepcopy(original))
     copied = copy.deepcopy(model)
     with torch.no_grad():
         before = model(ids)[0]
-        for parameter in (*copied.parameters(), *theirs.parameters()):
+        for parameter in (*copied.parameters(), *original.parameters()):
             parameter.mul_(1.1)
         assert torch.equal(model(ids)[0], before)
-        assert_same(copied(ids)[0], theirs(ids)[0], None)
+        assert_same(copied(ids)[0], original(ids)[0], None)
         model.load_state_dict(copied.state_dict())
         assert torch.equal(model(ids)[0], copied(ids)[0])
-        assert_same(model.double().float()(ids)[0], theirs(ids)[0], None)
+        assert_same(model.double().float()(ids)[0], original(ids)[0], None)
         assert model.bfloat16()(ids)[0].dtype == torch.bfloat16
 
 
-def test_accelerated_saves(theirs, ids, tmp_path):
-    accelerate(copy.deepcopy(theirs)).save_pretrained(tmp_path)
+def test_an_accelerated_model_can_be_saved(original, ids, tmp_path):
+    accelerate(copy.deepcopy(original)).save_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(type(theirs).from_pretrained(tmp_path).eval()(ids)[0], theirs(ids)[0])
+        assert torch.equal(type(original).from_pretrained(tmp_path).eval()(ids)[0], original(ids)[0])
 
 
-def test_accelerated_falls_back_and_says_so_once(theirs, ids, caplog):
-    model = accelerate(copy.deepcopy(theirs))
-    theirs.set_attn_implementation("eager")
+def test_an_accelerated_model_runs_its_own_forward_pass_and_logs_why_once(original, ids, caplog):
+    model = accelerate(copy.deepcopy(original))
+    original.set_attn_implementation("eager")
     model.set_attn_implementation("eager")
-    embeds = theirs.get_input_embeddings()(ids).detach()
+    embeds = original.get_input_embeddings()(ids).detach()
     given = {"token_type_ids": torch.ones_like(ids), "output_attentions": True}
     with caplog.at_level(logging.WARNING, "unpadded"), torch.no_grad():
-        assert torch.equal(model(ids, **given)[0], theirs(ids, **given)[0])
-        assert torch.equal(model(inputs_embeds=embeds, **given)[0], theirs(inputs_embeds=embeds, **given)[0])
+        assert torch.equal(model(ids, **given)[0], original(ids, **given)[0])
+        assert torch.equal(model(inputs_embeds=embeds, **given)[0], original(inputs_embeds=embeds, **given)[0])
         assert len(model(ids, **given).attentions) == 2
     assert len(caplog.records) == 1 and "output_attentions" in caplog.text
     assert model.train()(ids)[0].requires_grad
@@ -439,7 +444,7 @@ def test_accelerated_falls_back_and_says_so_once(theirs, ids, caplog):
     ],
     ids=["not a model", "family", "head", "dtype", "decoder", "meta"],
 )
-def test_what_cannot_be_accelerated_is_refused(make, reason):
+def test_accelerate_raises_for_unsupported_models(make, reason):
     with pytest.raises(unpadded.UnpaddedError, match=reason):
         accelerate(make())
 
@@ -450,12 +455,12 @@ def small_bert(**changes):
 
 
 @pytest.mark.parametrize("padding", MASKS)
-def test_the_attention_interface(folder, theirs, ids, padding):
+def test_the_attention_interface_matches_transformers(folder, original, ids, padding):
     mask = MASKS[padding]
     given = None if mask is None else mask.long()
-    ours = type(theirs).from_pretrained(folder, attn_implementation="unpadded").eval()
+    model = type(original).from_pretrained(folder, attn_implementation="unpadded").eval()
     with torch.no_grad():
-        hidden, expected = ours(ids, given)[0], theirs(ids, given)[0]
+        hidden, expected = model(ids, given)[0], original(ids, given)[0]
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     assert (hidden[kept] - expected[kept]).norm() / expected[kept].norm() <= 1e-5
 
@@ -493,7 +498,7 @@ def test_the_attention_interface_reads_a_mask_changed_in_place(ids):
         torch.testing.assert_close(model(ids, mask)[0][mask], expected(ids, mask)[0][mask], atol=1e-5, rtol=0)
 
 
-def test_the_attention_interface_refuses(theirs):
+def test_the_attention_interface_raises_for_unsupported_arguments(original):
     q = torch.randn(1, 4, 6, 8)
     for arguments, reason in [
         ((q, q, q, None, None, 0.1), "dropout = 0.1"),
@@ -501,22 +506,27 @@ def test_the_attention_interface_refuses(theirs):
         ((q, q, q, torch.zeros(1, 1, 6, 6)), "attention_mask has 4 dimensions"),
     ]:
         with pytest.raises(unpadded.OptionError, match=reason):
-            attend(theirs, *arguments)
+            attend(original, *arguments)
     with pytest.raises(unpadded.OptionError, match="is_causal = True"):
-        attend(theirs, q, q, q, None, is_causal=True)
+        attend(original, q, q, q, None, is_causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_moved_to_the_gpu_and_back(folder, theirs, ids, dtype, cuda):
-    """UnpaddedModel, an accelerated model and the attention interface, by `to`."""
-    mask, tolerance = MASKS["right"], 1e-5 if dtype == torch.float32 else 1e-2
+@pytest.mark.parametrize("write", [write_bert, write_nomic])
+def test_models_move_to_the_gpu_and_back(tmp_path, write, dtype, cuda, seed):
+    """UnpaddedModel, an accelerated model and the attention interface. Small, for the interpreter of the kernels."""
+    names = {"names": "transformers"} if write is write_nomic else {}
+    folder = write(tmp_path, layers=1, hidden=64, heads=2, intermediate=64, tokenizer=False, **names)
+    original = AutoModel.from_pretrained(folder).eval()
+    ids = torch.randint(5, 30000, (3, 9))
+    mask, tolerance = torch.arange(9) < torch.tensor([[9], [1], [4]]), 1e-5 if dtype == torch.float32 else 1e-2
     given = mask.long().to(cuda)
     with torch.no_grad():
-        expected = theirs(ids, mask.long())[0]
-        alone = type(theirs).from_pretrained(folder, attn_implementation="unpadded").eval().to(cuda, dtype)
-        kept = (alone(ids.to(cuda), given)[0].cpu().double() - expected)[mask].norm() / expected[mask].norm()
-        assert kept <= tolerance
-        for model in (UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(theirs))):
+        expected = original(ids, mask.long())[0]
+        attention_only = type(original).from_pretrained(folder, attn_implementation="unpadded").eval().to(cuda, dtype)
+        found = attention_only(ids.to(cuda), given)[0].cpu().double()
+        assert (found - expected)[mask].norm() / expected[mask].norm() <= tolerance
+        for model in (UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(original))):
             moved = model.to(cuda, dtype)(ids.to(cuda), given)[0]
             assert (moved.device.type, moved.dtype) == ("cuda", dtype)
             assert_same(moved.cpu(), expected, mask, tolerance)
