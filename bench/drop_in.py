@@ -1,11 +1,12 @@
-"""Each drop-in beside the code that it replaces: one line changed, the same vectors, the time of both.
+"""Speed of each drop-in next to the code that it replaces: one line changed, the same vectors.
 
     PYTHONPATH=tests python bench/drop_in.py [--layers 12] [--rounds 3] [--out results/NAME.json]
 
-transformers: a NomicBERT of real width (seeded weights), a batch of 32 paragraphs, its class against UnpaddedModel and
-against itself accelerated. sentence-transformers: all-MiniLM-L6-v2 (real weights), `encode` on paragraphs. nomic: what
-its client's local mode gives against the same by transformers, text by text (the client itself runs a quantized copy of
-other weights). Exits with an error where a cosine is below 0.99999. The last line on stdout is JSON.
+transformers: a NomicBERT of real width with seeded weights and a batch of 32 paragraphs; its class against
+UnpaddedModel and against the accelerated model. sentence-transformers: `encode` of paragraphs by all-MiniLM-L6-v2 with
+real weights. nomic: the local mode of its client against the same computed by transformers, text by text, because the
+client itself runs a quantized copy of other weights. Exits with an error if a cosine is below 0.99999. The last line on
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BATCH = 32
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--texts", type=int, default=512, help="paragraphs for sentence-transformers (default: 512)")
-    parser.add_argument("--layers", type=int, default=12, help="of the NomicBERT (default: 12)")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the NomicBERT (default: 12)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[dict[str, Any]]:
-    """The model card's example: tokenizer, forward, mean pooling, F.normalize."""
+    """Run the example of the model card: tokenizer, forward pass, mean pooling, normalization."""
     from transformers import AutoModel, AutoTokenizer
 
     from unpadded.integrations.accelerate import accelerate
@@ -66,18 +67,18 @@ def transformers_forward(folder: Path, texts: list[str], rounds: int) -> list[di
         mean = (model_output[0] * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
         return F.normalize(mean, p=2, dim=1).numpy()
 
-    theirs = AutoModel.from_pretrained(folder).eval()
-    ours = UnpaddedModel.from_pretrained(folder)
+    original = AutoModel.from_pretrained(folder).eval()
+    packed = UnpaddedModel.from_pretrained(folder)
     accelerated = accelerate(AutoModel.from_pretrained(folder).eval())
     tokens = int(encoded["attention_mask"].sum())
     shape = f"{len(texts)} texts, {tokens} of {encoded['attention_mask'].numel()} positions are tokens"
     return [
         compare(
             f"transformers, {line} ({shape})",
-            {"original": lambda: embeddings(theirs), "unpadded": lambda model=model: embeddings(model)},
+            {"original": lambda: embeddings(original), "unpadded": lambda model=model: embeddings(model)},
             rounds,
         )
-        for line, model in (("UnpaddedModel.from_pretrained(...)", ours), ("unpadded.accelerate(model)", accelerated))
+        for line, model in (("UnpaddedModel.from_pretrained(...)", packed), ("accelerate(model)", accelerated))
     ]
 
 
@@ -87,12 +88,11 @@ def sentence_transformers_encode(texts: list[str], rounds: int) -> dict[str, Any
     from unpadded.integrations.sentence_transformers import SentenceTransformer
 
     folder = str(checkpoints.MINILM)
-    theirs, ours = (
-        kind(folder, device="cpu") for kind in (sentence_transformers.SentenceTransformer, SentenceTransformer)
-    )
+    original = sentence_transformers.SentenceTransformer(folder, device="cpu")
+    drop_in = SentenceTransformer(folder, device="cpu")
     return compare(
         f"sentence-transformers, SentenceTransformer(...).encode ({len(texts)} paragraphs)",
-        {"original": lambda: theirs.encode(texts), "unpadded": lambda: ours.encode(texts)},
+        {"original": lambda: original.encode(texts), "unpadded": lambda: drop_in.encode(texts)},
         rounds,
     )
 
@@ -112,26 +112,27 @@ def nomic_text(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
                 rows.append(F.normalize(model(**encoded)[0].mean(1), dim=1)[0])
         return torch.stack(rows).numpy()
 
-    def ours() -> np.ndarray:
+    def drop_in() -> np.ndarray:
         output = embed.text(texts, model=str(folder), task_type="search_document", device="cpu")
         return np.array(output["embeddings"])
 
-    return compare(f"nomic, embed.text ({len(texts)} paragraphs)", {"original": one_by_one, "unpadded": ours}, rounds)
+    return compare(
+        f"nomic, embed.text ({len(texts)} paragraphs)", {"original": one_by_one, "unpadded": drop_in}, rounds
+    )
 
 
 def compare(drop_in: str, providers: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Print and return one row."""
+    """Return one row of the report, and print it."""
     for run in providers.values():
         run()
     times, results, _ = interleave(providers, rounds, torch.device("cpu"))
     rows = {name: result / np.linalg.norm(result, axis=1, keepdims=True) for name, result in results.items()}
-    least = float((rows["original"].astype(np.float64) * rows["unpadded"]).sum(1).min())
+    min_cosine = float((rows["original"].astype(np.float64) * rows["unpadded"]).sum(1).min())
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
     ratio = seconds["original"] / seconds["unpadded"]
-    print(
-        f"{drop_in}: min cosine {least:.7f}; {seconds['original']:.3f} s -> {seconds['unpadded']:.3f} s, {ratio:.2f} x"
-    )
-    return {"drop_in": drop_in, "min_cosine": least, "ratio": ratio, "seconds": times}
+    change = f"{seconds['original']:.3f} s -> {seconds['unpadded']:.3f} s, {ratio:.2f} x"
+    print(f"{drop_in}: min cosine {min_cosine:.7f}; {change}")
+    return {"drop_in": drop_in, "min_cosine": min_cosine, "ratio": ratio, "seconds": times}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""sentence-transformers' own tests of dense inference, against its class and against ours.
+"""Run the dense-inference tests of sentence-transformers on its class and on the drop-in.
 
     git clone --branch v6.2.0 https://github.com/huggingface/sentence-transformers DIR
     PYTHONPATH=tests python bench/st_suite.py --suite DIR [--only NAME ...] [--out FILE.json]
 
-The models that its tests name come from a hub cache made here, so nothing is downloaded: seeded BERTs, and the real
-all-MiniLM-L6-v2 where a test needs a trained model. A test that needs what a seeded model cannot give (published
-values, adapters, other architectures) fails on both sides. test_multi_process.py starts some fifty processes a side,
-which takes minutes on 2 cores. Prints each test that passes on one side only, and exits with an error if ours is the
-side that fails. The last line on stdout is JSON.
+Nothing is downloaded: the models that the tests name are in a hub cache made here, as seeded BERTs, and as the real
+all-MiniLM-L6-v2 for tests that need a trained model. Tests that need published values, adapters or other architectures
+fail on both classes. test_multi_process.py starts some fifty processes per class, which takes minutes on 2 cores.
+Prints each test that passes on one class only; exits with an error if one passes only on the original. The last line on
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ FILES = (
     "util",
 )
 TINY = "sentence-transformers-testing/stsb-bert-tiny-safetensors"
-# The real model stands for every trained one; its width is not theirs.
+# all-MiniLM-L6-v2 replaces every trained model, whose width may differ.
 TRAINED = (
     "sentence-transformers/all-MiniLM-L6-v2",
     "sentence-transformers/paraphrase-distilroberta-base-v1",
     "sentence-transformers/static-retrieval-mrl-en-v1",
 )
-COMMITS = {  # of TINY, as its tests name them: commit -> seed
+COMMITS = {  # commits of TINY that the tests name -> seed of the weights
     "f3cb857cba53019a20df283396bcca179cf051a4": 0,
     "ba33022fdf0b0fc2643263f0726f44d0a07d0e24": 1,
 }
-# By their nature different here, and why.
-DIFFERENT = {
-    "test_transformers_model_property": "the transformers model inside is ours, no BertModel",
-    "test_third_party_module_with_strict_load_signature_round_trips": "trust_remote_code runs nothing",
-    "test_model_card_save_update_model_id": "weights are saved by copying the folder they came from, and it is gone",
+# Tests that are expected to pass on the original only, and why.
+ORIGINAL_ONLY = {
+    "test_transformers_model_property": "the inner model is an UnpaddedModel, not a BertModel",
+    "test_third_party_module_with_strict_load_signature_round_trips": "no code of a checkpoint is run",
+    "test_model_card_save_update_model_id": "weights are saved by copying their source folder, which is deleted",
 }
-# Run in the suite's folder. What their tests import is replaced before they do.
+# Replaces the class before the tests import it.
 REPLACE = """
 import sentence_transformers
 from sentence_transformers import sentence_transformer
@@ -72,15 +72,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         write_hub_cache(Path(name) / "hub")
-        theirs, ours = (run(code, args.suite, args.only, Path(name)) for code in (RUN, REPLACE + RUN))
-    result = compare(theirs, ours)
+        original, drop_in = (run(code, args.suite, args.only, Path(name)) for code in (RUN, REPLACE + RUN))
+    result = compare(original, drop_in)
     harness.report(result, args.out)
-    if result["theirs_only"]:
-        raise SystemExit(f"{len(result['theirs_only'])} tests pass on their class and not on ours")
+    if result["original_only"]:
+        raise SystemExit(f"{len(result['original_only'])} tests pass on the original class only")
 
 
 def run(code: str, suite: Path, files: list[str], home: Path) -> dict[str, str]:
-    """The outcome of each test."""
+    """Run the tests and return the outcome of each."""
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     report = home / "report.xml"
@@ -95,33 +95,31 @@ def outcome_of(case: ElementTree.Element) -> str:
     return found.pop() if found else "passed"
 
 
-def compare(theirs: dict[str, str], ours: dict[str, str]) -> dict[str, Any]:
-    """Counts of each side, and the tests on which they part."""
-    only = {
-        "theirs_only": sorted(test for test in theirs if theirs[test] == "passed" and ours.get(test) != "passed"),
-        "ours_only": sorted(test for test in ours if ours[test] == "passed" and theirs.get(test) != "passed"),
-    }
-    for side, tests in only.items():
+def compare(original: dict[str, str], drop_in: dict[str, str]) -> dict[str, Any]:
+    """Return the counts for each class and the tests that pass on one class only; print those tests."""
+    passed = [{test for test, outcome in side.items() if outcome == "passed"} for side in (original, drop_in)]
+    original_only, drop_in_only = sorted(passed[0] - passed[1]), sorted(passed[1] - passed[0])
+    for name, tests in (("original", original_only), ("drop-in", drop_in_only)):
         for test in tests:
-            print(f"{side.removesuffix('_only')} alone pass {test}")
-    expected = [test for test in only["theirs_only"] if test.rpartition("::")[2].partition("[")[0] in DIFFERENT]
-    only["theirs_only"] = [test for test in only["theirs_only"] if test not in expected]
+            print(f"passes only on the {name}: {test}")
+    expected = [test for test in original_only if test.rpartition("::")[2].partition("[")[0] in ORIGINAL_ONLY]
     return {
-        "tests": len(theirs),
-        "theirs": dict(Counter(theirs.values())),
-        "ours": dict(Counter(ours.values())),
-        **only,
-        "different": expected,
+        "tests": len(original),
+        "original": dict(Counter(original.values())),
+        "drop_in": dict(Counter(drop_in.values())),
+        "original_only": [test for test in original_only if test not in expected],
+        "drop_in_only": drop_in_only,
+        "expected": expected,
     }
 
 
 def write_hub_cache(hub: Path) -> None:
-    """The models under their names, as huggingface_hub keeps what it has downloaded."""
+    """Write the models in the layout of huggingface_hub's cache."""
     for commit, seed in COMMITS.items():
         folder = snapshot(hub, TINY, commit)
         checkpoints.write_bert(folder, heads=2, seed=seed)
         checkpoints.add_sentence_transformers_files(folder, normalize=False)
-        # a trained model's vectors are not centered: by their means the tests tell those that are normalized
+        # Vectors of trained models are not centered, and some tests detect normalized vectors by their mean.
         tensors = load_file(folder / "model.safetensors")
         tensors["encoder.layer.1.output.LayerNorm.bias"] += 0.05
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -130,7 +128,7 @@ def write_hub_cache(hub: Path) -> None:
 
 
 def snapshot(hub: Path, name: str, commit: str) -> Path:
-    """The empty folder of a model's commit; the first one is `main`."""
+    """Create and return the folder of a model's commit; the first commit is `main`."""
     model = hub / f"models--{name.replace('/', '--')}"
     folder = model / "snapshots" / commit
     folder.mkdir(parents=True)
