@@ -421,7 +421,7 @@ def test_on_error_may_change_when_a_job_is_resumed(
     [
         (["in.jsonl", "-o", "out.npy", "--resume"], "'out.npy'", "pass a folder such as -o vectors/"),
         (["in.jsonl", "--part-rows", "4"], "'stdout'", "pass a folder such as -o vectors/"),
-        (["in.jsonl", "-o", "parts/", "--part-rows", "0"], "0", "pass the number of rows per part"),
+        (["in.jsonl", "-o", "parts/", "--part-rows", "0"], "not positive: 0", "pass the number of rows per part"),
         (["in.jsonl", "--on-error", "skip"], "'stdout'", "pass an output with -o"),
         (["-", "-o", "parts/", "--resume"], "'-'", "pass files"),
         (["in.jsonl", "-o", "out.npy", "--carry", "n"], "'n'", "pass -o vectors/ or vectors.parquet"),
