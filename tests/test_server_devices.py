@@ -40,7 +40,10 @@ def cpu_seconds(pid):
 
 
 def start_clients(server, expected, stop):
-    """Send requests from six threads until `stop` is set, and check every response; futures of their number."""
+    """Send requests from six threads until `stop` is set, and check every response.
+
+    Returns one future per thread, of its number of responses.
+    """
 
     def client(number):
         responses = 0
@@ -84,6 +87,7 @@ def test_no_request_is_lost_when_one_worker_is_killed(server, expected):
     assert any(line["level"] == "warning" and "worker" in line["message"] for line in server.log)
 
 
+@pytest.mark.slow
 def test_requests_wait_while_all_workers_restart(server, expected):
     stop = threading.Event()
     clients = start_clients(server, expected, stop)
@@ -97,13 +101,14 @@ def test_requests_wait_while_all_workers_restart(server, expected):
     assert server.request("GET", "/health")[0] == 200
 
 
-def test_sigterm_stops_the_workers(server, expected):
-    pids = worker_pids(server)
-    stop = threading.Event()
-    clients = start_clients(server, expected, stop)
-    time.sleep(0.5)
-    stop.set()
-    assert server.stop() == 0
-    for future in clients:
-        future.result()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+def test_sigterm_stops_the_workers(minilm, expected):
+    with serving(minilm, "--device", "cpu,cpu") as server:
+        pids = worker_pids(server)
+        stop = threading.Event()
+        clients = start_clients(server, expected, stop)
+        time.sleep(0.5)
+        stop.set()
+        assert server.stop() == 0
+        for future in clients:
+            future.result()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
