@@ -102,7 +102,7 @@ def test_requests_wait_while_all_workers_restart(server, expected):
 
 
 def test_sigterm_stops_the_workers(minilm, expected):
-    with serving(minilm, "--device", "cpu,cpu") as server:
+    with serving(minilm, "--device", "cpu,cpu", fork=False) as server:
         pids = worker_pids(server)
         stop = threading.Event()
         clients = start_clients(server, expected, stop)

@@ -132,6 +132,11 @@ def test_sigterm_finishes_requests_in_progress(minilm, engine):
         assert server.wait() == 0
 
 
+def test_sigterm_right_after_the_ready_line_exits_with_0(minilm):
+    with serving(minilm) as server:
+        assert server.stop() == 0
+
+
 def test_a_second_sigterm_exits_immediately(minilm):
     with serving(minilm) as server, ThreadPoolExecutor(1) as pool:
         response = pool.submit(server.request, "POST", "/embed", {"inputs": PARAGRAPHS[:2000]})

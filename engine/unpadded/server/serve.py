@@ -61,9 +61,8 @@ def serve(engine: Engine, options: ServerOptions, started: float) -> None:
         "keys": len(options.api_keys),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    logger.info("ready", extra={"fields": fields})
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), listener, state))
+        runner.run(_run(_Server(config), listener, state, fields))
     state.service.batcher.close()
     logger.info("stopped")
 
@@ -95,7 +94,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(server: _Server, listener: socket.socket, state: ServerState) -> None:
+async def _run(server: _Server, listener: socket.socket, state: ServerState, ready: dict[str, object]) -> None:
+    """Serve until a signal, then drain. `ready`: the fields of the log line "ready"."""
     loop = asyncio.get_running_loop()
     stop_requested = asyncio.Event()
 
@@ -106,6 +106,7 @@ async def _run(server: _Server, listener: socket.socket, state: ServerState) -> 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, handle_signal)
+    logger.info("ready", extra={"fields": ready})  # after the handlers, so that SIGTERM drains from here on
     serving = asyncio.ensure_future(server.serve([listener]))
     stopping = asyncio.ensure_future(stop_requested.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
