@@ -231,7 +231,7 @@ def test_what_an_adapter_asks_for_and_is_not_implemented_is_refused_by_name(fold
         ("config.json", {"lora_rank": 8}, r"config.json \(8, 1.0\); only equal ones are implemented"),
         ("classification/adapter_config.json", {"r": None}, "lacks r; add"),
         ("classification/adapter_config.json", {"r": 0}, "r = 0 is not a whole number"),
-        ("config.json", {"lora_adaptations": ["../other"], "task_instructions": {}}, "name no folders beside it"),
+        ("config.json", {"lora_adaptations": ["../other"], "task_instructions": {}}, "cannot be folder names"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(folder, file, changes, message):

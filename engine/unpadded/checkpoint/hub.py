@@ -1,9 +1,9 @@
-"""The files of a checkpoint on the Hugging Face hub: only those that are read, never a pickle, never Python."""
+"""Download the files of a checkpoint from the Hugging Face hub: only those that are read, no pickles, no Python."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from unpadded.errors import CheckpointError
 
@@ -18,34 +18,34 @@ FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
-ADAPTER_FILES = ("*/adapter_config.json", "*/adapter_model.safetensors")
-ALLOWED = (
+PATTERNS = (
     *FILES,
     *(f"[0-9]_*/{name}" for name in FILES),
-    *ADAPTER_FILES,
+    "*/adapter_config.json",
+    "*/adapter_model.safetensors",
     "modules.json",
     "config_sentence_transformers.json",
 )
 
 
-def fetch(model: str, revision: str | None, **where: Any) -> Path:
-    """The folder of a snapshot, downloaded where the cache lacks it; HF_HUB_OFFLINE and tokens are the library's.
+def fetch(model: str, revision: str | None, **options: Any) -> Path:
+    """Return the folder of a snapshot, downloading what the cache lacks; HF_HUB_OFFLINE and HF_TOKEN apply.
 
-    where: its cache_dir, token and local_files_only.
+    options: cache_dir, token and local_files_only of huggingface_hub.snapshot_download.
     """
-    import huggingface_hub  # takes a second to import, and a folder does not need it
+    import httpx  # a dependency of huggingface_hub, which lets errors of the connection and of proxies through
+    import huggingface_hub  # importing it takes a second, and a local folder does not need it
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    # httpx's, for connections and proxies; the package it comes from depends on the version of the hub's library
-    transport_error = cast(type[Exception], HfHubHTTPError.__mro__[1])
-    # said outright, or it asks the hub which files a commit has even offline
-    where["local_files_only"] = where.get("local_files_only") or HF_HUB_OFFLINE
+    # without it, snapshot_download asks the hub which files a commit has, even offline
+    options["local_files_only"] = options.get("local_files_only") or HF_HUB_OFFLINE
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(ALLOWED), **where))
-    except (transport_error, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS), **options)
+        )
+    except (httpx.HTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"model {model!r} (revision {revision!r}) is not a folder here and cannot be fetched from the hub: "
+            f"model {model!r} (revision {revision!r}) is not a local folder and cannot be fetched from the hub: "
             f"{type(error).__name__}: {str(error).strip()}\n"
             "check the name, the revision, the network, and for private models `hf auth login`"
         ) from error

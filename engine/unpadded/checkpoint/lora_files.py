@@ -1,7 +1,7 @@
-"""Low-rank adapters as PEFT keeps them: a folder for each, with adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in PEFT's files: one folder per task, with adapter_config.json and adapter_model.safetensors.
 
-What PEFT would honor beside W + lora_alpha / r * B A, the same on every module, is refused, and so is any key that is
-not known here and not empty.
+An adapter changes a weight to W + lora_alpha / r * B @ A, with one r and lora_alpha for all modules. Any other feature
+of PEFT raises ConfigError, as does any key that is neither known here nor empty.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from unpadded.checkpoint.spec import LoraSpec
 from unpadded.errors import CheckpointError, ConfigError, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
-OFFERED: dict[str, tuple[object, ...]] = {
+REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+SUPPORTED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),  # others change the weights that they start from
+    "init_lora_weights": (True, False, "gaussian"),  # others also change the weights that training starts from
 }
-# Of no consequence once trained; those of a kind of adapter that is refused among them.
-HARMLESS = {
+# Keys without effect on trained adapters, some of them settings of features that are not implemented.
+IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -37,42 +37,49 @@ HARMLESS = {
 }
 
 
-def find_lora_files(adapters: LoraSpec, folder: Path, config: Mapping[str, Any]) -> tuple[LoraSpec, tuple[Path, ...]]:
-    """The adapters with their rank and scale, and the file of each; as they are and () where there is none.
+def find_lora_files(lora: LoraSpec, folder: Path, config: Mapping[str, Any]) -> tuple[LoraSpec, tuple[Path, ...]]:
+    """Return the adapters with their rank and scale, and the weight file of each; (lora, ()) if there is no file.
 
-    folder: of the encoder. config: its config.json, which may state rank and alpha too. CheckpointError where only some
-    are there, ConfigError for what is contradictory or not implemented, WeightsError for one without safetensors.
+    folder: the encoder's. config: its config.json, which may state rank and alpha too. CheckpointError if only some of
+    the files exist, ConfigError for what is contradictory or not implemented, WeightsError for missing safetensors.
     """
-    absent = [name for name in adapters.folders if not (folder / name / CONFIG).exists()]
-    if len(absent) == len(adapters.folders):
-        return adapters, ()
+    absent = [name for name in lora.folders if not (folder / name / CONFIG).exists()]
+    if len(absent) == len(lora.folders):
+        return lora, ()
     if absent:
-        raise CheckpointError(f"{folder} lacks some of its adapters: {', '.join(absent)}; download them, or remove all")
-    found = {f"{name}/{CONFIG}": _read(folder / name / CONFIG, adapters.target_modules) for name in adapters.folders}
+        raise CheckpointError(
+            f"{folder} lacks some of its adapters: {', '.join(absent)}; download them, or remove all adapters"
+        )
+    found = {f"{name}/{CONFIG}": _rank_and_alpha(folder / name / CONFIG, lora.target_modules) for name in lora.folders}
     rank, alpha = next(iter(found.values()))
-    stated = consistent(config, ("lora_rank",), integer) or rank, consistent(config, ("lora_alpha",), positive) or alpha
-    if len({*found.values(), stated}) > 1:
-        values = ", ".join(f"{file} {value}" for file, value in {**found, "config.json": stated}.items())
+    found["config.json"] = (
+        consistent(config, ("lora_rank",), integer) or rank,
+        consistent(config, ("lora_alpha",), positive) or alpha,
+    )
+    if len(set(found.values())) > 1:
+        values = ", ".join(f"{file} {value}" for file, value in found.items())
         raise ConfigError(
             f"the adapters of {folder} differ in (rank, alpha): {values}; only equal ones are implemented"
         )
-    files = tuple(folder / name / WEIGHTS for name in adapters.folders)
+    files = tuple(folder / name / WEIGHTS for name in lora.folders)
     for file in files:
         if not file.exists():
-            raise WeightsError(f"{file} is absent, and pickled adapters are never loaded; add it, as safetensors")
-    return replace(adapters, rank=rank, scale=alpha / rank), files
+            raise WeightsError(f"{file} is absent, and pickled adapters are never loaded; add it as safetensors")
+    return replace(lora, rank=rank, scale=alpha / rank), files
 
 
-def _read(path: Path, targets: tuple[str, ...]) -> tuple[int, float]:
-    """(rank, alpha) of an adapter that changes the modules `targets`, each as a whole."""
+def _rank_and_alpha(path: Path, target_modules: tuple[str, ...]) -> tuple[int, float]:
+    """Read the (rank, alpha) of an adapter that changes these modules entirely."""
     config = read_object(path)
-    if lacking := [key for key in NEEDED if config.get(key) is None]:
-        raise ConfigError(f"{path} lacks {', '.join(lacking)}; add what the adapter was trained with")
+    if missing := [key for key in REQUIRED if config.get(key) is None]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; add what the adapter was trained with")
     for key, value in config.items():
-        offered = OFFERED.get(key, (None, False, {}, []))
-        if key not in HARMLESS and value not in offered and (key not in NEEDED or key in OFFERED):
-            raise not_implemented(f"{key} in {path}", value, offered[0])
+        if key in IGNORED or (key in REQUIRED and key not in SUPPORTED):
+            continue
+        supported = SUPPORTED.get(key, (None, False, {}, []))
+        if value not in supported:
+            raise not_implemented(f"{key} in {path}", value, supported[0])
     modules = config["target_modules"]
-    if not isinstance(modules, list) or not set(targets) <= set(map(str, modules)):
-        raise not_implemented(f"target_modules in {path}", modules, list(targets))
+    if not isinstance(modules, list) or not set(target_modules) <= set(map(str, modules)):
+        raise not_implemented(f"target_modules in {path}", modules, list(target_modules))
     return integer(config, "r"), positive(config, "lora_alpha")

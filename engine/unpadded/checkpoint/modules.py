@@ -1,4 +1,4 @@
-"""What follows the encoder, as sentence-transformers' files say it: a pooling, then Dense modules, then Normalize."""
+"""Modules after the encoder, read from sentence-transformers' files: a pooling, then Dense modules, then Normalize."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unpadded.errors import ConfigError, WeightsError
 Pooling = Literal["mean", "cls", "last"]
 
 POOLING_MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-POOLING_FLAGS = {  # before sentence-transformers 5: one boolean per mode
+POOLING_FLAGS = {  # one flag per mode, as written before sentence-transformers 5
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -21,13 +21,13 @@ POOLING_FLAGS = {  # before sentence-transformers 5: one boolean per mode
     "pooling_mode_lasttoken": "lasttoken",
 }
 DENSE_ACTIVATIONS: dict[str, Literal["identity", "tanh"]] = {"Identity": "identity", "Tanh": "tanh"}
-TASK_TRANSFORMER = "custom_st.Transformer"  # jina-embeddings-v3's: a Transformer that is told the adapter
+TASK_TRANSFORMER = "custom_st.Transformer"  # of jina-embeddings-v3: a Transformer with an argument `task`
 ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A linear map of the pooled vector."""
+    """A linear layer on the pooled vector."""
 
     weight_file: Path  # safetensors with linear.weight [out_features, in_features], and linear.bias
     in_features: int
@@ -38,18 +38,21 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """The modules of a folder, in their only order: Transformer, Pooling, Dense ..., Normalize."""
+    """The modules of a checkpoint, always in this order: Transformer, Pooling, Dense ..., Normalize."""
 
-    transformer: Path  # the folder of the encoder and its tokenizer
+    transformer: Path  # folder of the encoder and its tokenizer
     pooling: Pooling
     dense: tuple[Dense, ...]
     normalize: bool
-    defaults: tuple[str, ...]  # a sentence for each choice that no file made
-    takes_task: bool = False  # its first module is the checkpoint's own, which takes a task beside the texts
+    defaults: tuple[str, ...]  # one phrase per setting that no file states
+    takes_task: bool = False  # the first module is a TASK_TRANSFORMER
 
 
 def read_modules(folder: Path) -> Modules:
-    """What modules.json and the files it names say; without it as sentence-transformers: mean, not normalized."""
+    """Read modules.json and the files it names.
+
+    Without it, the defaults are those of sentence-transformers: mean pooling, not normalized.
+    """
     path = folder / "modules.json"
     if not path.exists():
         pooling, defaults = _read_pooling(folder / "1_Pooling")
@@ -58,53 +61,53 @@ def read_modules(folder: Path) -> Modules:
             transformer=folder, pooling=pooling, dense=(), normalize=False, defaults=(*defaults, not_normalized)
         )
 
-    modules, takes_task = _read_modules(path)
-    kinds = [kind for kind, _ in modules]
+    listed, takes_task = _list_modules(path)
+    kinds = [kind for kind, _ in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=ORDER.index) or kinds.count("Pooling") > 1:
         raise not_implemented(str(path), ", ".join(kinds), "Transformer, Pooling, Dense (any number), Normalize")
-    pooling, defaults = _read_pooling(modules[1][1])
-    for kind, module in modules:
+    pooling, defaults = _read_pooling(listed[1][1])
+    for kind, module in listed:
         if kind in ("Dense", "Normalize"):
-            _refuse_other_features(module / "config.json")
+            _check_input_and_output(module / "config.json")
     return Modules(
-        transformer=modules[0][1],
+        transformer=listed[0][1],
         pooling=pooling,
-        dense=tuple(_read_dense(module) for kind, module in modules if kind == "Dense"),
+        dense=tuple(_read_dense(module) for kind, module in listed if kind == "Dense"),
         normalize="Normalize" in kinds,
         defaults=defaults,
         takes_task=takes_task,
     )
 
 
-def check_widths(pipeline: Modules, hidden: int) -> int:
-    """The width of the vectors that leave the pipeline; ConfigError where two modules do not fit."""
+def output_width(modules: Modules, hidden: int) -> int:
+    """Return the width of the vectors after the last module; ConfigError if two modules do not fit together."""
     width = hidden
-    for dense in pipeline.dense:
+    for dense in modules.dense:
         if dense.in_features != width:
             raise ConfigError(
-                f"{dense.weight_file.parent} takes {dense.in_features} dimensions and is given {width}; "
-                "correct its config.json"
+                f"in_features = {dense.in_features} in {dense.weight_file.parent}/config.json does not fit "
+                f"its input of {width} dimensions; correct it"
             )
         width = dense.out_features
     return width
 
 
-def _read_modules(path: Path) -> tuple[list[tuple[str, Path]], bool]:
-    """Kind and folder of each module, and whether the first is one that takes a task."""
+def _list_modules(path: Path) -> tuple[list[tuple[str, Path]], bool]:
+    """Return kind and folder of each module, and whether the first one takes a task."""
     modules = []
     entries = read_json(path)
     try:
-        stated = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+        types_and_paths = [(str(entry["type"]), str(entry["path"])) for entry in entries]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
-    takes_task = bool(stated) and stated[0][0] == TASK_TRANSFORMER
-    for dotted, inside in stated:
-        kind = dotted.rpartition(".")[2]
-        if not dotted.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or kind not in ORDER:
-            raise not_implemented(f"the module type in {path}", dotted, ", ".join(ORDER))
-        if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
-            raise ConfigError(f"{path} names {inside!r}, outside the checkpoint; correct it")
-        modules.append((kind, path.parent / inside))
+    takes_task = bool(types_and_paths) and types_and_paths[0][0] == TASK_TRANSFORMER
+    for class_name, subfolder in types_and_paths:
+        kind = class_name.rpartition(".")[2]
+        if not class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or kind not in ORDER:
+            raise not_implemented(f"the module type in {path}", class_name, ", ".join(ORDER))
+        if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
+            raise ConfigError(f"{path} names {subfolder!r}, outside the checkpoint; correct it")
+        modules.append((kind, path.parent / subfolder))
     return modules, takes_task
 
 
@@ -113,12 +116,13 @@ def _read_pooling(folder: Path) -> tuple[Pooling, tuple[str, ...]]:
     if not path.exists():
         return "mean", (f"pooling='mean': there is no {folder.name}/config.json",)
     config = read_object(path)
-    stated = config.get("pooling_mode")
-    if stated is None:
-        stated = [mode for key, mode in POOLING_FLAGS.items() if config.get(key)] or ["mean"]
-    modes = [stated] if isinstance(stated, str) else stated
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in POOLING_FLAGS.items() if config.get(key)] or ["mean"]
+    if isinstance(modes, str):
+        modes = [modes]
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
-        raise not_implemented(f"pooling_mode in {path}", stated, ", ".join(POOLING_MODES))
+        raise not_implemented(f"pooling_mode in {path}", modes, ", ".join(POOLING_MODES))
     if config.get("include_prompt") is False:
         raise not_implemented(f"include_prompt in {path}", False, True)
     return POOLING_MODES[modes[0]], ()
@@ -132,15 +136,15 @@ def _read_dense(folder: Path) -> Dense:
             raise ConfigError(f"{path} lacks {key} (found: {', '.join(sorted(config))}); add it")
     if config.get("use_residual"):
         raise not_implemented(f"use_residual in {path}", config["use_residual"], False)
-    dotted = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    activation = str(dotted).rpartition(".")[2]
-    if not str(dotted).startswith("torch.") or activation not in DENSE_ACTIVATIONS:
-        raise not_implemented(f"activation_function in {path}", dotted, ", ".join(DENSE_ACTIVATIONS))
+    class_name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = str(class_name).rpartition(".")[2]
+    if not str(class_name).startswith("torch.") or activation not in DENSE_ACTIVATIONS:
+        raise not_implemented(f"activation_function in {path}", class_name, ", ".join(DENSE_ACTIVATIONS))
     weight_file = folder / "model.safetensors"
     if not weight_file.exists():
         present = ", ".join(sorted(entry.name for entry in folder.iterdir()))
         raise WeightsError(
-            f"{weight_file} is absent (found: {present}); pickled weights are never loaded, convert them to safetensors"
+            f"{weight_file} is absent (found: {present}); pickled weights are never loaded; convert them to safetensors"
         )
     return Dense(
         weight_file=weight_file,
@@ -151,8 +155,8 @@ def _read_dense(folder: Path) -> Dense:
     )
 
 
-def _refuse_other_features(path: Path) -> None:
-    """Modules may be told to work on something other than the pooled vector."""
+def _check_input_and_output(path: Path) -> None:
+    """Raise ConfigError for a module that reads or writes anything but the pooled vector."""
     config: dict[str, Any] = read_object(path) if path.exists() else {}
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):

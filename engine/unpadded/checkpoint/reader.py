@@ -1,4 +1,4 @@
-"""A model's files, read and judged before any weight is loaded."""
+"""Read and validate a model's files, except for the values of its weights."""
 
 from __future__ import annotations
 
@@ -11,46 +11,44 @@ from typing import Any, Literal
 from unpadded.checkpoint.families import FAMILIES
 from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.hub import fetch
-from unpadded.checkpoint.json_config import integer, not_implemented, positive, read_object
+from unpadded.checkpoint.json_config import consistent, integer, not_implemented, positive, read_object
 from unpadded.checkpoint.lora_files import find_lora_files
-from unpadded.checkpoint.modules import TASK_TRANSFORMER, Dense, Pooling, check_widths, read_modules
+from unpadded.checkpoint.modules import TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
-__all__ = ["Checkpoint", "Dense", "open_checkpoint"]
-
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MODEL_FILE = "config_sentence_transformers.json"
-WORD_TABLES = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_tokens.weight")
-LONGEST = 1_000_000  # tokenizers without a limit state 1e30
-# of sentence-transformers' loading arguments, those that do not change a vector
-HARMLESS_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MODEL_CONFIG = "config_sentence_transformers.json"
+WORD_EMBEDDINGS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_tokens.weight")
+NO_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
+# loading arguments of sentence-transformers that do not change the vectors
+IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a model's files say."""
+    """Configuration of a model, complete and validated, and the places of its weights."""
 
-    name: str  # the hub id, or the folder's name
-    folder: Path  # of the encoder's config.json, its weights and its tokenizer
+    name: str  # hub id or name of the folder
+    folder: Path  # holds the encoder's config.json, weights and tokenizer
     config: dict[str, Any]
     spec: EncoderSpec
     weight_files: tuple[Path, ...]
-    lora_files: tuple[Path, ...]  # of each task, where they lie apart
+    lora_files: tuple[Path, ...]  # one per task, if not stored with the encoder
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
-    prompts: dict[str, str]  # prompt name or task -> prefix
-    default_prompt: str | None  # a key of prompts
+    prompts: dict[str, str]  # prompt name or task -> text before the input
+    default_prompt: str | None  # key of prompts
     lower_case: bool
-    max_length: int  # tokens, special ones included
-    matryoshka: tuple[int, ...]  # dimensions the model was trained to be cut to; () when it was not
-    matryoshka_layer_norm: bool  # a layer norm without affine comes before the cut
-    defaults: tuple[str, ...]  # a sentence for each choice that no file made
+    max_length: int  # tokens, including special tokens
+    matryoshka: tuple[int, ...]  # dimensions with which the model was trained; () without matryoshka training
+    matryoshka_layer_norm: bool  # apply LayerNorm without weights before vectors are cut
+    defaults: tuple[str, ...]  # one phrase per setting that no file states
 
     def describe(self) -> dict[str, Any]:
-        """In plain values, for people and for JSON."""
+        """Return the main fields as plain values, for `unpadded info` and JSON."""
         return {
             "model": self.name,
             "encoder": asdict(self.spec),
@@ -71,14 +69,14 @@ def open_checkpoint(
     max_length: int | None = None,
     rotary_scaling_factor: float | Literal["config"] | None = "config",
 ) -> Checkpoint:
-    """Read the configuration of a folder, or of a hub id, which is fetched first.
+    """Read the configuration of a folder, or of a hub id, which is downloaded first.
 
-    CheckpointError when files are absent or broken, ConfigError for what is contradictory or not implemented,
+    CheckpointError for files that are absent or broken, ConfigError for what is contradictory or not implemented,
     OptionError for an argument that does not fit the model.
     """
     root, name = _locate(model, revision)
-    pipeline = read_modules(root)
-    folder = pipeline.transformer
+    modules = read_modules(root)
+    folder = modules.transformer
     config = read_object(folder / "config.json")
     weight_files = _weight_files(folder)
     stored = read_headers(weight_files)
@@ -87,20 +85,22 @@ def open_checkpoint(
     spec = _with_scaling(spec, rotary_scaling_factor)
     lora_files: tuple[Path, ...] = ()
     if spec.lora:
-        adapters, lora_files = find_lora_files(spec.lora, folder, config)
-        spec = replace(spec, lora=adapters)
-    if pipeline.takes_task and spec.lora is None:
-        raise not_implemented(f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "one without own code")
-    width = check_widths(pipeline, spec.hidden)
+        lora, lora_files = find_lora_files(spec.lora, folder, config)
+        spec = replace(spec, lora=lora)
+    if modules.takes_task and spec.lora is None:
+        raise not_implemented(
+            f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "sentence_transformers' Transformer"
+        )
+    width = output_width(modules, spec.hidden)
 
-    encoder_file = _read_encoder_file(folder)
-    model_file = _read_if_present(root / MODEL_FILE)
-    prompts, default_prompt, prompt_defaults = _prompts(model_file, family)
+    transformer_config = _read_transformer_config(folder)
+    model_config = _read_if_present(root / MODEL_CONFIG)
+    prompts, default_prompt, prompt_defaults = _prompts(model_config, family)
     if spec.lora:
         prompts = dict(zip(spec.lora.tasks, spec.lora.prompts, strict=True)) | prompts
-    length, length_defaults = _max_length(max_length, encoder_file, folder, family, spec)
-    stated = {**config, **model_file}
-    matryoshka = _matryoshka(stated, family, name, root, width)
+    length, length_defaults = _max_length(max_length, transformer_config, folder, family, spec)
+    merged = {**config, **model_config}
+    matryoshka = _matryoshka(merged, family, name, root, width)
     return Checkpoint(
         name=name,
         folder=folder,
@@ -108,34 +108,35 @@ def open_checkpoint(
         spec=spec,
         weight_files=weight_files,
         lora_files=lora_files,
-        pooling=pipeline.pooling,
-        normalize=pipeline.normalize,
-        dense=pipeline.dense,
+        pooling=modules.pooling,
+        normalize=modules.normalize,
+        dense=modules.dense,
         prompts=prompts,
         default_prompt=default_prompt,
-        lower_case=bool(encoder_file.get("do_lower_case", False)),
+        lower_case=bool(transformer_config.get("do_lower_case", False)),
         max_length=length,
         matryoshka=matryoshka,
-        matryoshka_layer_norm=bool(matryoshka and stated.get("matryoshka_layer_norm", family.matryoshka_layer_norm)),
-        defaults=(*pipeline.defaults, *prompt_defaults, *length_defaults),
+        matryoshka_layer_norm=bool(matryoshka and merged.get("matryoshka_layer_norm", family.matryoshka_layer_norm)),
+        defaults=(*modules.defaults, *prompt_defaults, *length_defaults),
     )
 
 
 def _locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
-    path, spelled = Path(model).expanduser(), os.fspath(model)
-    if path.is_dir() and spelled:
+    """Return the model's folder, which is downloaded for a hub id, and its name."""
+    path, name = Path(model).expanduser(), os.fspath(model)
+    if path.is_dir() and name:
         if revision is not None:
-            raise OptionError(f"revision = {revision!r} was given with a folder, {path}; leave it out")
+            raise OptionError(f"revision = {revision!r} does not apply to a folder, {path}; omit it")
         return path, path.resolve().name
     if path.is_file():
-        raise CheckpointError(f"{path} is a file; give the folder that holds config.json, or a hub id")
-    if not isinstance(model, str) or spelled.startswith((".", "~", os.sep)) or spelled.count("/") > 1 or not spelled:
-        raise CheckpointError(f"there is no folder {spelled!r}; give an existing folder, or a hub id (owner/name)")
-    return fetch(spelled, revision), spelled
+        raise CheckpointError(f"{path} is a file; pass the folder that contains config.json, or a hub id")
+    if not isinstance(model, str) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+        raise CheckpointError(f"there is no folder {name!r}; pass an existing folder, or a hub id (owner/name)")
+    return fetch(name, revision), name
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """model.safetensors, or the shards that its index names."""
+    """Return model.safetensors, or the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return (single,)
@@ -151,13 +152,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         if absent:
             raise WeightsError(f"{index} names {', '.join(absent)}, absent from {folder}; download them")
         return tuple(folder / name for name in shards)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise WeightsError(
-            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are never loaded; "
-            "convert them to safetensors, or take a revision that has model.safetensors"
+            f"{folder} contains only pickled weights ({', '.join(pickles)}), which are never loaded; "
+            "convert them to safetensors, or use a revision with model.safetensors"
         )
-    raise WeightsError(f"{folder} holds no {single.name} and no {index.name}; add the weights")
+    raise WeightsError(f"{folder} contains neither {single.name} nor {index.name}; add the weights")
 
 
 def _family(config: Mapping[str, Any], stored: list[StoredTensor], folder: Path) -> Family:
@@ -169,8 +170,8 @@ def _family(config: Mapping[str, Any], stored: list[StoredTensor], folder: Path)
 
 
 def _with_stored_vocabulary(spec: EncoderSpec, stored: list[StoredTensor]) -> EncoderSpec:
-    """Rows beyond the stated vocabulary are padding, and the tensor knows how many."""
-    tables = [tensor for tensor in stored if tensor.name.endswith(WORD_TABLES)]
+    """Count the rows of the stored word embeddings: those beyond the stated vocabulary are padding."""
+    tables = [tensor for tensor in stored if tensor.name.endswith(WORD_EMBEDDINGS)]
     rows = tables[0].shape[0] if len(tables) == 1 and tables[0].shape else spec.vocabulary
     return replace(spec, vocabulary=max(rows, spec.vocabulary))
 
@@ -179,12 +180,12 @@ def _with_scaling(spec: EncoderSpec, factor: float | Literal["config"] | None) -
     if factor == "config":
         return spec
     if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6):
-        raise OptionError(f"rotary_scaling_factor = {factor!r} is not offered; give 'config', None or a number")
+        raise OptionError(f"rotary_scaling_factor = {factor!r} is not supported; use 'config', None or a number")
     if spec.rotary is None:
         if factor is None:
             return spec
         raise OptionError(
-            f"rotary_scaling_factor = {factor!r} does not fit a {spec.family} model: no rotary; leave it out"
+            f"rotary_scaling_factor = {factor!r} does not apply: {spec.family} has no rotary embedding; omit it"
         )
     return replace(spec, rotary=replace(spec.rotary, scaling_factor=None if factor is None else float(factor)))
 
@@ -193,26 +194,26 @@ def _read_if_present(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def _read_encoder_file(folder: Path) -> dict[str, Any]:
-    """sentence_bert_config.json, or the same under its other names (sentence_roberta_config.json ...)."""
+def _read_transformer_config(folder: Path) -> dict[str, Any]:
+    """Read sentence_bert_config.json, or the file with another model type in its name."""
     paths = sorted(folder.glob("sentence_*_config.json"))
     config = read_object(paths[0]) if paths else {}
     for key in ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs"):
-        if unknown := sorted(set(config.get(key) or {}) - HARMLESS_ARGUMENTS):
-            raise not_implemented(f"{key} in {paths[0]}", unknown, sorted(HARMLESS_ARGUMENTS))
+        if unknown := sorted(set(config.get(key) or {}) - IGNORED_ARGUMENTS):
+            raise not_implemented(f"{key} in {paths[0]}", unknown, sorted(IGNORED_ARGUMENTS))
     if config.get("transformer_task", "feature-extraction") != "feature-extraction":
         raise not_implemented(f"transformer_task in {paths[0]}", config["transformer_task"], "feature-extraction")
     return config
 
 
-def _prompts(model_file: Mapping[str, Any], family: Family) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
-    prompts = model_file.get("prompts") or {}
-    default = model_file.get("default_prompt_name")
+def _prompts(model_config: Mapping[str, Any], family: Family) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
+    prompts = model_config.get("prompts") or {}
+    default = model_config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
-        raise ConfigError(f"prompts = {prompts!r:.200} is not an object of strings; correct {MODEL_FILE}")
+        raise ConfigError(f"prompts = {prompts!r:.200} is not an object of strings; correct {MODEL_CONFIG}")
     if default is not None and default not in prompts:
         raise ConfigError(
-            f"default_prompt_name = {default!r} is none of the prompts {sorted(prompts)}; correct {MODEL_FILE}"
+            f"default_prompt_name = {default!r} is not among the prompts {sorted(prompts)}; correct {MODEL_CONFIG}"
         )
     # sentence-transformers writes empty query and document prompts into every model it saves
     if any(prompts.values()) or default is not None or not family.prompts:
@@ -221,36 +222,36 @@ def _prompts(model_file: Mapping[str, Any], family: Family) -> tuple[dict[str, s
 
 
 def _max_length(
-    asked: int | None, encoder_file: Mapping[str, Any], folder: Path, family: Family, spec: EncoderSpec
+    requested: int | None, transformer_config: Mapping[str, Any], folder: Path, family: Family, spec: EncoderSpec
 ) -> tuple[int, tuple[str, ...]]:
-    """The argument, else sentence-transformers' file, else the tokenizer's, else the family's."""
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-            raise OptionError(f"max_length = {asked!r} is not a whole number of tokens; give one of at least 1")
-        if spec.position_limit and asked > spec.position_limit:
+    """Return the requested length, else that of sentence-transformers' file, the tokenizer's, or the family's."""
+    if requested is not None:
+        if isinstance(requested, bool) or not isinstance(requested, int) or requested < 1:
+            raise OptionError(f"max_length = {requested!r} is not a whole number of tokens; use at least 1")
+        if spec.position_limit and requested > spec.position_limit:
             raise OptionError(
-                f"max_length = {asked} is beyond the {spec.position_limit} learned positions of the model; "
-                f"give at most {spec.position_limit}"
+                f"max_length = {requested} exceeds the {spec.position_limit} learned positions of the model; "
+                f"use at most {spec.position_limit}"
             )
-        return asked, ()
-    tokenizer_file = _read_if_present(folder / "tokenizer_config.json")
-    if encoder_file.get("max_seq_length") is not None:
-        length = integer(encoder_file, "max_seq_length")
-    elif tokenizer_file.get("model_max_length") is not None and positive(tokenizer_file, "model_max_length") < LONGEST:
-        length = integer(tokenizer_file, "model_max_length")
+        return requested, ()
+    tokenizer_config = _read_if_present(folder / "tokenizer_config.json")
+    if transformer_config.get("max_seq_length") is not None:
+        length = integer(transformer_config, "max_seq_length")
+    elif (consistent(tokenizer_config, ("model_max_length",), positive) or NO_LIMIT) < NO_LIMIT:
+        length = integer(tokenizer_config, "model_max_length")
     else:
         length = family.max_length or spec.position_limit
         return length, (f"max_length={length}: no file states it",)
     return min(length, spec.position_limit or length), ()
 
 
-def _matryoshka(stated: Mapping[str, Any], family: Family, name: str, root: Path, width: int) -> tuple[int, ...]:
-    """What a file says as `matryoshka_dimensions`, else what is known of the published model of that name.
+def _matryoshka(config: Mapping[str, Any], family: Family, name: str, root: Path, width: int) -> tuple[int, ...]:
+    """Return `matryoshka_dimensions`, else those of the published model of this name, in descending order.
 
-    The name is the hub id's, the folder's, or that of the hub's cache around it. `_name_or_path` is not believed:
-    a model fine-tuned without matryoshka keeps its parent's.
+    The name is that of the hub id, of the folder, or of the hub's cache around it. `_name_or_path` is ignored: a model
+    fine-tuned without matryoshka keeps that of its parent.
     """
-    dimensions = stated.get("matryoshka_dimensions")
+    dimensions = config.get("matryoshka_dimensions")
     if dimensions is None:
         cached = [part.rpartition("--")[2] for part in root.resolve().parts if part.startswith("models--")]
         known = (family.matryoshka.get(candidate) for candidate in (name.rpartition("/")[2], *cached))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its encoder, in the same words for every family."""
+"""Description of an encoder and of its stored tensors, in the same terms for every family."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ GATED: frozenset[str] = frozenset({"swiglu", "geglu"})
 class Rotary:
     """Rotary position embedding over the whole head, half (NeoX) layout.
 
-    With a `scaling_factor` f, a text of L tokens, L > trained_length M, takes the dynamic-NTK base
-    base * (f * L / M - (f - 1)) ** (d / (d - 2)), from its own L alone.
+    With a `scaling_factor` f, a text of L tokens, L > trained_length M, uses the dynamic-NTK base
+    base * (f * L / M - (f - 1)) ** (d / (d - 2)), computed from its own length only.
     """
 
     base: float
@@ -25,10 +25,10 @@ class Rotary:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalAttention:
-    """Layers in which a token sees its neighbors only, under a rotary embedding of their own."""
+    """Layers in which a token attends to its neighbors only, with a rotary embedding of their own."""
 
     layers: tuple[int, ...]
-    window: int  # the farthest neighbor, in tokens to either side
+    window: int  # maximum distance of a neighbor, in tokens to either side
     rotary: Rotary
 
 
@@ -43,30 +43,33 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Low-rank changes of the weights, one set a task: W + scale * B A."""
+    """One LoRA adapter per task: W + scale * B @ A.
+
+    The adapters are stored with the encoder's tensors, or each in PEFT's files in a folder of its own.
+    """
 
     tasks: tuple[str, ...]  # in the order in which the weights stack them
-    prompts: tuple[str, ...]  # of each task, where no other file states one
-    rank: int  # 0: the checkpoint's files do not hold them
+    prompts: tuple[str, ...]  # per task; a prompt stated in another file takes precedence
+    rank: int  # 0: the checkpoint has no adapter files
     scale: float
-    folders: tuple[str, ...] = ()  # of each task, where the adapters lie in PEFT's files beside the encoder
-    target_modules: tuple[str, ...] = ()  # the modules that each of those changes, by PEFT's names
+    folders: tuple[str, ...] = ()  # per task, inside the encoder's folder; () if stored with the encoder
+    target_modules: tuple[str, ...] = ()  # PEFT's names of the modules that every adapter in a folder changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
     """Embeddings + LayerNorm, then `layers` x (attention, LayerNorm, MLP, LayerNorm), a residual around each half.
 
-    A pre-norm encoder is the same walk, except that the residual is the sum before its LayerNorm instead of after it:
-    the norm that closes a layer is the one that opens the next, or the final one.
+    A pre-norm encoder has the same sequence of steps, except that the residual is the sum before its LayerNorm instead
+    of after it: the norm at the end of a layer is the first norm of the next layer, or the final norm.
     """
 
     family: str
     layers: int
     hidden: int
     heads: int
-    intermediate: int  # width between the two products of the MLP
-    vocabulary: int  # rows of the word table, padding of the vocabulary included
+    intermediate: int  # input width of the MLP's second linear
+    vocabulary: int  # rows of the word embedding table, including padding of the vocabulary
     token_types: int
     position_rows: int  # rows of the learned position table; 0 with rotary
     rotary: Rotary | None
@@ -78,13 +81,13 @@ class EncoderSpec:
     down_bias: bool
     prenorm: bool = False
     norm_bias: bool = True
-    rms_norm: bool = False  # in a pre-norm encoder: RMSNorm, and the embeddings go on as they are
-    kv_heads: int | None = None  # fewer than heads where several share a key and a value; None: as many
-    # learned positions count from the row after this one; a token of this id has this row
+    rms_norm: bool = False  # RMSNorm, and none after the embeddings; only with prenorm
+    kv_heads: int | None = None  # key and value heads, if fewer than heads
+    # learned positions start at the row after this one; tokens with this id use this row
     padding_id: int | None = None
     alibi: bool = False
     qk_norm: bool = False  # LayerNorm over all heads of q, and of k
-    inner_norm: bool = False  # attention's output is added to the residual and normalized before that is done again
+    inner_norm: bool = False  # the residual is added to attention's output and normalized, then both once more
     local_attention: LocalAttention | None = None
     experts: Experts | None = None
     lora: LoraSpec | None = None
@@ -99,19 +102,19 @@ class EncoderSpec:
 
     @property
     def up_rows(self) -> int:
-        """Rows of the first MLP product: gate and up together, or up alone."""
+        """Rows of the MLP's first linear: gate and up together, or up alone."""
         return 2 * self.intermediate if self.gated else self.intermediate
 
     @property
     def position_limit(self) -> int:
-        """Tokens that the learned positions serve; 0 where there are none."""
+        """Maximum number of tokens with learned positions; 0 without learned positions."""
         return self.position_rows - (0 if self.padding_id is None else self.padding_id + 1)
 
     @property
     def rotary_embeddings(self) -> tuple[Rotary, ...]:
         """Rotary embedding of the layers with full attention, then of those with local attention, if any."""
-        whole = () if self.rotary is None else (self.rotary,)
-        return whole if self.local_attention is None else (*whole, self.local_attention.rotary)
+        full = () if self.rotary is None else (self.rotary,)
+        return full if self.local_attention is None else (*full, self.local_attention.rotary)
 
     @property
     def layer_attention(self) -> tuple[tuple[int | None, int], ...]:
@@ -123,7 +126,7 @@ class EncoderSpec:
 
     @property
     def alibi_slopes(self) -> tuple[float, ...]:
-        """Of each head, as published (Press et al., arXiv 2108.12409); heads beyond a power of two fall in between."""
+        """ALiBi slope per head (Press et al., arXiv 2108.12409), also for a number of heads that is no power of two."""
         power = 1 << (self.heads.bit_length() - 1)
         between = (2 ** (-4 * step / power) for step in range(1, 2 * (self.heads - power), 2))
         return (*(2 ** (-8 * step / power) for step in range(1, power + 1)), *between)
@@ -131,9 +134,26 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the encoder, and the names under which checkpoints store it."""
+    """Shape of one tensor of the encoder, and the names under which checkpoints store it."""
 
     shape: tuple[int, ...]
-    alternatives: tuple[tuple[str, ...], ...]  # each: names whose tensors, equal in size, are stacked along dim 0
-    up_before_gate: tuple[str, ...] = ()  # those of the names whose tensors store the up half before the gate half
+    # Spellings of the same tensor; each is the names of tensors of equal size that are stacked along dim 0.
+    alternatives: tuple[tuple[str, ...], ...]
+    up_before_gate: tuple[str, ...] = ()  # those of the names whose tensor has the up half before the gate half
     transposed: bool = False  # the encoder uses the transpose; `shape` is the stored shape
+
+
+def weight_and_bias(
+    name: str, shape: tuple[int, ...], *spellings: str | tuple[str, ...], bias: bool = True
+) -> dict[str, TensorSpec]:
+    """Return the tensors `name` and `name`_bias of a linear or a norm whose weight has this shape.
+
+    spellings: each the module's name in a checkpoint, or the names of several modules that are stacked.
+    """
+    modules = [(names,) if isinstance(names, str) else names for names in spellings]
+
+    def alternatives(parameter: str) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(f"{module}.{parameter}" for module in names) for names in modules)
+
+    weight = {name: TensorSpec(shape, alternatives("weight"))}
+    return weight | {f"{name}_bias": TensorSpec(shape[:1], alternatives("bias"))} if bias else weight

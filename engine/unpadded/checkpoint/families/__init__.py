@@ -1,23 +1,21 @@
-"""The families of checkpoints, one module each, all with the names of `Family`. Nothing else knows a family.
+"""Families of checkpoints, one module each with one value, FAMILY. No other code depends on a family's name.
 
-To add one:
+To add a family:
 
-1. Say what its encoder is in the words of `EncoderSpec`. `read_config` reads config.json with the functions of
-   `config`, which name key, value and remedy in every refusal: sizes with `required`, alternatives with `agreed` and
-   `one_of`, and with `refuse` everything that the family's own code would honor and the encoder does not have.
-2. `slots` gives each tensor of `EncoderWeights` and of its layers its shape and the names it is stored under. Names in
-   one alternative are stacked (q, k, v; gate, up), alternatives are spellings of the same, and `swapped` marks tensors
-   that hold up before gate. What no slot claims and no pattern of IGNORED covers is refused at load, with a list.
-   `bert` has functions for whatever keeps BERT's names.
-3. `matches` decides by model_type, and by the names of the tensors where a model_type is absent or shared.
-4. Enter the module in FAMILIES; the first that matches is taken.
-5. `tests/test_family_<name>.py`: the published configuration, parity with transformers' class or a plain reference, a
-   refusal for each thing left out, and independence. `tests/family_checks.py` holds the checks. The configuration goes
-   into `test_families.py` too, and what others published of the real weights into `test_checkpoints_real.py`.
+1. `read_config` reads config.json into an `EncoderSpec` with the functions of `json_config`, whose errors name key,
+   value and remedy: sizes with `required`, alternative keys with `consistent` and `one_of`. `require_defaults` rejects
+   everything that the family's own code supports and the encoder does not.
+2. `tensors` returns the shape and the stored names of every tensor of `EncoderWeights` and its layers, most of them
+   with `weight_and_bias`. Several names in one spelling are stacked (q, k, v; gate, up). A stored tensor that is
+   neither named there nor matches a pattern of `ignored` raises WeightsError. `bert` has functions for BERT's names.
+3. `matches` decides by model_type, and by the names of the tensors if model_type is absent or shared.
+4. Add FAMILY to FAMILIES; the first family that matches is used.
+5. `tests/test_family_<name>.py` tests the published configuration, parity with transformers' class or a reference, one
+   error per unsupported feature, and independence, with the checks of `tests/support/family_checks.py`. Add the
+   configuration to `test_families.py`, and published values of the real weights to `test_checkpoints_real.py`.
 
-An encoder that the spec has no word for gets one there, and one place in `encoder` that honors it; never a subclass,
-and never a family's name in a condition. Where it needs none this is a small diff: xlm_roberta is 37 lines here and two
-below, and 149 of tests.
+An encoder that `EncoderSpec` cannot describe gets a new field there and one place in `model/encoder.py` that uses it,
+never a subclass or a condition on a family's name. `xlm_roberta` shows how small a family can be.
 """
 
 from unpadded.checkpoint.families import (
@@ -35,7 +33,7 @@ from unpadded.checkpoint.family import Family
 
 FAMILIES: dict[str, Family] = {
     "eurobert": eurobert.FAMILY,
-    "modernbert": modernbert.FAMILY,  # whose layers, without a model_type, bear NomicBERT's names
+    "modernbert": modernbert.FAMILY,  # before nomic_bert, whose tensor names it shares
     "nomic_bert": nomic_bert.FAMILY,
     "gte": gte.FAMILY,
     "jina_code": jina_code.FAMILY,

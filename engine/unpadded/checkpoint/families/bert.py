@@ -8,6 +8,7 @@ from typing import Any
 from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import (
     consistent,
+    hidden_and_heads,
     integer,
     not_implemented,
     one_of,
@@ -15,8 +16,7 @@ from unpadded.checkpoint.json_config import (
     require_defaults,
     required,
 )
-from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
-from unpadded.errors import ConfigError
+from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec, weight_and_bias
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
-OFFERED: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "position_embedding_type": "absolute",
     "feed_forward_type": "original",
     "is_decoder": False,
@@ -36,7 +36,7 @@ OFFERED: dict[str, Any] = {
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type, or without one by the names of BERT's layers. Jina's ALiBi models bear BERT's model_type too."""
+    """Match by model_type, which Jina's ALiBi models share, or without one by the names of BERT's layers."""
     model_type = config.get("model_type")
     if config.get("position_embedding_type") == "alibi":
         return False
@@ -46,13 +46,10 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """ConfigError for what is not BERT in spite of its model_type (Jina's ALiBi models), or not implemented."""
-    require_defaults(config, OFFERED)
+    require_defaults(config, DEFAULTS)
     if "AutoModel" in (config.get("auto_map") or {}):
         raise not_implemented("auto_map.AutoModel", config["auto_map"]["AutoModel"], "the BERT of transformers")
-    hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
-    if hidden % heads:
-        raise ConfigError(f"hidden_size = {hidden} does not make num_attention_heads = {heads}; correct config.json")
+    hidden, heads = hidden_and_heads(config, rotary=False)
     return EncoderSpec(
         family="bert",
         layers=required(config, ("num_hidden_layers",), integer),
@@ -73,53 +70,44 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 
 
 def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
-    """Return the shape and stored names of each tensor of the encoder."""
     hidden, intermediate = spec.hidden, spec.intermediate
-    found = embedding_slots(spec)
+    found = embedding_tensors(spec)
     for index in range(spec.layers):
-        slot, name = f"layers.{index}", f"encoder.layer.{index}"
+        layer, stored = f"layers.{index}", f"encoder.layer.{index}"
         found |= {
-            **attention_slots(slot, name, hidden),
-            **norm_slots(f"{slot}.attention_norm", hidden, f"{name}.attention.output.LayerNorm"),
-            f"{slot}.up": named((intermediate, hidden), f"{name}.intermediate.dense.weight"),
-            f"{slot}.up_bias": named((intermediate,), f"{name}.intermediate.dense.bias"),
-            f"{slot}.down": named((hidden, intermediate), f"{name}.output.dense.weight"),
-            f"{slot}.down_bias": named((hidden,), f"{name}.output.dense.bias"),
-            **norm_slots(f"{slot}.mlp_norm", hidden, f"{name}.output.LayerNorm"),
+            **attention_tensors(layer, stored, hidden),
+            **norm_tensors(f"{layer}.attention_norm", hidden, f"{stored}.attention.output.LayerNorm"),
+            **weight_and_bias(f"{layer}.up", (intermediate, hidden), f"{stored}.intermediate.dense"),
+            **weight_and_bias(f"{layer}.down", (hidden, intermediate), f"{stored}.output.dense"),
+            **norm_tensors(f"{layer}.mlp_norm", hidden, f"{stored}.output.LayerNorm"),
         }
     return found
 
 
-def embedding_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
+def embedding_tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
     tables = {"word": spec.vocabulary, "token_type": spec.token_types, "position": spec.position_rows}
-    names = {"word": "word_embeddings", "token_type": "token_type_embeddings", "position": "position_embeddings"}
-    found = {
-        slot: named((rows, spec.hidden), f"embeddings.{names[slot]}.weight") for slot, rows in tables.items() if rows
-    }
-    return found | norm_slots("norm", spec.hidden, "embeddings.LayerNorm")
+    found = norm_tensors("norm", spec.hidden, "embeddings.LayerNorm")
+    for name, rows in tables.items():
+        if rows:
+            found |= weight_and_bias(name, (rows, spec.hidden), f"embeddings.{name}_embeddings", bias=False)
+    return found
 
 
-def attention_slots(slot: str, name: str, hidden: int) -> dict[str, TensorSpec]:
-    """qkv and the projection that follows, of the layer that the checkpoint calls `name`."""
-    qkv = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
+def attention_tensors(layer: str, stored: str, hidden: int) -> dict[str, TensorSpec]:
+    """Return the qkv and out linears of a layer; stored: the layer's name in the checkpoint."""
+    qkv = tuple(f"{stored}.attention.self.{part}" for part in ("query", "key", "value"))
     return {
-        f"{slot}.qkv": named((3 * hidden, hidden), *(f"{part}.weight" for part in qkv)),
-        f"{slot}.qkv_bias": named((3 * hidden,), *(f"{part}.bias" for part in qkv)),
-        f"{slot}.out": named((hidden, hidden), f"{name}.attention.output.dense.weight"),
-        f"{slot}.out_bias": named((hidden,), f"{name}.attention.output.dense.bias"),
+        **weight_and_bias(f"{layer}.qkv", (3 * hidden, hidden), qkv),
+        **weight_and_bias(f"{layer}.out", (hidden, hidden), f"{stored}.attention.output.dense"),
     }
 
 
-def norm_slots(slot: str, hidden: int, name: str) -> dict[str, TensorSpec]:
-    # checkpoints converted from TensorFlow, bert-base-uncased among them, keep its gamma and beta
+def norm_tensors(name: str, hidden: int, stored: str) -> dict[str, TensorSpec]:
+    # checkpoints converted from TensorFlow, such as bert-base-uncased, keep its gamma and beta
     return {
-        slot: TensorSpec((hidden,), ((f"{name}.weight",), (f"{name}.gamma",))),
-        f"{slot}_bias": TensorSpec((hidden,), ((f"{name}.bias",), (f"{name}.beta",))),
+        name: TensorSpec((hidden,), ((f"{stored}.weight",), (f"{stored}.gamma",))),
+        f"{name}_bias": TensorSpec((hidden,), ((f"{stored}.bias",), (f"{stored}.beta",))),
     }
-
-
-def named(shape: tuple[int, ...], *names: str) -> TensorSpec:
-    return TensorSpec(shape, (names,))
 
 
 FAMILY = Family(

@@ -1,7 +1,7 @@
-"""EuroBERT: EuroBERT-210m, -610m, -2.1B and what is trained from them. Pre-norm with RMSNorm, grouped keys and values.
+"""EuroBERT: EuroBERT-210m, -610m, -2.1B and models trained from them. Pre-norm with RMSNorm, grouped-query attention.
 
-Heads that share a key and a value get a copy each when the weights are loaded: every kernel then sees as many keys as
-queries, and the qkv product has 1.8 times the rows it needs where three heads share, a tenth of a layer's work.
+Loading the weights copies each shared key and value head once per query head, so that every kernel sees as many keys as
+queries. With three query heads per key the qkv linear then has 1.8 times the rows it needs, a tenth of a layer's work.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from unpadded.checkpoint.families.bert import named
 from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.json_config import (
     consistent,
+    hidden_and_heads,
     integer,
     one_of,
     positive,
@@ -20,11 +20,11 @@ from unpadded.checkpoint.json_config import (
     required,
     rope_theta,
 )
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec
+from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec, weight_and_bias
 from unpadded.errors import ConfigError
 
 GATES: dict[str, Activation] = {"silu": "swiglu", "gelu": "geglu"}
-OFFERED: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "is_decoder": False,
     "is_causal": False,
     "attention_bias": False,
@@ -34,21 +34,18 @@ OFFERED: dict[str, Any] = {
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type alone: the tensors have the names of many decoders."""
+    """Match by model_type alone: many decoders have tensors of the same names."""
     return config.get("model_type") == "eurobert"
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """ConfigError for what is contradictory or not implemented."""
-    require_defaults(config, OFFERED)
-    hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
+    require_defaults(config, DEFAULTS)
+    hidden, heads = hidden_and_heads(config)
     kv_heads = consistent(config, ("num_key_value_heads",), integer) or heads
-    if hidden % heads or hidden // heads % 2 or heads % kv_heads:
+    if heads % kv_heads:
         raise ConfigError(
-            f"hidden_size = {hidden} does not make num_attention_heads = {heads} of an even width, "
-            f"a multiple of num_key_value_heads = {kv_heads}; correct config.json"
+            f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}; correct config.json"
         )
-    require_defaults(config, {"head_dim": hidden // heads})
     return EncoderSpec(
         family="eurobert",
         layers=required(config, ("num_hidden_layers",), integer),
@@ -76,33 +73,31 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 
 
 def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
-    """Return the shape and stored names of each tensor of the encoder.
-
-    Each LayerNorm is assigned to the block before it, as in ModernBERT.
-    """
     hidden, intermediate = spec.hidden, spec.intermediate
-    found = {
-        "word": named((spec.vocabulary, hidden), "embed_tokens.weight"),
-        "norm": named((hidden,), "layers.0.input_layernorm.weight"),
+    # Names of the modules, none of which has a bias. As in ModernBERT, each norm is the last of the block before it.
+    modules: dict[str, tuple[tuple[int, ...], str | tuple[str, ...]]] = {
+        "word": ((spec.vocabulary, hidden), "embed_tokens"),
+        "norm": ((hidden,), "layers.0.input_layernorm"),
     }
     for index in range(spec.layers):
         layer = f"layers.{index}"
-        q, k, v = (f"{layer}.self_attn.{part}_proj.weight" for part in "qkv")
+        q, k, v = (f"{layer}.self_attn.{part}_proj" for part in "qkv")
         if spec.kv_heads is None:
-            found[f"{layer}.qkv"] = named((3 * hidden, hidden), q, k, v)
+            modules[f"{layer}.qkv"] = (3 * hidden, hidden), (q, k, v)
         else:
-            found[f"{layer}.q"] = named((hidden, hidden), q)
-            found[f"{layer}.kv"] = named((2 * spec.kv_heads * spec.head_dim, hidden), k, v)
-        closing = "norm" if index == spec.layers - 1 else f"layers.{index + 1}.input_layernorm"
-        found |= {
-            f"{layer}.out": named((hidden, hidden), f"{layer}.self_attn.o_proj.weight"),
-            f"{layer}.attention_norm": named((hidden,), f"{layer}.post_attention_layernorm.weight"),
-            f"{layer}.up": named(
-                (2 * intermediate, hidden), f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"
-            ),
-            f"{layer}.down": named((hidden, intermediate), f"{layer}.mlp.down_proj.weight"),
-            f"{layer}.mlp_norm": named((hidden,), f"{closing}.weight"),
+            modules[f"{layer}.q"] = (hidden, hidden), q
+            modules[f"{layer}.kv"] = (2 * spec.kv_heads * spec.head_dim, hidden), (k, v)
+        next_norm = "norm" if index == spec.layers - 1 else f"layers.{index + 1}.input_layernorm"
+        modules |= {
+            f"{layer}.out": ((hidden, hidden), f"{layer}.self_attn.o_proj"),
+            f"{layer}.attention_norm": ((hidden,), f"{layer}.post_attention_layernorm"),
+            f"{layer}.up": ((2 * intermediate, hidden), (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")),
+            f"{layer}.down": ((hidden, intermediate), f"{layer}.mlp.down_proj"),
+            f"{layer}.mlp_norm": ((hidden,), next_norm),
         }
+    found: dict[str, TensorSpec] = {}
+    for name, (shape, stored) in modules.items():
+        found |= weight_and_bias(name, shape, stored, bias=False)
     return found
 
 

@@ -6,26 +6,30 @@ Their tensors have the published code's names or those of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.families.bert import embedding_slots
+from unpadded.checkpoint.families.bert import embedding_tensors
 from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import (
     consistent,
+    flatten_rope,
+    hidden_and_heads,
     integer,
     not_implemented,
     one_of,
     positive,
     require_defaults,
     required,
+    rope_keys,
     text,
 )
-from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec
+from unpadded.checkpoint.spec import Activation, EncoderSpec, Rotary, TensorSpec, weight_and_bias
 from unpadded.errors import ConfigError
 
 MODEL_TYPES = ("new", "gte")
 GATES: dict[str, Activation] = {"gelu": "geglu", "silu": "swiglu"}
-OFFERED: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "layer_norm_type": "layer_norm",
     "pack_qkv": True,
@@ -34,12 +38,12 @@ OFFERED: dict[str, Any] = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-ROPE_KEYS = frozenset({"type", "rope_type", "rope_theta", "factor"})
+ROPE_KEYS = ("type", "rope_type", "rope_theta", "factor")
 BASE = 160_000.0
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type, or without one by the names of its MLP and norms."""
+    """Match by model_type, or without one by the published name of the MLP's first linear."""
     model_type = config.get("model_type")
     return model_type in MODEL_TYPES or (
         model_type is None and any(name.endswith("layer.0.mlp.up_gate_proj.weight") for name in names)
@@ -47,14 +51,9 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """ConfigError for what is not implemented."""
-    require_defaults(config, OFFERED)
-    hidden, heads = required(config, ("hidden_size",), integer), required(config, ("num_attention_heads",), integer)
-    if hidden % heads or hidden // heads % 2:
-        raise ConfigError(
-            f"hidden_size = {hidden} does not make num_attention_heads = {heads} of an even width; correct config.json"
-        )
-    require_defaults(config, {"head_dim": hidden // heads, "num_key_value_heads": heads})
+    require_defaults(config, DEFAULTS)
+    hidden, heads = hidden_and_heads(config)
+    require_defaults(config, {"num_key_value_heads": heads})
     token_types = config.get("type_vocab_size")
     return EncoderSpec(
         family="gte",
@@ -63,7 +62,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         heads=heads,
         intermediate=required(config, ("intermediate_size",), integer),
         vocabulary=required(config, ("vocab_size",), integer),
-        token_types=1 if token_types is None else integer(config, "type_vocab_size", least=0),
+        token_types=1 if token_types is None else integer(config, "type_vocab_size", minimum=0),
         position_rows=0,
         rotary=_rotary(config, hidden // heads),
         activation=GATES[one_of({"hidden_act": "gelu", **config}, "hidden_act", GATES)],
@@ -76,54 +75,43 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 
 
 def _rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
-    """Static NTK with factor f, whatever the text's length: base * f, and every frequency divided by f ** (2 / d)."""
-    rope: dict[str, Any] = {}
-    for source in ("rope_parameters", "rope_scaling"):
-        inside = config.get(source) or {}
-        if not isinstance(inside, dict) or {key for key in inside.keys() - ROPE_KEYS if inside[key] is not None}:
-            raise not_implemented(source, inside, sorted(ROPE_KEYS))
-        rope |= {f"{source}.{key}": value for key, value in inside.items()}
-    stated = {**config, **rope}
-
-    def spelled(*keys: str) -> tuple[str, ...]:
-        return tuple(f"{source}.{key}" for source in ("rope_parameters", "rope_scaling") for key in keys)
-
-    rope_type = consistent(stated, spelled("type", "rope_type"), text) or "default"
-    factor = consistent(stated, spelled("factor"), positive)
+    """Static NTK with factor f, independent of the text's length: base * f, frequencies divided by f ** (2 / d)."""
+    flat = flatten_rope(config, ROPE_KEYS)
+    rope_type = consistent(flat, rope_keys("type", "rope_type"), text) or "default"
+    factor = consistent(flat, rope_keys("factor"), positive)
     if rope_type not in ("default", "ntk") or (rope_type == "default" and factor is not None):
         raise not_implemented("rope_type", (rope_type, factor), "default without a factor, ntk")
     if rope_type == "ntk" and factor is None:
         raise ConfigError("rope_type = 'ntk' without a factor; add rope_scaling.factor")
     factor = factor or 1.0
     return Rotary(
-        base=factor * (consistent(stated, ("rope_theta", *spelled("rope_theta")), positive) or BASE),
+        base=factor * (consistent(flat, ("rope_theta", *rope_keys("rope_theta")), positive) or BASE),
         trained_length=consistent(config, ("max_position_embeddings",), integer) or 8192,
         frequency_scale=factor ** (-2 / head_dim),
     )
 
 
 def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
-    """Return the shape and stored names of each tensor of the encoder: the published names, then transformers'."""
-    hidden = spec.hidden
-    modules: dict[str, tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]] = {
-        "qkv": ((3 * hidden, hidden), ("attention.qkv_proj",), tuple(f"self_attn.{part}_proj" for part in "qkv")),
-        "out": ((hidden, hidden), ("attention.o_proj",), ("self_attn.o_proj",)),
-        "attention_norm": ((hidden,), ("attn_ln",), ("post_attention_layernorm",)),
-        "up": ((spec.up_rows, hidden), ("mlp.up_gate_proj",), ("mlp.gate_proj", "mlp.up_proj")),
-        "down": ((hidden, spec.intermediate), ("mlp.down_proj",), ("mlp.down_proj",)),
-        "mlp_norm": ((hidden,), ("mlp_ln",), ("post_mlp_layernorm",)),
-    }
-    found = embedding_slots(spec)
+    """Return each tensor with its published name, then with that of transformers."""
+    hidden, intermediate = spec.hidden, spec.intermediate
+    found = embedding_tensors(spec)
     for index in range(spec.layers):
-        for field, (shape, published, modern) in modules.items():
-            for part, slot in (("weight", field), ("bias", f"{field}_bias")):
-                names = (
-                    tuple(f"encoder.layer.{index}.{module}.{part}" for module in published),
-                    tuple(f"layers.{index}.{module}.{part}" for module in modern),
-                )
-                swapped = names[0] if field == "up" else ()
-                found[f"layers.{index}.{slot}"] = TensorSpec(shape if part == "weight" else shape[:1], names, swapped)
-        del found[f"layers.{index}.up_bias"]
+        layer, old = f"layers.{index}", f"encoder.layer.{index}"
+        q, k, v = (f"{layer}.self_attn.{part}_proj" for part in "qkv")
+        up, gate_and_up = f"{old}.mlp.up_gate_proj", (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        found |= {
+            **weight_and_bias(f"{layer}.qkv", (3 * hidden, hidden), f"{old}.attention.qkv_proj", (q, k, v)),
+            **weight_and_bias(f"{layer}.out", (hidden, hidden), f"{old}.attention.o_proj", f"{layer}.self_attn.o_proj"),
+            **weight_and_bias(
+                f"{layer}.attention_norm", (hidden,), f"{old}.attn_ln", f"{layer}.post_attention_layernorm"
+            ),
+            **weight_and_bias(f"{layer}.up", (spec.up_rows, hidden), up, gate_and_up, bias=False),
+            **weight_and_bias(
+                f"{layer}.down", (hidden, intermediate), f"{old}.mlp.down_proj", f"{layer}.mlp.down_proj"
+            ),
+            **weight_and_bias(f"{layer}.mlp_norm", (hidden,), f"{old}.mlp_ln", f"{layer}.post_mlp_layernorm"),
+        }
+        found[f"{layer}.up"] = replace(found[f"{layer}.up"], up_before_gate=(f"{up}.weight",))
     return found
 
 

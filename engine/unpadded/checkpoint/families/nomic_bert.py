@@ -1,8 +1,8 @@
 """NomicBERT: nomic-embed-text v1, v1.5 and v2-moe, nomic-bert-2048, CodeRankEmbed, arctic-embed-m-long.
 
-Two vocabularies of keys and tensor names are in use, the published code's ("legacy") and that of transformers 5, often
-side by side. Where both speak they must agree. A legacy configuration that leaves a key out means the default of the
-published configuration class; without any legacy key the default is that of transformers' NomicBertConfig.
+Checkpoints use the keys and tensor names of the published code ("legacy"), those of transformers 5, or both; where both
+are present, they must agree. In a configuration with a legacy key, an absent key has the default of the published
+configuration class; without any legacy key, that of transformers' NomicBertConfig.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from typing import Any
 
 from unpadded.checkpoint.family import PREFIXES, Family
 from unpadded.checkpoint.json_config import (
+    ROPE_OBJECTS,
     consistent,
     contradiction,
     flag,
+    flatten_rope,
+    hidden_and_heads,
     integer,
     not_implemented,
+    number,
     one_of,
     positive,
     require_defaults,
     required,
+    rope_keys,
     text,
 )
-from unpadded.checkpoint.spec import GATED, Activation, EncoderSpec, Experts, Rotary, TensorSpec
+from unpadded.checkpoint.spec import GATED, Activation, EncoderSpec, Experts, Rotary, TensorSpec, weight_and_bias
 from unpadded.errors import ConfigError
 
 LEGACY_KEYS = ("n_embd", "n_layer", "n_head", "activation_function", "rotary_emb_fraction", "qkv_proj_bias")
 TRAINED_LENGTH = 2048
-MULTIPLE = 256  # the published gated MLP rounds its width up to this; the plain one does not
+WIDTH_MULTIPLE = 256  # the published code rounds the width of a gated MLP up to a multiple of this
 
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": "swiglu",
@@ -39,9 +44,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# transformers' NomicBertMLP is always gated, and names the activation of the gate
+# the MLP of transformers is always gated, and its activation is the gate's
 GATES: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-OFFERED: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "prenorm": False,
     "parallel_block": False,
     "parallel_block_tied_norm": False,
@@ -59,13 +64,11 @@ OFFERED: dict[str, Any] = {
     "rotary_emb_scale_base": None,
     "rotary_head_dim": False,
 }
-ROPE_KEYS = frozenset(
-    {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"}
-)
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type, or without one by the names that only NomicBERT gives its tensors."""
+    """Match by model_type, or without one by tensor names of the published code, also ModernBERT's."""
     model_type = config.get("model_type")
     return model_type == "nomic_bert" or (
         model_type is None and any(name.endswith(("layers.0.attn.Wqkv.weight", "emb_ln.weight")) for name in names)
@@ -73,18 +76,10 @@ def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """ConfigError for contradictory keys, and for what is not implemented."""
-    require_defaults(config, OFFERED)
+    require_defaults(config, DEFAULTS)
     legacy = any(key in config for key in LEGACY_KEYS)
-    hidden = required(config, ("n_embd", "hidden_size"), integer)
-    heads = required(config, ("n_head", "num_attention_heads"), integer)
-    head_dim = hidden // heads
-    if hidden % heads or head_dim % 2:
-        raise ConfigError(
-            f"{hidden} hidden dimensions do not make {heads} heads of an even width; "
-            "correct n_embd and n_head (hidden_size and num_attention_heads)"
-        )
-    require_defaults(config, {"head_dim": head_dim, "num_heads_kv": heads, "num_key_value_heads": heads})
+    hidden, heads = hidden_and_heads(config, ("n_embd", "hidden_size"), ("n_head", "num_attention_heads"))
+    require_defaults(config, {"num_heads_kv": heads, "num_key_value_heads": heads})
     activation = _activation(config, legacy)
     attention_bias = _bias(config, "qkv_proj_bias", legacy)
     layers = required(config, ("n_layer", "num_hidden_layers"), integer)
@@ -95,7 +90,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
         heads=heads,
         intermediate=_intermediate(config, legacy, hidden, activation in GATED),
         vocabulary=_vocabulary(config),
-        token_types=2 if config.get("type_vocab_size") is None else integer(config, "type_vocab_size", least=0),
+        token_types=2 if config.get("type_vocab_size") is None else integer(config, "type_vocab_size", minimum=0),
         position_rows=0,
         rotary=_rotary(config, legacy),
         activation=activation,
@@ -109,74 +104,74 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
 
 
 def tensors(spec: EncoderSpec) -> dict[str, TensorSpec]:
-    """Return the shape and stored names of each tensor of the encoder."""
-    found = {"word": TensorSpec((spec.vocabulary, spec.hidden), (("embeddings.word_embeddings.weight",),))}
-    if spec.token_types:
-        found["token_type"] = TensorSpec(
-            (spec.token_types, spec.hidden), (("embeddings.token_type_embeddings.weight",),)
-        )
-    found |= _norm_slots("norm", spec.hidden, "emb_ln", "embeddings.LayerNorm")
-    dense, of_experts = _layer_slots(spec), _expert_slots(spec)
-    for index in range(spec.layers):
-        prefixes = (f"encoder.layers.{index}.", f"layers.{index}.")
-        for field, slot in (of_experts if spec.experts and index in spec.experts.layers else dense).items():
-            names = tuple(tuple(prefix + name for name in names) for names in slot.alternatives for prefix in prefixes)
-            found[f"layers.{index}.{field}"] = TensorSpec(slot.shape, names)
-    return found
-
-
-def _layer_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
     hidden = spec.hidden
-    gate_and_up = tuple(product(("mlp.fc12", "mlp.gate_proj"), ("mlp.fc11", "mlp.up_proj")))
-    matrices: dict[str, tuple[int, int, bool, tuple[tuple[str, ...], ...]]] = {
-        "qkv": (
-            3 * hidden,
-            hidden,
-            spec.qkv_bias,
-            (("attn.Wqkv",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ),
-        "out": (hidden, hidden, spec.out_bias, (("attn.out_proj",), ("self_attn.o_proj",))),
-        "up": (spec.up_rows, hidden, spec.up_bias, gate_and_up if spec.gated else (("mlp.fc1",),)),
-        "down": (hidden, spec.intermediate, spec.down_bias, (("mlp.fc2",), ("mlp.down_proj",))),
+    found = {
+        **weight_and_bias("word", (spec.vocabulary, hidden), "embeddings.word_embeddings", bias=False),
+        **weight_and_bias("norm", (hidden,), "emb_ln", "embeddings.LayerNorm"),
     }
-    found = {}
-    for field, (rows, columns, has_bias, modules) in matrices.items():
-        found[field] = TensorSpec((rows, columns), _of_modules(modules, "weight"))
-        if has_bias:
-            found[f"{field}_bias"] = TensorSpec((rows,), _of_modules(modules, "bias"))
-    found |= _norm_slots("attention_norm", hidden, "norm1", "post_attention_layernorm")
-    found |= _norm_slots("mlp_norm", hidden, "norm2", "post_mlp_layernorm")
+    if spec.token_types:
+        found |= weight_and_bias(
+            "token_type", (spec.token_types, hidden), "embeddings.token_type_embeddings", bias=False
+        )
+    for index in range(spec.layers):
+        found |= _attention_tensors(spec, index)
+        if spec.experts and index in spec.experts.layers:
+            found |= _expert_tensors(spec, spec.experts.num_experts, index)
+        else:
+            found |= _mlp_tensors(spec, index)
     return found
 
 
-def _expert_slots(spec: EncoderSpec) -> dict[str, TensorSpec]:
-    """A layer of experts: neither product has a bias of its own, one is added to their sum."""
-    if spec.experts is None:
-        return {}
-    hidden, rows = spec.hidden, spec.experts.num_experts * spec.intermediate
-    found = {field: slot for field, slot in _layer_slots(spec).items() if field not in ("up_bias", "down_bias")}
-    return found | {
-        "router": TensorSpec((spec.experts.num_experts, hidden), (("mlp.router.layer.weight",),)),
-        "up": TensorSpec((rows, hidden), (("mlp.experts.mlp.w1",),)),
-        "down": TensorSpec((rows, hidden), (("mlp.experts.mlp.w2",),)),
-        "down_bias": TensorSpec((hidden,), (("mlp.experts.bias",),)),
-    }
-
-
-def _norm_slots(slot: str, hidden: int, *modules: str) -> dict[str, TensorSpec]:
-    spellings = tuple((module,) for module in modules)
+def _attention_tensors(spec: EncoderSpec, index: int) -> dict[str, TensorSpec]:
+    """Return the tensors of attention and of both norms."""
+    layer, hidden = f"layers.{index}", spec.hidden
+    qkv = _spellings(index, "attn.Wqkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+    out = _spellings(index, "attn.out_proj", "self_attn.o_proj")
+    attention_norm = _spellings(index, "norm1", "post_attention_layernorm")
+    mlp_norm = _spellings(index, "norm2", "post_mlp_layernorm")
     return {
-        slot: TensorSpec((hidden,), _of_modules(spellings, "weight")),
-        f"{slot}_bias": TensorSpec((hidden,), _of_modules(spellings, "bias")),
+        **weight_and_bias(f"{layer}.qkv", (3 * hidden, hidden), *qkv, bias=spec.qkv_bias),
+        **weight_and_bias(f"{layer}.out", (hidden, hidden), *out, bias=spec.out_bias),
+        **weight_and_bias(f"{layer}.attention_norm", (hidden,), *attention_norm),
+        **weight_and_bias(f"{layer}.mlp_norm", (hidden,), *mlp_norm),
     }
 
 
-def _of_modules(spellings: tuple[tuple[str, ...], ...], part: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(f"{module}.{part}" for module in modules) for modules in spellings)
+def _mlp_tensors(spec: EncoderSpec, index: int) -> dict[str, TensorSpec]:
+    layer, hidden = f"layers.{index}", spec.hidden
+    gate_and_up = product(("mlp.fc12", "mlp.gate_proj"), ("mlp.fc11", "mlp.up_proj"))
+    up = _spellings(index, *gate_and_up) if spec.gated else _spellings(index, "mlp.fc1")
+    down = _spellings(index, "mlp.fc2", "mlp.down_proj")
+    return {
+        **weight_and_bias(f"{layer}.up", (spec.up_rows, hidden), *up, bias=spec.up_bias),
+        **weight_and_bias(f"{layer}.down", (hidden, spec.intermediate), *down, bias=spec.down_bias),
+    }
+
+
+def _expert_tensors(spec: EncoderSpec, num_experts: int, index: int) -> dict[str, TensorSpec]:
+    """Return the tensors of a mixture-of-experts MLP. Its only bias is added to the sum of the experts' outputs."""
+    rows = num_experts * spec.intermediate
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {
+        "router": ((num_experts, spec.hidden), "mlp.router.layer.weight"),
+        "up": ((rows, spec.hidden), "mlp.experts.mlp.w1"),
+        "down": ((rows, spec.hidden), "mlp.experts.mlp.w2"),
+        "down_bias": ((spec.hidden,), "mlp.experts.bias"),
+    }
+    return {
+        f"layers.{index}.{name}": TensorSpec(shape, _spellings(index, stored))
+        for name, (shape, stored) in tensors.items()
+    }
+
+
+def _spellings(index: int, *names: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the names inside a layer with both of the layer's names before them."""
+    layers = (f"encoder.layers.{index}", f"layers.{index}")
+    stacked = [(name,) if isinstance(name, str) else name for name in names]
+    return tuple(tuple(f"{layer}.{name}" for name in parts) for parts in stacked for layer in layers)
 
 
 def _activation(config: Mapping[str, Any], legacy: bool) -> Activation:
-    """`activation_function` names the whole MLP, `hidden_act` the activation of its gate."""
+    """Read `activation_function`, which names the whole MLP, and `hidden_act`, which names its gate's activation."""
     if config.get("activation_function") is None:
         if config.get("hidden_act") is not None or not legacy:
             return GATES[one_of({"hidden_act": "silu", **config}, "hidden_act", GATES)]
@@ -202,7 +197,7 @@ def _intermediate(config: Mapping[str, Any], legacy: bool, hidden: int, gated: b
     if stated is None and not legacy:
         raise ConfigError("config.json lacks intermediate_size (n_inner); add it")
     width = stated or (8 * hidden // 3 if gated else 4 * hidden)
-    width = -(-width // MULTIPLE) * MULTIPLE if gated else width
+    width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE if gated else width
     if exact not in (None, width):
         rounding = f", which the published code rounds to {width}," if width != stated else ""
         raise ConfigError(
@@ -213,19 +208,20 @@ def _intermediate(config: Mapping[str, Any], legacy: bool, hidden: int, gated: b
 
 
 def _experts(config: Mapping[str, Any], layers: int, activation: Activation) -> Experts | None:
-    """On every n-th layer, the second of each n."""
-    every = None if config.get("moe_every_n_layers") is None else integer(config, "moe_every_n_layers", least=0)
-    count = None if config.get("num_experts") is None else integer(config, "num_experts", least=0)
-    if not count or every == 0:
+    """Return the experts of every n-th layer, starting with the second one."""
+    every = None if config.get("moe_every_n_layers") is None else integer(config, "moe_every_n_layers", minimum=0)
+    num_experts = None if config.get("num_experts") is None else integer(config, "num_experts", minimum=0)
+    if not num_experts or every == 0:
         return None
     if activation in GATED:
-        raise not_implemented("num_experts", count, f"0 where the activation is {activation}")
+        raise not_implemented("num_experts", num_experts, f"0 with the activation {activation}")
     if every is None:
-        raise ConfigError(f"num_experts = {count} without moe_every_n_layers; add it")
-    top = required(config, ("moe_top_k",), integer)
-    if top > count:
-        raise ConfigError(f"moe_top_k = {top} of num_experts = {count}; correct config.json")
-    return Experts(layers=tuple(index for index in range(layers) if index % every == 1), num_experts=count, top_k=top)
+        raise ConfigError(f"num_experts = {num_experts} without moe_every_n_layers; add it")
+    top_k = required(config, ("moe_top_k",), integer)
+    if top_k > num_experts:
+        raise ConfigError(f"moe_top_k = {top_k} exceeds num_experts = {num_experts}; correct config.json")
+    expert_layers = tuple(index for index in range(layers) if index % every == 1)
+    return Experts(layers=expert_layers, num_experts=num_experts, top_k=top_k)
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:
@@ -235,58 +231,44 @@ def _vocabulary(config: Mapping[str, Any]) -> int:
 
 
 def _rotary(config: Mapping[str, Any], legacy: bool) -> Rotary:
-    rope: dict[str, Any] = {}
-    for source in ("rope_parameters", "rope_scaling"):
-        inside = config.get(source) or {}
-        if not isinstance(inside, dict) or inside.keys() - ROPE_KEYS:
-            raise not_implemented(source, inside, sorted(ROPE_KEYS))
-        rope |= {f"{source}.{key}": value for key, value in inside.items()}
-    stated = {**config, **rope}
-
-    def spelled(key: str) -> tuple[str, ...]:
-        return (f"rope_parameters.{key}", f"rope_scaling.{key}")
-
-    fractions = ("rotary_emb_fraction", "partial_rotary_factor", *spelled("partial_rotary_factor"))
-    fraction = consistent(stated, fractions, _number)
+    flat = flatten_rope(config, ROPE_KEYS)
+    legacy_defaults = legacy and not any(config.get(source) for source in ROPE_OBJECTS)
+    fraction_keys = ("rotary_emb_fraction", "partial_rotary_factor", *rope_keys("partial_rotary_factor"))
+    fraction = consistent(flat, fraction_keys, number)
     if fraction is None:
-        # the published class's default is no rotary at all
-        fraction = 0.0 if legacy and not rope else 1.0
+        fraction = 0.0 if legacy_defaults else 1.0  # the published class has no rotary embedding by default
     if fraction != 1:
         raise not_implemented("rotary_emb_fraction", fraction, 1.0)
-    base = consistent(stated, ("rotary_emb_base", "rope_theta", *spelled("rope_theta")), positive)
+    base = consistent(flat, ("rotary_emb_base", "rope_theta", *rope_keys("rope_theta")), positive)
     return Rotary(
-        base=base or (10000.0 if legacy and not rope else 1000.0),
-        trained_length=_trained_length(stated, legacy, spelled("original_max_position_embeddings")),
-        scaling_factor=_scaling_factor(stated, spelled("rope_type") + spelled("type"), spelled("factor")),
+        base=base or (10000.0 if legacy_defaults else 1000.0),
+        trained_length=_trained_length(flat, legacy),
+        scaling_factor=_scaling_factor(flat),
     )
 
 
-def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} = {value!r} is not a number; correct config.json")
-    return float(value)
+def _trained_length(flat: Mapping[str, Any], legacy: bool) -> int:
+    """Return the trained length, which a legacy max_position_embeddings is not.
 
-
-def _trained_length(stated: Mapping[str, Any], legacy: bool, original: tuple[str, ...]) -> int:
-    """Not max_position_embeddings where a key is legacy: nomic-embed-text-v1 was trained to 2048 and states 8192."""
-    trained = consistent(stated, ("max_trained_positions", *original), integer)
+    nomic-embed-text-v1 was trained with 2048 tokens and has max_position_embeddings = 8192.
+    """
+    trained = consistent(flat, ("max_trained_positions", *rope_keys("original_max_position_embeddings")), integer)
     if trained is None and not legacy:
-        trained = consistent(stated, ("max_position_embeddings",), integer)
+        trained = consistent(flat, ("max_position_embeddings",), integer)
     return trained or TRAINED_LENGTH
 
 
-def _scaling_factor(stated: Mapping[str, Any], types: tuple[str, ...], factors: tuple[str, ...]) -> float | None:
-    """`rotary_scaling_factor`: null leaves it to the rope parameters, where `dynamic` is the same formula."""
-    rope_type = consistent(stated, types, text)
+def _scaling_factor(flat: Mapping[str, Any]) -> float | None:
+    """Return `rotary_scaling_factor`, or if it is null the factor of rope type "dynamic", which is the same formula."""
+    type_keys, factor_keys = rope_keys("rope_type", "type"), ("rotary_scaling_factor", *rope_keys("factor"))
+    rope_type = consistent(flat, type_keys, text)
     if rope_type not in (None, "default", "dynamic"):
         raise not_implemented("rope_type", rope_type, "default, dynamic")
-    factor = consistent(stated, ("rotary_scaling_factor", *factors), positive)
+    factor = consistent(flat, factor_keys, positive)
     if rope_type == "dynamic" and factor is None:
         raise ConfigError("rope_type = 'dynamic' without a factor; add rope_parameters.factor")
     if rope_type == "default" and factor is not None:
-        keys = [key for key in (*types, "rotary_scaling_factor", *factors) if stated.get(key) is not None]
-        raise contradiction({key: stated[key] for key in keys})
+        raise contradiction({key: flat[key] for key in (*type_keys, *factor_keys) if flat.get(key) is not None})
     return factor
 
 

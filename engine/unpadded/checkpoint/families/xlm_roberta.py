@@ -16,13 +16,12 @@ PADDING_ID = 1
 
 
 def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By model_type alone: the tensors have BERT's names. jina-embeddings-v3 bears it too."""
+    """Match by model_type, which jina-embeddings-v3 shares: the tensors have BERT's names."""
     return config.get("model_type") in MODEL_TYPES and config.get("position_embedding_type") != "rotary"
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """ConfigError for what BERT refuses."""
-    padding_id = PADDING_ID if config.get("pad_token_id") is None else integer(config, "pad_token_id", least=0)
+    padding_id = PADDING_ID if config.get("pad_token_id") is None else integer(config, "pad_token_id", minimum=0)
     return replace(bert.read_config(config), family="xlm_roberta", padding_id=padding_id)
 
 
