@@ -305,7 +305,7 @@ def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(tmp_pa
     flags = ["-m", str(minilm), "--device", "cpu", "--part-rows", "4", "--on-error", "skip", "--carry", "doc,n"]
     command = ["embed", str(source), *flags, "--resume", "-o"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    small_windows = "import unpadded; unpadded.tokenization.windows.WINDOW_TEXTS = 16"
+    small_windows = "import unpadded; unpadded.tokenization.windows.WindowReader.max_texts = 16"
     assert main([*command, f"{whole}/"]) == 0
 
     def parts() -> int:
@@ -407,7 +407,7 @@ def test_on_error_may_change_when_a_job_is_resumed(
     engine: unpadded.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stopped at an invalid row keeps its parts, and --on-error does not affect the rows in them."""
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:20], {17: b"{"})
     assert embed(source, "-o", "parts/", "--part-rows", "4") == 2
     assert sorted(os.listdir("parts"))[:2] == ["_manifest.json", "part-000000.parquet"]

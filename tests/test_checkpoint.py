@@ -283,7 +283,7 @@ def test_the_scaling_factor_can_be_overridden(tmp_path: Path, bert: Path) -> Non
         rotary = open_checkpoint(folder, rotary_scaling_factor=factor).spec.rotary
         assert rotary == Rotary(base=1000.0, trained_length=2048, scaling_factor=factor)
     assert open_checkpoint(bert, rotary_scaling_factor=None).spec.rotary is None
-    with pytest.raises(OptionError, match="rotary_scaling_factor = 2 .*bert has no rotary.*; omit"):
+    with pytest.raises(OptionError, match=r"rotary_scaling_factor = 2 .*bert has no rotary.*; omit"):
         open_checkpoint(bert, rotary_scaling_factor=2)
     for wrong in (0, -1.0, float("nan"), True, "two"):
         with pytest.raises(OptionError, match=r"rotary_scaling_factor = .*; use"):
@@ -366,7 +366,7 @@ def test_a_missing_folder_raises(tmp_path: Path, nomic: Path) -> None:
         open_checkpoint("")
     with pytest.raises(CheckpointError, match="is a file"):
         open_checkpoint(nomic / "config.json")
-    with pytest.raises(OptionError, match="revision = 'main'.* folder.*; omit"):
+    with pytest.raises(OptionError, match=r"revision = 'main'.* folder.*; omit"):
         open_checkpoint(nomic, revision="main")
 
 

@@ -80,7 +80,7 @@ def test_no_texts_give_empty_results(engine):
 
 
 def test_stream_reads_one_window_ahead(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 50)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 50)
     texts = (f"text number {index}" for index in itertools.count())
     blocks = engine.stream(texts)
     first, second = next(blocks), next(blocks)
@@ -90,7 +90,7 @@ def test_stream_reads_one_window_ahead(engine, monkeypatch):
 
 
 def test_texts_are_read_in_the_callers_thread(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     threads = set()
 
     def texts():
@@ -111,7 +111,7 @@ def test_texts_of_one_window_start_no_thread(engine, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", fail)
     assert np.array_equal(engine.encode(["a", "b"]), expected)
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     with pytest.raises(AssertionError, match="unpadded-tokenize"):
         engine.encode(["a", "b", "c"])
 
@@ -122,7 +122,7 @@ def test_encode_works_without_a_stderr(engine, monkeypatch):
 
 
 def test_a_bad_text_of_a_later_window_keeps_the_earlier_blocks(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     blocks = engine.stream(["a", "b", "c", None, "e"])
     assert len(next(blocks).vectors) == 2
     with pytest.raises(unpadded.InputError, match="text 3 is neither"):
@@ -131,7 +131,7 @@ def test_a_bad_text_of_a_later_window_keeps_the_earlier_blocks(engine, monkeypat
 
 
 def test_interrupted_calls_stop_their_threads(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     before = threading.active_count()
     blocks = engine.stream(str(index) for index in itertools.count())
     next(blocks)

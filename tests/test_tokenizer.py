@@ -1,9 +1,8 @@
-"""Text to ids, against transformers' own tokenizer and against truncating the whole text's tokens."""
+"""Text to ids, against the tokenizer of transformers and against truncating all tokens of a text."""
 
 import json
 import random
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 from unpadded.errors import CheckpointError, InputError, OptionError
 from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded.tokenization.truncation import TextSlicer
 
 PROSE = (
     "Whether I shall turn out to be the hero of my own life, or whether that station will be held by anybody else, "
@@ -54,7 +54,7 @@ def awkward_text(rng: random.Random, pieces: int) -> str:
 
 
 def whole_ids(backend: tokenizers.Tokenizer, text: str, prompt: str, max_length: int, truncation: str) -> list[int]:
-    """The definition: tokenize everything, then drop tokens."""
+    """Return the ids by definition: tokenize everything, then drop tokens."""
     full = backend.encode(prompt + text)
     if len(full) <= max_length or truncation == "right":
         return [full.ids[0], *full.ids[1:-1][: max_length - 2], full.ids[-1]]
@@ -64,13 +64,13 @@ def whole_ids(backend: tokenizers.Tokenizer, text: str, prompt: str, max_length:
 
 
 def add_tokens(backend: tokenizers.Tokenizer) -> None:
-    """Added tokens of every sort: taking the spaces around, of many words, matched after normalization."""
+    """Add tokens of every kind: including surrounding spaces, of several words, matched after normalization."""
     backend.add_special_tokens([AddedToken("<m>", lstrip=True, rstrip=True), AddedToken("<|-+-|>")])
     backend.add_tokens([AddedToken("tik-tok", normalized=True)])
 
 
 def trained(kind: str) -> tokenizers.Tokenizer:
-    """A tokenizer of another kind than BERT's, trained on the spot."""
+    """Train a tokenizer of another kind than BERT's."""
     special = ["<s>", "</s>", "<unk>"]
     corpus = [PROSE, *AWKWARD]
     if kind == "unigram":
@@ -99,23 +99,23 @@ def trained(kind: str) -> tokenizers.Tokenizer:
     return backend
 
 
-class Counting:
-    """A tokenizer that counts the characters it is given."""
+class RecordingBackend:
+    """A `tokenizers` object that records the texts of every call."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
-        self.characters = 0
+        self.calls: list[list[str]] = []
 
-    def count(self, texts: Iterable[str]) -> list[str]:
-        texts = list(texts)
-        self.characters += sum(map(len, texts))
-        return texts
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
 
-    def encode_batch(self, texts, **options):
-        return self.backend.encode_batch(self.count(texts), **options)
+    def encode_batch(self, texts: list[str], **options: bool) -> list[tokenizers.Encoding]:
+        self.calls.append(texts)
+        return self.backend.encode_batch(texts, **options)
 
-    def encode_batch_fast(self, texts, **options):
-        return self.backend.encode_batch_fast(self.count(texts), **options)
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> list[tokenizers.Encoding]:
+        self.calls.append(texts)
+        return self.backend.encode_batch_fast(texts, **options)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def ids_of(rows) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("max_length", [3, 9, 64, 512])
-def test_right_truncation_is_transformers(bert: Tokenizer, minilm: Path, max_length: int) -> None:
+def test_right_truncation_equals_transformers(bert: Tokenizer, minilm: Path, max_length: int) -> None:
     reference = AutoTokenizer.from_pretrained(minilm)
     texts = [*AWKWARD, PROSE * 20, "中" * 5000]
     rows = bert.encode(texts, max_length=max_length)
@@ -150,7 +150,7 @@ def test_right_truncation_is_transformers(bert: Tokenizer, minilm: Path, max_len
     "settings", [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}]
 )
 @pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.txt"])
-def test_settings_are_transformers(minilm: Path, tmp_path: Path, kept: str, settings: dict[str, bool]) -> None:
+def test_settings_work_as_in_transformers(minilm: Path, tmp_path: Path, kept: str, settings: dict[str, bool]) -> None:
     shutil.copy(minilm / kept, tmp_path)
     config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "cls_token": {"content": "[CLS]"}} | settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"cls_token": "[CLS]"}))
@@ -159,7 +159,7 @@ def test_settings_are_transformers(minilm: Path, tmp_path: Path, kept: str, sett
     assert ids_of(Tokenizer.from_folder(tmp_path).encode(AWKWARD, max_length=512)) == reference(AWKWARD)["input_ids"]
 
 
-def test_lower_case_comes_before_the_tokenizers_own_normalization(minilm: Path, tmp_path: Path) -> None:
+def test_lower_case_is_applied_before_normalization(minilm: Path, tmp_path: Path) -> None:
     shutil.copy(minilm / "vocab.txt", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     texts = ["The Été of ZÜRICH", "ÀÉ"]
@@ -172,10 +172,10 @@ def test_lower_case_comes_before_the_tokenizers_own_normalization(minilm: Path, 
 @pytest.mark.parametrize("truncation", ["right", "left"])
 @pytest.mark.parametrize("prompt", ["", "search_query: ", "e", "tik-"])
 @pytest.mark.parametrize("kind", ["bert", "bert with added tokens", "bytes", "unigram", "grouped digits"])
-def test_slices_change_nothing(
+def test_slices_do_not_change_ids(
     kind: str, prompt: str, truncation: str, bert_backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.tokenization.tokenizer.CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(TextSlicer, "characters_per_token", 1)
     backend = bert_backend
     if kind == "bert with added tokens":
         backend = tokenizers.Tokenizer.from_str(bert_backend.to_str())
@@ -194,10 +194,10 @@ def test_slices_change_nothing(
 
 @pytest.mark.parametrize("truncation", ["right", "left"])
 @pytest.mark.parametrize("fragment", ["[SEP]", "<|-+-|>", "e\u0301\u0323", "a" * 120, "\x01", " ", "中", "a-b "])
-def test_a_cut_at_every_place_of_a_fragment(
+def test_a_slice_can_end_anywhere_in_a_fragment(
     fragment: str, truncation: str, bert_backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.tokenization.tokenizer.CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(TextSlicer, "characters_per_token", 1)
     backend = tokenizers.Tokenizer.from_str(bert_backend.to_str())
     add_tokens(backend)
     tokenizer = Tokenizer(backend, Path("added"))
@@ -209,28 +209,27 @@ def test_a_cut_at_every_place_of_a_fragment(
 
 
 @pytest.mark.parametrize("truncation", ["right", "left", "error"])
-def test_cost_does_not_grow_with_the_document(bert: Tokenizer, minilm: Path, truncation: str) -> None:
-    tokenizer = Tokenizer.from_folder(minilm)
-    counting = Counting(tokenizer._backend)
-    tokenizer._backend = counting
-    spent = []
+def test_cost_does_not_grow_with_the_text(bert: Tokenizer, minilm: Path, truncation: str) -> None:
+    backend = RecordingBackend(bert.backend)
+    tokenizer = Tokenizer(backend, minilm)
+    characters = []
     for length in (20_000, 1_200_000):
-        counting.characters = 0
+        backend.calls.clear()
         text = (PROSE * (length // len(PROSE) + 1))[:length]
         if truncation == "error":
-            with pytest.raises(InputError, match="tokens, at most 512 fit"):
+            with pytest.raises(InputError, match="tokens, and the maximum is 512"):
                 tokenizer.encode([text], max_length=512, truncation=truncation)
         else:
             tokenizer.encode([text], max_length=512, prompt="search_query: ", truncation=truncation)
-        spent.append(counting.characters)
-    # Naming the length of the shorter text takes all of it once.
-    assert spent[1] <= spent[0] and spent[1] < 512 * 6 + 1000
+        characters.append(sum(len(text) for texts in backend.calls for text in texts))
+    # the error names the length of the shorter text, which is tokenized entirely for it
+    assert characters[1] <= characters[0] and characters[1] < 512 * 6 + 1000
 
 
 @pytest.mark.parametrize(
     "text", ["x" * 1_000_000, " " * 1_000_000, "中" * 1_000_000, "[SEP]" * 200_000, "\x00" * 1_000_000]
 )
-def test_a_million_characters(bert: Tokenizer, bert_backend: tokenizers.Tokenizer, text: str) -> None:
+def test_a_text_of_a_million_characters(bert: Tokenizer, bert_backend: tokenizers.Tokenizer, text: str) -> None:
     body = bert_backend.encode(text[:20_000] if text[0] in "中[" else text, add_special_tokens=False).ids
     (row,) = bert.encode([text], max_length=128)
     assert row.ids.tolist() == [101, *body[:126], 102]
@@ -252,9 +251,9 @@ def test_right_truncation_keeps_the_prompt(bert: Tokenizer) -> None:
     assert row.ids[: len(prompt.ids) - 1].tolist() == prompt.ids[:-1].tolist()
 
 
-def test_too_long_is_an_error_that_names_text_and_length(bert: Tokenizer) -> None:
+def test_truncation_error_names_text_and_length(bert: Tokenizer) -> None:
     texts = ["fits", "one two three four", PROSE * 5000]
-    with pytest.raises(InputError, match=r"text 11 is too long: 6 tokens, at most 5 fit"):
+    with pytest.raises(InputError, match=r"text 11 is too long: 6 tokens, and the maximum is 5;"):
         bert.encode(texts, max_length=5, truncation="error", indices=range(10, 10 + len(texts)))
     with pytest.raises(InputError, match=r"text 0 is too long: more than 512 tokens"):
         bert.encode(texts[2:], max_length=512, truncation="error")
@@ -264,65 +263,56 @@ def test_too_long_is_an_error_that_names_text_and_length(bert: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ("a", "pair"), ["a", "pair"]])
-def test_what_is_not_a_string_is_named(bert: Tokenizer, text: object) -> None:
+def test_an_input_that_is_not_a_string_raises(bert: Tokenizer, text: object) -> None:
     with pytest.raises(InputError, match=f"text 1001 is not a string: {type(text).__name__}; pass strings"):
         bert.encode(["fine", text], max_length=64, indices=[7, 1001])
 
 
 @pytest.mark.parametrize("before", ["", "é", "x" * 100_000])
-def test_a_lone_surrogate_is_named(bert: Tokenizer, before: str) -> None:
+def test_a_lone_surrogate_raises(bert: Tokenizer, before: str) -> None:
     text = f"{before}\ud83d rest"
-    with pytest.raises(InputError, match=rf"text 7 holds a lone surrogate: U\+D83D at character {len(before)}; repair"):
+    with pytest.raises(InputError, match=rf"text 7 .* lone surrogate: U\+D83D at character {len(before)}; repair"):
         bert.encode(["fine", "fine", text], max_length=64, indices=[5, 6, 7])
     repaired = text.encode("utf-8", "replace").decode()
     assert len(bert.encode([repaired], max_length=64)) == 1
 
 
-def test_options_are_checked(bert: Tokenizer) -> None:
+def test_invalid_options_raise(bert: Tokenizer) -> None:
     with pytest.raises(OptionError, match="truncation is unknown: 'middle'; use one of right, left, error"):
         bert.encode(["a"], max_length=8, truncation="middle")
     with pytest.raises(OptionError, match="of 6 tokens, special tokens take 2 and the prompt 4; shorten"):
         bert.encode(["a"], prompt="search_query: ", max_length=6)
-    with pytest.raises(OptionError, match="no room is left for text: of 2 tokens"):
+    with pytest.raises(OptionError, match="of 2 tokens, special tokens take 2 and the prompt 0; shorten"):
         bert.encode(["a"], max_length=2)
     with pytest.raises(OptionError, match="prompt is not text"):
         bert.encode(["a"], prompt="\ud800", max_length=64)
-    with pytest.raises(OptionError, match="overlap does not fit the chunks: 8 tokens, and a chunk holds 8"):
+    with pytest.raises(OptionError, match="overlap does not fit the chunks: 8 tokens, and a chunk has 8"):
         bert.chunks(["a"], chunk_length=10, overlap=8)
 
 
-def test_str_subclasses_and_any_sequence_are_texts(bert: Tokenizer) -> None:
+def test_str_subclasses_and_other_sequences_are_supported(bert: Tokenizer) -> None:
     texts = np.array(["one text", "another"])
     assert ids_of(bert.encode(texts, max_length=64)) == ids_of(bert.encode(texts.tolist(), max_length=64))
     assert bert.encode([], max_length=64) == []
 
 
-def test_blocks_change_nothing(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_ids(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*AWKWARD, PROSE * 30, *AWKWARD]
     expected = ids_of(bert.encode(texts, max_length=50))
-    monkeypatch.setattr("unpadded.tokenization.tokenizer.BLOCK_CHARACTERS", 40)
+    monkeypatch.setattr(Tokenizer, "block_characters", 40)
     assert ids_of(bert.encode(texts, max_length=50)) == expected
 
 
-def test_few_cores_are_kept_busy(bert: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library spreads the texts of a call over the cores, one each."""
-    given: list[int] = []
-    backend = bert.backend
-
-    class Counted:
-        def encode_batch_fast(self, block: list[str], **options: bool) -> list[tokenizers.Encoding]:
-            given.append(len(block))
-            return backend.encode_batch_fast(block, **options)
-
+def test_a_call_uses_a_limited_number_of_cores(bert: Tokenizer) -> None:
+    """The library uses one core per text of a call."""
+    backend = RecordingBackend(bert.backend)
+    tokenizer = Tokenizer(backend, bert.folder, cores=2)
     texts = ["one", "two words", "three", "", "five"]
-    expected = ids_of(bert.encode(texts, max_length=50))
-    monkeypatch.setattr(bert, "_backend", Counted())
-    monkeypatch.setattr(bert, "_cores", 2)
-    assert ids_of(bert.encode(texts, max_length=50)) == expected
-    assert given == [1, 2, 2, 1], "the prompt, and the texts"
+    assert ids_of(tokenizer.encode(texts, max_length=50)) == ids_of(bert.encode(texts, max_length=50))
+    assert [len(call) for call in backend.calls] == [1, 2, 2, 1], "the prompt, and the texts"
 
 
-def test_threads_share_a_tokenizer(bert: Tokenizer) -> None:
+def test_threads_can_share_a_tokenizer(bert: Tokenizer) -> None:
     texts = [*AWKWARD, PROSE * 30]
     expected = {length: ids_of(bert.encode(texts, max_length=length)) for length in range(10, 50)}
     with ThreadPoolExecutor(4) as pool:
@@ -333,8 +323,8 @@ def test_threads_share_a_tokenizer(bert: Tokenizer) -> None:
 @pytest.mark.parametrize("prompt", ["", "search_document: "])
 def test_chunks_cover_the_text_with_overlap(bert: Tokenizer, bert_backend: tokenizers.Tokenizer, prompt: str) -> None:
     before = bert_backend.encode(prompt, add_special_tokens=False).ids
-    room = 40 - 2 - len(before)
-    texts = [PROSE * 3, "", "short", "中" * room, "中" * (room + 1), "中" * (2 * room - 8), "中" * (2 * room - 7)]
+    size = 40 - 2 - len(before)
+    texts = [PROSE * 3, "", "short", "中" * size, "中" * (size + 1), "中" * (2 * size - 8), "中" * (2 * size - 7)]
     for text, chunks in zip(texts, bert.chunks(texts, prompt=prompt, chunk_length=40, overlap=8), strict=True):
         body = bert_backend.encode(text, add_special_tokens=False).ids
         parts = [chunk[1 + len(before) : -1].tolist() for chunk in chunks]
@@ -345,16 +335,15 @@ def test_chunks_cover_the_text_with_overlap(bert: Tokenizer, bert_backend: token
     assert [len(chunks) for chunks in bert.chunks(texts[1:], prompt=prompt, chunk_length=40)] == [1, 1, 1, 2, 2, 3]
 
 
-def test_a_folder_without_tokenizer_loads_and_refuses_text(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_files_loads_and_raises_for_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert tokenizer.vocabulary_size == 0
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor vocab\.txt in .*pass token ids"):
         tokenizer.encode(["text"], max_length=64)
 
 
-def test_broken_files_are_named(minilm: Path, tmp_path: Path) -> None:
+def test_errors_name_broken_files(minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer: .*; fetch"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer: .*; download"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
@@ -365,14 +354,9 @@ def test_broken_files_are_named(minilm: Path, tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     shutil.copy(minilm / "vocab.txt", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": "yes"}')
-    with pytest.raises(CheckpointError, match=r"not understood: \{'lowercase': 'yes'\}; give true or false"):
+    with pytest.raises(CheckpointError, match=r"\{'lowercase': 'yes'\}; use true or false"):
         Tokenizer.from_folder(tmp_path)
     for content in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not"):
             Tokenizer.from_folder(tmp_path)
-
-
-def test_vocabulary_size_counts_added_tokens(bert: Tokenizer) -> None:
-    assert bert.vocabulary_size == 30522
-    assert Tokenizer(trained("bytes"), Path("trained")).vocabulary_size == trained("bytes").get_vocab_size()

@@ -1,4 +1,4 @@
-"""Equal texts of a window are tokenized and run once, on every way through the engine, and each is answered."""
+"""Equal texts of a window are tokenized and embedded once, and each gets its vector."""
 
 import asyncio
 
@@ -7,29 +7,24 @@ import pytest
 from support.checkpoints import write_nomic
 
 import unpadded
+from unpadded.tokenization.windows import WindowReader
 
 TEXTS = ["one", "two words", "one", "a long text " * 300, [101, 2028, 102], "one", "", "a long text " * 300, ""]
 TEXTS += [np.array([101, 2028, 102]), [101, 2028, 102]]
 DISTINCT = 5
+FIELDS = ("vectors", "token_counts", "truncated")
 
 
-class Counting:
-    """Passes on to a runner or a tokenizer, and keeps what it was given."""
+class Recorder:
+    """Calls a method of a backend or a tokenizer and records the texts or sequences passed to it."""
 
-    def __init__(self, inner, name):
-        self.given = []
-        self._inner, self._name = inner, name
+    def __init__(self, method):
+        self.method = method
+        self.inputs = []
 
-    def __getattr__(self, name):
-        found = getattr(self._inner, name)
-        if name != self._name:
-            return found
-
-        def counted(texts, *arguments, **options):
-            self.given += texts
-            return found(texts, *arguments, **options)
-
-        return counted
+    def __call__(self, inputs, *arguments, **options):
+        self.inputs += inputs
+        return self.method(inputs, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -43,73 +38,74 @@ def engine(nomic):
 
 
 @pytest.fixture
-def apart(engine):
-    """What each text gives alone."""
-    found = [engine.embed([text], prompt="") for text in TEXTS]
-    return [np.concatenate([getattr(one, name) for one in found]) for name in ("vectors", "token_counts", "truncated")]
+def expected(engine):
+    """The embeddings of each text alone."""
+    alone = [engine.embed([text], prompt="") for text in TEXTS]
+    return [np.concatenate([getattr(one, name) for one in alone]) for name in FIELDS]
 
 
-def count(engine, monkeypatch, method):
-    runner = Counting(engine._pipeline.backend, method)
-    monkeypatch.setattr(engine._pipeline, "backend", runner)
-    tokenizer = Counting(engine.tokenizer, "encode")
-    monkeypatch.setattr(engine._pipeline._reader, "_tokenizer", tokenizer)
-    return runner, tokenizer
+def record(engine, monkeypatch, method):
+    """Record the sequences passed to a method of the backend, and the texts passed to the tokenizer."""
+    backend = Recorder(getattr(engine._pipeline.backend, method))
+    monkeypatch.setattr(engine._pipeline.backend, method, backend)
+    tokenizer = Recorder(engine.tokenizer.encode)
+    monkeypatch.setattr(engine.tokenizer, "encode", tokenizer)
+    return backend, tokenizer
 
 
-def check(found, apart):
-    for name, expected in zip(("vectors", "token_counts", "truncated"), apart, strict=True):
-        assert np.array_equal(getattr(found, name), expected), name
+def check(embeddings, expected):
+    for name, values in zip(FIELDS, expected, strict=True):
+        assert np.array_equal(getattr(embeddings, name), values), name
 
 
-def test_embed(engine, apart, monkeypatch):
-    runner, tokenizer = count(engine, monkeypatch, "launch")
-    check(engine.embed(TEXTS, prompt=""), apart)
-    assert len(runner.given) == DISTINCT
-    assert tokenizer.given == ["one", "two words", TEXTS[3], ""]
+def test_embed(engine, expected, monkeypatch):
+    backend, tokenizer = record(engine, monkeypatch, "launch")
+    check(engine.embed(TEXTS, prompt=""), expected)
+    assert len(backend.inputs) == DISTINCT
+    assert tokenizer.inputs == ["one", "two words", TEXTS[3], ""]
 
 
-def test_stream_tells_windows_apart(engine, apart, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 4)
-    runner, _ = count(engine, monkeypatch, "launch")
+def test_stream_yields_one_block_per_window(engine, expected, monkeypatch):
+    monkeypatch.setattr(WindowReader, "max_texts", 4)
+    backend, _ = record(engine, monkeypatch, "launch")
     blocks = list(engine.stream(TEXTS, prompt=""))
     assert [len(block.vectors) for block in blocks] == [4, 4, 3]
-    assert np.array_equal(np.concatenate([block.vectors for block in blocks]), apart[0])
-    assert len(runner.given) == 3 + 4 + 2
+    assert np.array_equal(np.concatenate([block.vectors for block in blocks]), expected[0])
+    assert len(backend.inputs) == 3 + 4 + 2
 
 
-def test_aembed(engine, apart, monkeypatch):
-    runner, tokenizer = count(engine, monkeypatch, "launch")
-    check(asyncio.run(engine.aembed(TEXTS, prompt="")), apart)
-    assert len(runner.given) == DISTINCT and len(tokenizer.given) == 4
+def test_aembed(engine, expected, monkeypatch):
+    backend, tokenizer = record(engine, monkeypatch, "launch")
+    check(asyncio.run(engine.aembed(TEXTS, prompt="")), expected)
+    assert len(backend.inputs) == DISTINCT and len(tokenizer.inputs) == 4
 
 
 @pytest.mark.parametrize("texts", [3, 4, 5, 8, 11])
-def test_aembed_takes_every_window(engine, apart, monkeypatch, texts):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 4)
+def test_aembed_reads_every_window(engine, expected, monkeypatch, texts):
+    monkeypatch.setattr(WindowReader, "max_texts", 4)
     found = asyncio.run(engine.aembed(TEXTS[:texts], prompt=""))
-    assert np.array_equal(found.vectors, apart[0][:texts])
+    assert np.array_equal(found.vectors, expected[0][:texts])
 
 
 def test_token_embeddings(engine, monkeypatch):
     expected = [engine.token_embeddings([text], prompt="")[0] for text in TEXTS]
-    runner, _ = count(engine, monkeypatch, "hidden_states")
+    backend, _ = record(engine, monkeypatch, "hidden_states")
     found = engine.token_embeddings(TEXTS, prompt="")
     assert all(np.array_equal(rows, one) for rows, one in zip(found, expected, strict=True))
-    assert len(runner.given) == DISTINCT
+    assert len(backend.inputs) == DISTINCT
 
 
 def test_chunks(nomic, monkeypatch):
     engine = unpadded.load(nomic, device="cpu")
     texts = ["w " * 3000, "short", "w " * 3000, "short"]
-    runner, _ = count(engine, monkeypatch, "launch")
+    backend, _ = record(engine, monkeypatch, "launch")
     found = engine.embed(texts, prompt="", long_text="mean")
-    assert len(runner.given) == 3
+    assert len(backend.inputs) == 3
     assert np.array_equal(found.vectors[:2], found.vectors[2:]) and not np.array_equal(*found.vectors[:2])
     assert found.token_counts.tolist() == found.token_counts[:2].tolist() * 2
 
 
-def test_the_progress_counts_every_text(engine):
+def test_progress_counts_every_text(engine):
     advanced = []
     plan = engine._pipeline.plan(prompt="")
     list(engine._pipeline.blocks(TEXTS, plan, lambda texts, tokens: advanced.append((texts, tokens))))
@@ -117,28 +113,28 @@ def test_the_progress_counts_every_text(engine):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [("\ud800", "text 5 holds a lone"), (7, "text 5 is neither"), ([-1], "text 5 has")]
+    ("text", "message"), [("\ud800", "text 5 contains a lone"), (7, "text 5 is neither"), ([-1], "text 5 has")]
 )
-def test_errors_count_the_texts_as_they_were_given(engine, bad, message):
+def test_errors_name_the_index_of_the_text(engine, text, message):
     with pytest.raises(unpadded.InputError, match=message):
-        engine.embed(["one", "one", "two", "one", "two", bad], prompt="")
+        engine.embed(["one", "one", "two", "one", "two", text], prompt="")
 
 
-def test_too_long_counts_the_texts_as_they_were_given(engine):
+def test_a_truncation_error_names_the_index_of_the_text(engine):
     with pytest.raises(unpadded.InputError, match="text 3 is too long"):
         engine.embed(["one", "one", "one", TEXTS[3], TEXTS[3]], prompt="", truncation="error")
 
 
-def test_what_is_raised_names_the_texts(engine, monkeypatch):
-    error = unpadded.WorkerError("a batch ended 2 workers in a row")
+def test_errors_of_a_batch_name_its_texts(engine, monkeypatch):
+    error = unpadded.WorkerError("a batch crashed 2 workers in a row")
 
     def launch(sequences, options):
         raise error
 
     monkeypatch.setattr(engine._pipeline.backend, "launch", launch)
-    with pytest.raises(unpadded.WorkerError, match=r"2 workers in a row \(it came with texts 0, 2\)"):
+    with pytest.raises(unpadded.WorkerError, match=r"2 workers in a row \(raised for texts 0, 2\)"):
         engine.embed(["one", "one", "two"], prompt="")
     error = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError) as raised:
         engine.embed([f"text {i % 20}" for i in range(40)], prompt="")
-    assert raised.value.__notes__ == ["it came with texts 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"]
+    assert raised.value.__notes__ == ["raised for texts 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"]

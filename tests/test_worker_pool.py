@@ -135,7 +135,7 @@ def killing(texts, at, numbers):
 
 def test_vectors_equal_those_of_one_device(engine, expected, monkeypatch):
     check(engine.embed(PARAGRAPHS), expected)
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 40)
     blocks = list(engine.stream(PARAGRAPHS))
     assert [len(block.vectors) for block in blocks] == [40] * 4
     assert np.array_equal(np.concatenate([block.vectors for block in blocks]), expected.vectors)
@@ -160,7 +160,7 @@ def test_processes_on_the_cpu_share_its_memory(echoes):
 
 @pytest.mark.parametrize("killed", [1, 2])
 def test_embed_survives_killed_processes(engine, expected, killed, caplog, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 40)
     victims = pids(engine)[:killed]
     check(engine.embed(killing(PARAGRAPHS, 100, victims)), expected)
     for pid in victims:
@@ -183,7 +183,7 @@ def test_concurrent_callers_survive_a_killed_process(engine, expected, caplog):
 
 
 def test_an_abandoned_stream_stops_its_threads(engine, expected, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 40)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 40)
     before = threading.active_count()
     blocks = engine.stream(PARAGRAPHS)
     next(blocks)
@@ -193,7 +193,7 @@ def test_an_abandoned_stream_stops_its_threads(engine, expected, monkeypatch):
 
 
 def test_stream_yields_the_blocks_before_a_bad_text(engine, monkeypatch):
-    monkeypatch.setattr("unpadded.tokenization.windows.WINDOW_TEXTS", 2)
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 2)
     blocks = engine.stream(["a", "b", "c", "d", "e", None])
     assert [len(next(blocks).vectors) for _ in range(2)] == [2, 2]
     with pytest.raises(unpadded.InputError, match="text 5 is neither"):
@@ -285,7 +285,7 @@ def test_close_drops_pending_batches(minilm, caplog):
 def test_no_process_outlives_the_parent(minilm, end):
     code = f"""
 import os, signal, unpadded, unpadded.tokenization.windows
-unpadded.tokenization.windows.WINDOW_TEXTS = 50
+unpadded.tokenization.windows.WindowReader.max_texts = 50
 engine = unpadded.load({str(minilm)!r}, device="cpu,cpu", token_budget=64)
 blocks = engine.stream(f"text {{i}}" for i in range(100_000))
 next(blocks)

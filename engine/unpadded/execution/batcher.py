@@ -216,9 +216,9 @@ async def run_windows(
     ahead: tuple[Window, Call] | None = None
 
     async def finish(window: Window, call: Call) -> None:
-        with window.naming(range(len(window.distinct))):
+        with window.naming(range(len(window.sequences))):
             rows = await asyncio.wrap_future(call.future)
-        done.append((window, [rows[i] for i in window.copies]))
+        done.append((window, rows))
         timing.queue += call.started - call.submitted
         timing.inference += time.perf_counter() - call.started
 
@@ -230,7 +230,7 @@ async def run_windows(
             if window is None:
                 break
             accepted = done or ahead
-            call = batcher.submit(window.to_run(), work, max_queued_tokens=None if accepted else max_queued_tokens)
+            call = batcher.submit(window.sequences, work, max_queued_tokens=None if accepted else max_queued_tokens)
             if ahead is not None:
                 behind, ahead = ahead, (window, call)
                 await finish(*behind)

@@ -84,7 +84,7 @@ class EmbeddingPipeline:
         blocks = []
         for window, rows in done:
             vectors = np.stack(list(rows))
-            _check_finite(vectors[window.distinct], window, range(len(window.distinct)))
+            _check_finite(vectors, window, range(len(window.sequences)))
             blocks.append(_finish(window, vectors, plan))
         return join(blocks, plan)
 
@@ -93,26 +93,26 @@ class EmbeddingPipeline:
 
         The next window is tokenized, and its batches are launched, while the device computes.
         """
-        rows = np.empty((0, 0), np.float32)  # of the distinct sequences of the window
+        rows = np.empty((0, 0), np.float32)  # of the window's sequences
         done = 0
         for window, batch, pending in _delayed(self._launched(texts, plan), self.backend.depth):
             if done == 0:
-                rows = np.empty((len(window.distinct), plan.vector_options.dimensions), np.float32)
+                rows = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
             with window.naming(batch):
                 rows[batch] = pending.wait()
             _check_finite(rows[batch], window, batch)
             before, done, total = done, done + len(batch), len(rows)
-            n_texts = len(window.truncated)
-            tokens = sum(len(window.sequences[window.distinct[i]]) for i in batch)
+            n_texts = len(window.texts)
+            tokens = sum(len(window.sequences[i]) for i in batch)
             advance(done * n_texts // total - before * n_texts // total, tokens)
             if done == total:
-                yield _finish(window, rows[window.copies], plan)
+                yield _finish(window, rows, plan)
                 done = 0
 
     def _launched(self, texts: Iterable[Text], plan: Plan) -> Iterator[tuple[Window, list[int], PendingVectors]]:
-        """Launch batch after batch; yield each with its window and the indices of its sequences in `to_run`."""
+        """Launch batch after batch; yield each with its window and the indices of its sequences."""
         for window in self._reader.windows_ahead(texts, plan):
-            sequences = window.to_run()
+            sequences = window.sequences
             for batch in schedule([len(ids) for ids in sequences], self.token_budget):
                 with window.naming(batch):
                     pending = self.backend.launch([sequences[i] for i in batch], plan.vector_options)
@@ -122,7 +122,7 @@ class EmbeddingPipeline:
         """Return the last hidden states of each text: [tokens, hidden] fp32."""
         rows: list[np.ndarray] = []
         for window in self.windows(texts, plan):
-            sequences = window.to_run()
+            sequences = window.sequences
             found: dict[int, np.ndarray] = {}
             for batch in schedule([len(ids) for ids in sequences], self.token_budget):
                 with window.naming(batch):
@@ -130,7 +130,7 @@ class EmbeddingPipeline:
                         [sequences[i] for i in batch], adapter=plan.vector_options.adapter
                     )
                     found |= zip(batch, hidden, strict=True)
-            rows += [found[i] for i in window.copies]
+            rows += [found[i] for i in window.first_sequences]
         return rows
 
 
@@ -163,28 +163,30 @@ def _delayed(items: Iterator[Item], depth: int) -> Iterator[Item]:
 
 
 def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
-    """Return the fp32 vectors of a window's texts. rows: [sequences, dimensions], those of its sequences."""
-    if plan.long_text == "mean":
-        rows = _mean_of_chunks(rows, window.owners, plan.vector_options.normalize)
-    token_counts = np.bincount(window.owners, weights=[len(ids) for ids in window.sequences]).astype(np.int64)
-    return Embeddings(rows, token_counts, window.truncated)
+    """Return the fp32 vectors of a window's texts. rows: [sequences, dimensions], one per sequence."""
+    first = np.array(window.first_sequences)
+    vectors = _mean_of_chunks(rows, first, plan.vector_options.normalize) if plan.long_text == "mean" else rows[first]
+    return Embeddings(vectors, window.token_counts, window.truncated)
 
 
 def _check_finite(vectors: np.ndarray, window: Window, batch: Sequence[int]) -> None:
-    """Raise OutputError unless the vectors of a batch are finite. batch: indices into `window.to_run()`."""
+    """Raise OutputError unless the vectors of a batch are finite. batch: indices into `window.sequences`."""
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
-        index = min(window.text(batch[i]) for i in wrong.tolist())
+        index = min(window.text_index(batch[i]) for i in wrong.tolist())
         raise OutputError(
             f"the vector of text {index} is not finite; the weights may hold NaN, or values exceed the dtype's range: "
             "try dtype='float32' or 'bfloat16'"
         )
 
 
-def _mean_of_chunks(rows: np.ndarray, owners: np.ndarray, normalize: bool) -> np.ndarray:
-    """[chunks, dimensions] -> [texts, dimensions]: the mean of each text's chunks, optionally L2-normalized."""
-    starts = np.flatnonzero(np.diff(owners, prepend=-1))
-    means = np.add.reduceat(rows, starts, axis=0) / np.diff(starts, append=len(owners))[:, None].astype(np.float32)
+def _mean_of_chunks(rows: np.ndarray, first: np.ndarray, normalize: bool) -> np.ndarray:
+    """Return the mean of each text's chunks, optionally L2-normalized: [texts, dimensions].
+
+    rows: [chunks, dimensions]. first: [texts], each text's first chunk, which equal texts share.
+    """
+    starts, text = np.unique(first, return_inverse=True)
+    means = np.add.reduceat(rows, starts, axis=0) / np.diff(starts, append=len(rows))[:, None].astype(np.float32)
     if normalize:
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    return means
+    return means[text]

@@ -117,7 +117,7 @@ class Service:
             max_queued_tokens=self.options.max_queued_tokens,
             timing=usage.timing,
         )
-        return [row for _, rows in results for row in rows]
+        return [rows[i] for window, rows in results for i in window.first_sequences]
 
     def _count_texts(self, texts: Sequence[Text], usage: Usage) -> None:
         if not texts:
@@ -145,7 +145,7 @@ class Service:
                     f"{self.engine.checkpoint.max_length} tokens; shorten it or request truncation",
                 )
             usage.truncated += len(truncated)
-            usage.tokens += sum(map(len, window.sequences))
+            usage.tokens += int(window.token_counts.sum())
             if max_tokens is not None and usage.tokens > max_tokens:
                 raise HTTPError(
                     "too_many_inputs",

@@ -1,4 +1,4 @@
-"""A tokenizer from a checkpoint's files: tokenizer.json, or else BERT's vocab.txt."""
+"""Read a tokenizer from a checkpoint's files: tokenizer.json, or else BERT's vocab.txt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from unpadded.errors import CheckpointError
 
 
 def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
-    """The folder's tokenizer without truncation and padding, or None where it has neither file.
+    """Return the folder's tokenizer without truncation and padding, or None if it has neither file.
 
-    `lower_case` lowers before the tokenizer's own normalization, as sentence-transformers does for `do_lower_case`.
+    lower_case: lower texts before the tokenizer's own normalization, as sentence-transformers does if
+    `do_lower_case` is set.
     """
     settings = _read_settings(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
@@ -28,13 +29,13 @@ def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
     else:
         return None
     if lower_case:
-        own = [backend.normalizer] if backend.normalizer else []
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        existing = [backend.normalizer] if backend.normalizer else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *existing])
     return backend
 
 
 def part_names(part: Normalizer | PreTokenizer | None) -> set[str]:
-    """The types a normalizer or pre-tokenizer is made of, as tokenizer.json names them."""
+    """Return the types of which a normalizer or pre-tokenizer consists, as named in tokenizer.json."""
     return _names(_state(part)) if part else set()
 
 
@@ -44,7 +45,7 @@ def _names(state: dict[str, Any]) -> set[str]:
 
 
 def _state(part: Normalizer | PreTokenizer) -> dict[str, Any]:
-    """A part as tokenizer.json writes it, which is also how it is pickled."""
+    """Return a part as it is written in tokenizer.json, which is also its pickled form."""
     state: dict[str, Any] = json.loads(part.__getstate__())
     return state
 
@@ -55,33 +56,33 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; fetch the file again") from error
+        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is not a JSON object: {type(settings).__name__}; fetch the file again")
+        raise CheckpointError(f"{path} is not a JSON object: {type(settings).__name__}; download it again")
     return settings
 
 
 def _from_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises the bare class, so nothing narrower catches it
-        raise CheckpointError(f"{path} is not a tokenizer: {error}; fetch the file again") from error
+    except Exception as error:  # the library raises no subclass
+        raise CheckpointError(f"{path} is not a tokenizer: {error}; download it again") from error
     backend.no_truncation()
     backend.no_padding()
-    own = _state(backend.normalizer) if backend.normalizer else {}
-    if own.pop("type", None) == "BertNormalizer" and "Bert" in str(settings.get("tokenizer_class") or "Bert"):
-        # transformers' BertTokenizer builds its normalizer from these settings, whatever tokenizer.json says.
-        backend.normalizer = _bert_normalizer(own, settings, path)
+    normalizer = _state(backend.normalizer) if backend.normalizer else {}
+    if normalizer.pop("type", None) == "BertNormalizer" and "Bert" in str(settings.get("tokenizer_class") or "Bert"):
+        # the BertTokenizer of transformers builds its normalizer from these settings, not from tokenizer.json
+        backend.normalizer = _bert_normalizer(normalizer, settings, path)
     return backend
 
 
 def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
-    """BERT's WordPiece from a vocabulary, a token a line."""
+    """Build BERT's WordPiece from a vocabulary with one token per line."""
     try:
         with path.open(encoding="utf-8") as lines:
             vocabulary = {line.rstrip("\n"): index for index, line in enumerate(lines)}
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error}; fetch the file again") from error
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}; download it again") from error
     special: dict[str, str] = {}
     for role in ("unk", "sep", "pad", "cls", "mask"):
         token = settings.get(f"{role}_token") or f"[{role.upper()}]"
@@ -90,7 +91,7 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
     if missing:
         raise CheckpointError(
             f"{path} lacks special tokens: {', '.join(missing)} among {len(vocabulary)} lines; "
-            "name the checkpoint's own in tokenizer_config.json"
+            "name those of the checkpoint in tokenizer_config.json"
         )
     backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk"]))
     backend.normalizer = _bert_normalizer({}, settings, path)
@@ -103,17 +104,17 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _bert_normalizer(own: dict[str, Any], settings: dict[str, Any], path: Path) -> BertNormalizer:
-    words = {
+def _bert_normalizer(defaults: dict[str, Any], settings: dict[str, Any], path: Path) -> BertNormalizer:
+    arguments = {
         "do_lower_case": "lowercase",
         "strip_accents": "strip_accents",
         "tokenize_chinese_chars": "handle_chinese_chars",
     }
-    told = {word: settings[key] for key, word in words.items() if key in settings}
+    stated = {argument: settings[key] for key, argument in arguments.items() if key in settings}
     try:
-        return BertNormalizer(**own | told)
+        return BertNormalizer(**defaults | stated)
     except TypeError as error:
         raise CheckpointError(
-            f"the settings of BERT's normalizer for {path} are not understood: {told}; "
-            "give true or false in tokenizer_config.json"
+            f"the settings of BERT's normalizer for {path} are invalid: {stated}; "
+            "use true or false in tokenizer_config.json"
         ) from error

@@ -41,7 +41,7 @@ def compare(
     rates: flop/s of a large matmul on this machine, by dtype.
     """
     windows = {dtype: list(_windows(engine, texts)) for dtype, engine in model.engines.items()}
-    lengths = np.array([len(ids) for window in next(iter(windows.values())) for ids in window.sequences])
+    lengths = np.concatenate([window.token_counts for window in next(iter(windows.values()))])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "texts.jsonl"
         file.write_text("".join(json.dumps(text) + "\n" for text in texts))
