@@ -1,6 +1,7 @@
-"""Published values on real checkpoints, for those who have them: pytest --checkpoints DIR
+"""Published values of real checkpoints: pytest --checkpoints DIR
 
-DIR holds a folder a checkpoint, as owner/name, owner--name or the hub's own cache has it. all-MiniLM-L6-v2 needs none.
+DIR contains one folder per checkpoint, named owner/name or owner--name, or is the hub's cache. Tests of checkpoints
+that it lacks are skipped. all-MiniLM-L6-v2 is always present.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import unpadded
 
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
-# sentence-transformers, tests/sentence_transformer/test_pretrained.py: cosines in bfloat16, held there to 1%
+# sentence-transformers, tests/sentence_transformer/test_pretrained.py: cosines in bfloat16, with a tolerance of 1%
 QUERY = "Which planet is known as the Red Planet?"
 DOCUMENTS = [
     "Venus is often called Earth's twin because of its similar size and proximity.",
@@ -52,8 +53,8 @@ SIMILARITIES = {
     "thenlper/gte-large": [0.81096, 0.93641, 0.88447, 0.89547],
 }
 
-# text-embeddings-inference, backends/candle/tests/snapshots: pooled as the model says and not normalized, fp32, of
-# "What is Deep Learning?" without a prompt. Its GELU is an approximation, which moves values by 0.1%.
+# text-embeddings-inference, backends/candle/tests/snapshots: vectors of "What is Deep Learning?" without a prompt, fp32
+# and not normalized. Its GELU is an approximation, which changes values by 0.1%.
 POOLED = {
     "Alibaba-NLP/gte-base-en-v1.5": [0.4415129, 0.61066884, 0.06948684, -0.59306145, 0.8815817, -0.10978132],
     "Alibaba-NLP/gte-multilingual-base": [0.016608043, -0.5738141, -1.2647005, 0.1143095, 1.1395286, -1.6311411],
@@ -65,7 +66,7 @@ POOLED = {
     "nomic-ai/nomic-embed-text-v2-moe": [-0.7703948, 0.06603849, -0.74816215, -0.13090475, 0.047573686, -0.7196515],
     MINILM_ID: [-0.59059864, -0.25252345, 0.14972475, 0.05487579, -0.11783009, -0.16678402],
 }
-EXACT = {"nomic-ai/nomic-embed-text-v1.5"}  # without a GELU
+EXACT = {"nomic-ai/nomic-embed-text-v1.5"}  # has no GELU
 
 # transformers, tests/models: (text or token ids, rows and columns of the last hidden state, their values in fp32)
 Span = tuple[slice, slice]
@@ -109,7 +110,7 @@ STATES: dict[str, tuple[str | list[int], Span, list[list[float]]]] = {
         [[1.7039, -4.5610, 1.5236], [1.8685, -3.6936, 1.6641], [0.53303, -4.2081, 2.3375]],
     ),
 }
-# the same of jina-embeddings-v3 by task; there the mask hides a first token, which is left out here
+# the same for jina-embeddings-v3, by task; without the first token of the ids there, which is masked
 JINA_IDS = [345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2]
 JINA_STATES = {
     None: [[-2.1561, 1.8075, -0.1943], [-2.0813, 1.9855, -0.2760], [-2.1181, 2.0043, -0.1322]],
@@ -119,7 +120,7 @@ JINA_STATES = {
     "classification": [[-1.9793, 2.2602, -0.17995], [-1.8780, 2.2660, -0.21822], [-1.9202, 2.4457, -0.00022832]],
     "text-matching": [[-1.6952, 1.8568, -0.2258], [-1.6239, 1.9056, -0.2681], [-1.5218, 1.8185, 0.0062]],
 }
-# the same of its other layout, whose adapters lie in folders of their own; from the text, without a task's prompt
+# the same for the layout with PEFT folders; from the text, without a task's prompt
 JINA_HF_TEXT = "Jina Embeddings V3 is great for semantic search."
 JINA_HF_STATES = {
     None: [[-3.1011, 0.8560, -0.2491], [-3.1108, 1.0107, -0.2097], [-2.7095, 0.6469, -0.4475]],
@@ -132,9 +133,12 @@ JINA_HF_STATES = {
 
 
 def prompt_of(engine: unpadded.Engine, *names: str) -> str:
-    """As sentence-transformers' encode_query and encode_document choose: what a file states under the first name."""
-    stated = any("prompts=" in sentence for sentence in engine.checkpoint.defaults)
-    prompts = {} if stated else engine.checkpoint.prompts
+    """Return the prompt that encode_query and encode_document of sentence-transformers use: the first of these names.
+
+    They use only prompts that a file states.
+    """
+    is_default = any("prompts=" in default for default in engine.checkpoint.defaults)
+    prompts = {} if is_default else engine.checkpoint.prompts
     return next((prompts[name] for name in names if name in prompts), "")
 
 
@@ -169,20 +173,20 @@ def test_hidden_states_of_a_task(checkpoint, task):
 
 
 @pytest.mark.parametrize("task", JINA_HF_STATES)
-def test_hidden_states_of_a_task_whose_adapter_lies_apart(checkpoint, task):
+def test_hidden_states_of_a_task_with_a_peft_adapter(checkpoint, task):
     engine = unpadded.load(checkpoint("jinaai/jina-embeddings-v3-hf"), device="cpu")
     (hidden,) = engine.token_embeddings([JINA_HF_TEXT], task=task, prompt="")
     np.testing.assert_allclose(hidden[INNER], JINA_HF_STATES[task], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["owner/name", "owner--name", "models--owner--name/snapshots/0123"])
-def test_a_checkpoint_is_found_however_it_is_laid_out(tmp_path, layout):
+def test_a_checkpoint_is_found_in_every_layout(tmp_path, layout):
     assert checkpoint_folder(tmp_path, "owner/name") is None
     write_bert(tmp_path / layout, vocabulary=64, tokenizer=False)
     assert checkpoint_folder(tmp_path, "owner/name") == tmp_path / layout
     assert checkpoint_folder(tmp_path, "owner/other") is None
 
 
-def test_what_is_absent_is_skipped_with_the_reason(checkpoint):
+def test_a_test_without_its_checkpoint_is_skipped(checkpoint):
     with pytest.raises(pytest.skip.Exception, match=r"owner/absent is not in .*; pass --checkpoints DIR"):
         checkpoint("owner/absent")

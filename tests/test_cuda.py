@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import test_family_nomic_moe
 import torch
-from support.checkpoints import REAL, write_bert, write_nomic
+from support.checkpoints import REAL, write_bert, write_checkpoint, write_nomic
 from support.devices import DEVICE, DTYPES, HAS_CUDA
-from support.family_checks import assert_cuda_agrees, random_ids, relative_error, write
+from support.family_checks import assert_cuda_agrees, random_ids, relative_error
 from transformers import NomicBertModel
 
 import unpadded
@@ -31,7 +31,7 @@ def experts(tmp_path_factory):
     """A checkpoint with experts in every second MLP."""
     config = test_family_nomic_moe.SMALL | {"n_positions": 8192, "max_trained_positions": 8192}
     config |= {"n_layer": EXPERT_LAYERS}
-    return write(tmp_path_factory.mktemp("experts"), config, test_family_nomic_moe.make_tensors(EXPERT_LAYERS))
+    return write_checkpoint(tmp_path_factory.mktemp("experts"), config, test_family_nomic_moe.make_tensors(EXPERT_LAYERS))
 
 
 @pytest.fixture(params=["folder", "experts"])

@@ -1,9 +1,9 @@
-"""EuroBERT against transformers: RMSNorm, and heads that share keys and values."""
+"""EuroBERT against transformers: RMSNorm and grouped-query attention."""
 
 import json
 
 import pytest
-from support.checkpoints import change_json
+from support.checkpoints import change_json, write_checkpoint
 from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
@@ -13,7 +13,6 @@ from support.family_checks import (
     random_ids,
     relative_error,
     seeded,
-    write,
 )
 from transformers import EuroBertConfig, EuroBertForMaskedLM, EuroBertModel
 
@@ -80,7 +79,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    return write(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return write_checkpoint(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
 
 
 def test_the_published_configurations():
@@ -97,21 +96,21 @@ def test_matches_transformers(model, folder):
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
 
 
-def test_one_key_a_head_and_the_configuration_of_transformers_5(tmp_path):
+def test_one_key_per_head_and_a_configuration_of_transformers_5(tmp_path):
     model = model_of(SMALL | {"num_key_value_heads": 6}, EuroBertForMaskedLM)
     config = json.loads(model.config.to_json_string())
     assert "rope_theta" not in config and config["head_dim"] == 32
-    folder = write(tmp_path, config, model.state_dict())
+    folder = write_checkpoint(tmp_path, config, model.state_dict())
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model.model), (1, 7, 65, 513))
 
 
 @pytest.mark.slow
 def test_real_width_and_length_match_transformers(tmp_path):
-    """Of the 2.1B the head_dim of 128 and three heads a key; of the 610M the width."""
+    """The head_dim of 128 and three heads per key of EuroBERT-2.1B, and the width of EuroBERT-610M."""
     sizes = {"hidden_size": 1152, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 4096}
     config = EUROBERT_2B | sizes | {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "pad_token_id": 0}
     model = model_of(config)
-    engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, config, model.state_dict()), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
 
 
@@ -120,7 +119,7 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
 
 
@@ -129,7 +128,7 @@ def test_the_vocabulary_is_padded(folder):
     assert open_checkpoint(folder).spec.vocabulary == VOCABULARY
 
 
-def test_accelerate_takes_it_where_no_heads_share(model):
+def test_accelerate_supports_it_without_shared_heads(model):
     with pytest.raises(unpadded.OptionError, match="its 6 heads share 2 keys and values"):
         accelerate(model)
     other = model_of(SMALL | {"num_key_value_heads": 6})
@@ -151,18 +150,18 @@ def test_accelerate_takes_it_where_no_heads_share(model):
         ("rope_parameters.factor", 4.0),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(key, value):
+def test_unsupported_settings_raise(key, value):
     outer, _, inner = key.partition(".")
     changed = {outer: {inner: value}} if inner else {key: value}
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
         eurobert.read_config(EUROBERT_2B | changed)
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_indivisible_heads_raise():
     with pytest.raises(ConfigError, match="num_key_value_heads = 5"):
         eurobert.read_config(EUROBERT_2B | {"num_key_value_heads": 5})
 
 
-def test_two_bases_that_disagree_are_refused():
+def test_contradictory_bases_raise():
     with pytest.raises(ConfigError, match=r"rope_theta = 250000.0 but rope_parameters.rope_theta = 10000.0"):
         eurobert.read_config(EUROBERT_2B | {"rope_parameters": {"rope_theta": 10000.0}})

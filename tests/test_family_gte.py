@@ -1,10 +1,10 @@
-"""GTE against transformers, under the published names and transformers' own, and static NTK against its formula."""
+"""GTE against transformers, under the names of both, and static NTK against its formula."""
 
 import json
 
 import pytest
 import torch
-from support.checkpoints import change_json
+from support.checkpoints import change_json, write_checkpoint
 from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
@@ -13,7 +13,6 @@ from support.family_checks import (
     last_hidden_state,
     of_transformers,
     seeded,
-    write,
 )
 
 import unpadded
@@ -55,7 +54,7 @@ SIZES = {
 
 
 def published_names(tensors):
-    """transformers' tensors under the published names: q, k, v packed, and up before gate."""
+    """Return tensors of transformers under the published names: q, k, v packed, and up before gate."""
     renamed = {}
     for name, tensor in tensors.items():
         layer, _, rest = name.removeprefix("layers.").partition(".")
@@ -89,8 +88,8 @@ def model():
 def folder(request, model, tmp_path):
     if request.param == "published":
         config = GTE_BASE | SIZES | {"type_vocab_size": 1, "rope_scaling": None, "rope_theta": 160000}
-        return write(tmp_path, config, published_names(model.state_dict()))
-    return write(tmp_path, json.loads(model.config.to_json_string()), model.state_dict())
+        return write_checkpoint(tmp_path, config, published_names(model.state_dict()))
+    return write_checkpoint(tmp_path, json.loads(model.config.to_json_string()), model.state_dict())
 
 
 def test_the_published_configuration():
@@ -106,17 +105,20 @@ def test_matches_transformers(model, folder):
 
 
 def test_static_ntk_without_token_types(tmp_path):
-    """gte-base-en-v1.5: the frequencies of twice the base, each divided by 2 ** (2 / head_dim)."""
+    """As in gte-base-en-v1.5: the frequencies of twice the base, each divided by 2 ** (2 / head_dim)."""
     model = model_of(token_types=0)
     frequencies = (2 * 500000.0) ** -(torch.arange(0, 64, 2) / 64) / 2 ** (2 / 64)
     model.rotary_emb.inv_freq.copy_(frequencies)
-    folder = write(tmp_path, GTE_BASE | SIZES, published_names(model.state_dict()))
+    folder = write_checkpoint(tmp_path, GTE_BASE | SIZES, published_names(model.state_dict()))
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model), (1, 65, 513))
 
 
-def test_a_vocabulary_is_padded(model, tmp_path):
+def test_the_vocabulary_is_padded(model, tmp_path):
     config = GTE_BASE | SIZES | {"type_vocab_size": 1, "vocab_size": VOCABULARY - 7}
-    assert open_checkpoint(write(tmp_path, config, published_names(model.state_dict()))).spec.vocabulary == VOCABULARY
+    assert (
+        open_checkpoint(write_checkpoint(tmp_path, config, published_names(model.state_dict()))).spec.vocabulary
+        == VOCABULARY
+    )
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_real_width_and_length_match_transformers(tmp_path):
     sizes = {key: GTE_BASE[key] for key in SIZES} | {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
     model = model_of(token_types=0, base=500000.0, **sizes)
     config = GTE_BASE | sizes | {"rope_scaling": None}
-    engine = unpadded.load(write(tmp_path, config, published_names(model.state_dict())), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, config, published_names(model.state_dict())), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
 
 
@@ -134,12 +136,12 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
 
 
-def test_without_a_model_type_the_tensors_decide(model, tmp_path):
-    folder = write(tmp_path, GTE_BASE | SIZES | {"type_vocab_size": 1}, published_names(model.state_dict()))
+def test_tensor_names_decide_without_a_model_type(model, tmp_path):
+    folder = write_checkpoint(tmp_path, GTE_BASE | SIZES | {"type_vocab_size": 1}, published_names(model.state_dict()))
     stated = open_checkpoint(folder).spec
     change_json(folder / "config.json", model_type=...)
     assert open_checkpoint(folder).spec == stated
@@ -160,12 +162,12 @@ def test_without_a_model_type_the_tensors_decide(model, tmp_path):
         ("rope_scaling", {"type": "default", "factor": 2.0}),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(key, value):
+def test_unsupported_settings_raise(key, value):
     named = "rope_type" if key == "rope_scaling" and "mixed_b" not in value else key
     with pytest.raises(ConfigError, match=f"{named} = .* is not implemented"):
         gte.read_config(GTE_BASE | {key: value})
 
 
-def test_ntk_without_a_factor_is_refused():
+def test_ntk_without_a_factor_raises():
     with pytest.raises(ConfigError, match="'ntk' without a factor"):
         gte.read_config(GTE_BASE | {"rope_scaling": {"type": "ntk"}})

@@ -1,10 +1,10 @@
-"""Jina's ALiBi BERTs against a plain forward pass, written from their published description, text by text."""
+"""Jina's ALiBi BERTs against a reference written from their published description."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checkpoints import _Draw, change_json
-from support.family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity, write
+from support.checkpoints import RandomWeights, change_json, write_checkpoint
+from support.family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity
 
 import unpadded
 from unpadded.checkpoint.families import jina_bert, jina_code
@@ -35,37 +35,37 @@ HIDDEN, HEADS, INTERMEDIATE, LAYERS = 192, 6, 256, 2
 SMALL = JINA_BASE | {
     "hidden_size": HIDDEN,
     "intermediate_size": INTERMEDIATE,
-    "num_attention_heads": HEADS,  # no power of two, so that slopes fall in between
+    "num_attention_heads": HEADS,  # not a power of two, for which the slopes have a case of their own
     "num_hidden_layers": LAYERS,
     "vocab_size": VOCABULARY,
 }
 SLOPES_OF_6 = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
 
 
-def tensors_of(code):
-    draw = _Draw(HIDDEN, 0)
+def make_tensors(code):
+    random = RandomWeights(HIDDEN, 0)
     tensors = {
-        "embeddings.word_embeddings.weight": draw(VOCABULARY, HIDDEN),
-        "embeddings.token_type_embeddings.weight": draw(2, HIDDEN),
-        **draw.norm("embeddings.LayerNorm"),
-        **draw.linear("pooler.dense", HIDDEN, HIDDEN),
+        "embeddings.word_embeddings.weight": random(VOCABULARY, HIDDEN),
+        "embeddings.token_type_embeddings.weight": random(2, HIDDEN),
+        **random.norm("embeddings.LayerNorm"),
+        **random.linear("pooler.dense", HIDDEN, HIDDEN),
     }
     for index in range(LAYERS):
         layer = f"encoder.layer.{index}"
         for name in ("self.query", "self.key", "self.value", "output.dense"):
-            tensors |= draw.linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
-        tensors |= draw.norm(f"{layer}.attention.output.LayerNorm")
+            tensors |= random.linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
+        tensors |= random.norm(f"{layer}.attention.output.LayerNorm")
         up, down = ("up_gated_layer", "down_layer") if code else ("gated_layers", "wo")
-        tensors |= draw.linear(f"{layer}.mlp.{up}", 2 * INTERMEDIATE, HIDDEN, bias=False)
-        tensors |= draw.linear(f"{layer}.mlp.{down}", HIDDEN, INTERMEDIATE)
+        tensors |= random.linear(f"{layer}.mlp.{up}", 2 * INTERMEDIATE, HIDDEN, bias=False)
+        tensors |= random.linear(f"{layer}.mlp.{down}", HIDDEN, INTERMEDIATE)
         norms = ("attention.self.layer_norm_q", "attention.self.layer_norm_k", "layer_norm_1", "layer_norm_2")
         for name in norms if code else ("mlp.layernorm",):
-            tensors |= draw.norm(f"{layer}.{name}")
+            tensors |= random.norm(f"{layer}.{name}")
     return tensors
 
 
-def plain(tensors, code):
-    """Of one text at a time, in float64."""
+def make_reference(tensors, code):
+    """Return a function that computes the hidden states of one text in float64."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
     def linear(x, name):
@@ -112,7 +112,7 @@ def code(request):
 
 @pytest.fixture
 def folder(code, tmp_path):
-    return write(tmp_path, SMALL | ({"auto_map": CODE_MAP} if code else {}), tensors_of(code))
+    return write_checkpoint(tmp_path, SMALL | ({"auto_map": CODE_MAP} if code else {}), make_tensors(code))
 
 
 def test_the_published_configuration():
@@ -135,13 +135,13 @@ def test_the_published_configuration():
         (1, [2**-8]),
     ],
 )
-def test_the_slopes(heads, slopes):
+def test_alibi_slopes(heads, slopes):
     spec = jina_bert.read_config(JINA_BASE | {"num_attention_heads": heads, "hidden_size": 64 * heads})
     assert spec.alibi_slopes == pytest.approx(slopes, rel=1e-12)
 
 
-def test_matches_the_description(folder, code):
-    reference = plain(tensors_of(code), code)
+def test_matches_the_reference(folder, code):
+    reference = make_reference(make_tensors(code), code)
     assert_parity(unpadded.load(folder, device="cpu"), reference, LENGTHS)
 
 
@@ -150,24 +150,24 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
 
 
-def test_position_ids_are_refused(folder):
+def test_position_ids_raise(folder):
     with pytest.raises(unpadded.InputError, match=r"position_ids .* jina_.* ALiBi.*omit"):
         UnpaddedModel.from_pretrained(folder)(torch.full((1, 5), 7), position_ids=torch.arange(5)[None])
 
 
 @pytest.mark.parametrize("absent", ["auto_map", "model_type", "position_embedding_type"])
-def test_the_tensors_tell_the_variants_apart(folder, code, absent):
+def test_tensor_names_distinguish_the_variants(folder, code, absent):
     stated = open_checkpoint(folder).spec
     change_json(folder / "config.json", **{absent: ...})
     assert open_checkpoint(folder).spec == stated
     assert stated.family == ("jina_code" if code else "jina_bert")
 
 
-def test_the_longest_text_is_not_bound_by_a_table(folder):
+def test_max_length_is_not_limited_by_learned_positions(folder):
     assert open_checkpoint(folder).max_length == 8192
 
 
@@ -181,6 +181,6 @@ def test_the_longest_text_is_not_bound_by_a_table(folder):
     ],
 )
 @pytest.mark.parametrize("family", [jina_bert, jina_code])
-def test_what_is_not_implemented_is_refused_by_name(family, key, value):
+def test_unsupported_settings_raise(family, key, value):
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
         family.read_config(JINA_BASE | {key: value})

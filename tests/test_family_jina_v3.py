@@ -1,4 +1,4 @@
-"""jina-embeddings-v3 against transformers, and its adapters against the published parametrization, W + scale * B A."""
+"""jina-embeddings-v3 against transformers, and its adapters against the published parametrization."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checkpoints import add_sentence_transformers_files, write_json
+from support.checkpoints import add_sentence_transformers_files, write_checkpoint, write_json
 from support.devices import HAS_CUDA
 from support.family_checks import (
     VOCABULARY,
@@ -20,7 +20,6 @@ from support.family_checks import (
     random_ids,
     relative_error,
     seeded,
-    write,
 )
 from test_family_xlm_roberta import write_tokenizer
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
@@ -104,7 +103,7 @@ RENAMED = (  # transformers' names, the published ones
 
 
 def published_names(tensors):
-    """transformers' tensors under the names of the published code."""
+    """Return tensors of transformers under the names of the published code."""
     found = {}
     for name, tensor in tensors.items():
         if ".q_proj." in name:
@@ -118,7 +117,7 @@ def published_names(tensors):
 
 
 def modern_names(tensors):
-    """The way back."""
+    """Return published tensors under the names of transformers."""
     found = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("roberta.")
@@ -130,7 +129,7 @@ def modern_names(tensors):
 
 
 def with_adapters(tensors, seed=7):
-    """Each matrix of the published names parametrized, with factors large enough to matter."""
+    """Add adapters to all matrices under published names, with factors large enough to change the vectors."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -149,7 +148,7 @@ def with_adapters(tensors, seed=7):
 
 
 def merged(tensors, task):
-    """The tensors as the published `lora_forward` makes them: X + lora_B @ lora_A * alpha / rank, tables swapped."""
+    """Apply an adapter as the published code does: X + lora_B @ lora_A * alpha / rank, lora_A @ lora_B for tables."""
     index, found = TASKS.index(task), {}
     for name, tensor in tensors.items():
         if name.endswith(".original"):
@@ -173,7 +172,7 @@ def adapted(model):
 
 @pytest.fixture
 def folder(adapted, tmp_path):
-    return write(tmp_path, SMALL, adapted)
+    return write_checkpoint(tmp_path, SMALL, adapted)
 
 
 def test_the_published_configuration():
@@ -190,15 +189,15 @@ def test_the_published_configuration():
 @pytest.mark.parametrize("names", ["published", "transformers"])
 def test_matches_transformers(model, tmp_path, names):
     if names == "published":
-        folder = write(tmp_path, PLAIN, published_names(model.state_dict()))
+        folder = write_checkpoint(tmp_path, PLAIN, published_names(model.state_dict()))
     else:
         config = json.loads(model.config.to_json_string())
         assert config["rope_parameters"]["rope_theta"] == 20000.0
-        folder = write(tmp_path, config, model.state_dict())
+        folder = write_checkpoint(tmp_path, config, model.state_dict())
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
 
 
-def test_accelerate_takes_the_encoder():
+def test_accelerate_supports_the_encoder():
     model = model_of()
     (ids,) = random_ids([65])
     expected = last_hidden_state(model)(ids)
@@ -210,12 +209,12 @@ def test_real_width_and_length_match_transformers(tmp_path):
     sizes = {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
     model = model_of(MODERN | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16} | sizes)
     adapted = with_adapters(published_names(model.state_dict()))
-    engine = unpadded.load(write(tmp_path, JINA_V3 | sizes, adapted), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, JINA_V3 | sizes, adapted), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_adapter_is_the_published_parametrization(folder, adapted, task):
+def test_adapters_match_the_published_parametrization(folder, adapted, task):
     reference = last_hidden_state(model_of(tensors=modern_names(merged(adapted, task))))
     engine = unpadded.load(folder, device="cpu")
     assert_parity(engine, reference, (1, 7, 65, 130), task=task)
@@ -224,8 +223,8 @@ def test_an_adapter_is_the_published_parametrization(folder, adapted, task):
         assert relative_error(hidden, without) > 0.1
 
 
-def test_an_adapter_with_the_words_rows_given(folder):
-    """The rows of its own word table, in their order in the batch, stand for the ids."""
+def test_an_adapter_with_word_embeddings_as_input(folder):
+    """Rows of the adapted word table, passed as `embeds`, have the same result as ids."""
     encoder = unpadded.load(folder, device="cpu")._pipeline.runner.encoder
     batch = pack(random_ids((7, 65), vocabulary=VOCABULARY), encoder.spec)
     with torch.inference_mode():
@@ -236,8 +235,8 @@ def test_an_adapter_with_the_words_rows_given(folder):
         assert not torch.equal(encoder(in_order, adapter=TASKS[2], embeds=rows), expected)
 
 
-def test_tasks_follow_each_other_in_any_order(folder):
-    """What one task gives depends on none before it, and without a task there is no adapter."""
+def test_tasks_can_alternate_in_any_order(folder):
+    """A task's vectors do not depend on earlier tasks, and without a task no adapter is used."""
     texts = random_ids((3, 40, 65))
     alone = {task: unpadded.load(folder, device="cpu").encode(texts, task=task) for task in (None, *TASKS)}
     assert len({vectors.tobytes() for vectors in alone.values()}) == len(alone)
@@ -247,7 +246,7 @@ def test_tasks_follow_each_other_in_any_order(folder):
         assert np.array_equal(engine.encode(texts, task=task), alone[task])
 
 
-def test_concurrent_calls_of_several_tasks_do_not_mix(folder):
+def test_concurrent_calls_with_several_tasks_do_not_mix(folder):
     texts = random_ids((3, 40, 65, 9))
     engine = unpadded.load(folder, device="cpu", token_budget=64)
     alone = {task: engine.encode(texts, task=task) for task in (None, *TASKS)}
@@ -278,7 +277,7 @@ def test_concurrent_calls_of_several_tasks_do_not_mix(folder):
     assert len(wrong) == 16 and not any(wrong)
 
 
-def test_an_error_half_way_to_another_task_leaves_no_mixture(folder, monkeypatch):
+def test_an_error_while_changing_the_task_leaves_no_mixture(folder, monkeypatch):
     texts = random_ids((3, 40))
     engine = unpadded.load(folder, device="cpu")
     alone = engine.encode(texts, task=TASKS[0])
@@ -298,7 +297,7 @@ def test_an_error_half_way_to_another_task_leaves_no_mixture(folder, monkeypatch
     assert np.array_equal(engine.encode(texts, task=TASKS[0]), alone)
 
 
-def test_a_task_brings_its_prompt_and_its_adapter(folder, minilm):
+def test_a_task_selects_prompt_and_adapter(folder, minilm):
     lines = [line for line in (minilm / "README.md").read_text().splitlines() if line.strip()]
     write_tokenizer(folder, lines)
     add_sentence_transformers_files(folder, prompts=PROMPTS)
@@ -323,8 +322,8 @@ def test_a_task_brings_its_prompt_and_its_adapter(folder, minilm):
         engine.encode(lines, task="search_query")
 
 
-def test_own_code_is_refused_where_no_adapters_say_what_it_does(tmp_path, model):
-    folder = write(tmp_path, PLAIN, published_names(model.state_dict()))
+def test_custom_code_without_adapters_raises(tmp_path, model):
+    folder = write_checkpoint(tmp_path, PLAIN, published_names(model.state_dict()))
     add_sentence_transformers_files(folder)
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["type"] = "custom_st.Transformer"
@@ -338,7 +337,7 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
     engine = unpadded.load(folder, device="cpu", dtype=dtype)
     texts = random_ids((1, 3, 40, 65, 130))
@@ -346,9 +345,9 @@ def test_a_text_depends_on_itself_alone(folder, dtype):
     assert np.array_equal(np.concatenate([engine.encode([text], task="separation") for text in texts]), together)
 
 
-def test_adapters_that_the_file_lacks_are_listed(model, tmp_path):
+def test_missing_adapters_are_listed(model, tmp_path):
     with pytest.raises(WeightsError, match=r"missing: encoder.layers.0.mixer.Wqkv.parametrizations.weight.0.lora_A"):
-        unpadded.load(write(tmp_path, SMALL, published_names(model.state_dict())), device="cpu")
+        unpadded.load(write_checkpoint(tmp_path, SMALL, published_names(model.state_dict())), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +361,7 @@ def test_adapters_that_the_file_lacks_are_listed(model, tmp_path):
         ("rope_parameters.rope_type", "yarn"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(key, value):
+def test_unsupported_settings_raise(key, value):
     outer, _, inner = key.partition(".")
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
         jina_v3.read_config(JINA_V3 | {outer: {inner: value} if inner else value})
@@ -371,19 +370,19 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_adaptations": []}, r"lora_adaptations = \[\] are not names"),
-        ({"task_instructions": {"other": ""}}, "task_instructions = .* are not of the tasks"),
+        ({"lora_adaptations": []}, r"lora_adaptations = \[\] is not a list"),
+        ({"task_instructions": {"other": ""}}, "task_instructions = .*other.* prompts"),
         ({"lora_rank": None}, "lacks lora_rank"),
         ({"rotary_emb_base": None}, "lacks rotary_emb_base"),
         ({"rope_theta": 10000.0}, r"rotary_emb_base = 20000.0 but rope_theta = 10000.0"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(changes, message):
+def test_contradictory_settings_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         jina_v3.read_config(JINA_V3 | changes)
 
 
-def test_sentence_transformers_words_choose_the_adapters(folder, minilm):
+def test_sentence_transformers_arguments_select_the_adapter(folder, minilm):
     lines = ["What is a tide?", "How is bread made?"]
     write_tokenizer(folder, (minilm / "README.md").read_text().splitlines())
     add_sentence_transformers_files(folder, prompts=PROMPTS)
@@ -404,7 +403,7 @@ def test_sentence_transformers_words_choose_the_adapters(folder, minilm):
         model.encode(lines, task="separation", output_value=None)
 
 
-def test_langchain_and_mteb_choose_the_adapters(folder, minilm):
+def test_langchain_and_mteb_select_the_adapter(folder, minilm):
     pytest.importorskip("langchain_core")
     pytest.importorskip("mteb")
     from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
@@ -431,8 +430,8 @@ def test_langchain_and_mteb_choose_the_adapters(folder, minilm):
         assert np.array_equal(vectors, engine.encode(lines, task=expected))
 
 
-def test_captured_passes_follow_the_task(folder, cuda):
-    """One captured pass serves every adapter, whose weights are written where it reads them."""
+def test_captured_graphs_use_the_adapter_of_the_task(folder, cuda):
+    """One captured graph is used for all adapters, whose weights are written where the graph reads them."""
     texts = random_ids((3, 40, 65) if HAS_CUDA else (3, 5))
     alone = {
         task: unpadded.load(folder, device=cuda, dtype="float32").encode(texts, task=task) for task in (None, *TASKS)

@@ -1,11 +1,11 @@
-"""ModernBERT against transformers: pre-norm, local layers under a rotary embedding of their own."""
+"""ModernBERT against transformers: pre-norm, and local layers with their own rotary embedding."""
 
 import json
 
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from support.checkpoints import add_sentence_transformers_files, change_json, write_json
+from support.checkpoints import add_sentence_transformers_files, change_json, write_checkpoint, write_json
 from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
@@ -13,7 +13,6 @@ from support.family_checks import (
     assert_parity,
     last_hidden_state,
     seeded,
-    write,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ModernBertConfig, ModernBertModel
@@ -71,7 +70,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    return write(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return write_checkpoint(tmp_path, SMALL, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
 
 
 def test_the_published_configuration():
@@ -92,7 +91,7 @@ def test_matches_transformers(model, folder):
 
 
 def test_biases_and_the_configuration_of_transformers_5(tmp_path):
-    """Every bias, another window, the layers by name and the bases by layer type."""
+    """All biases, another window, layers by `layer_types` and rotary bases by layer type."""
     model = model_of(
         attention_bias=True,
         mlp_bias=True,
@@ -105,12 +104,12 @@ def test_biases_and_the_configuration_of_transformers_5(tmp_path):
     config = json.loads(model.config.to_json_string())
     assert "rope_parameters" in config and "global_rope_theta" not in config
     config.pop("global_attn_every_n_layers", None)
-    folder = write(tmp_path, config, model.state_dict())
+    folder = write_checkpoint(tmp_path, config, model.state_dict())
     assert open_checkpoint(folder).spec.local_attention.layers == (1, 4)
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model), (1, 7, 65, 513))
 
 
-def test_a_scaling_factor_turns_the_global_layers_alone(folder):
+def test_a_scaling_factor_applies_to_global_layers_only(folder):
     spec = open_checkpoint(folder, rotary_scaling_factor=2.0).spec
     assert spec.rotary.scaling_factor == 2.0 and spec.local_attention.rotary.scaling_factor is None
 
@@ -119,12 +118,12 @@ def test_a_scaling_factor_turns_the_global_layers_alone(folder):
 def test_real_width_and_length_match_transformers(tmp_path):
     config = MODERNBERT_EMBED | {"num_hidden_layers": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
     model = seeded(ModernBertModel(ModernBertConfig(**config)))
-    engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, config, model.state_dict()), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
 
 
 def write_tokenizer(folder, lines):
-    """Byte-level BPE as ModernBERT's tokenizer.json has it, trained on the lines."""
+    """Train a byte-level BPE on the lines, and write it as ModernBERT's tokenizer.json is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,7 +146,7 @@ def write_tokenizer(folder, lines):
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def test_real_text_gives_what_sentence_transformers_gives(folder, minilm):
+def test_real_text_matches_sentence_transformers(folder, minilm):
     lines = [line for line in (minilm / "README.md").read_text().splitlines() if line.strip()]
     write_tokenizer(folder, lines)
     prompts = {"query": "search_query: ", "document": "search_document: "}
@@ -164,11 +163,11 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
 
 
-def test_without_a_model_type_the_tensors_decide(folder):
+def test_tensor_names_decide_without_a_model_type(folder):
     stated = open_checkpoint(folder).spec
     change_json(folder / "config.json", model_type=...)
     assert open_checkpoint(folder).spec == stated
@@ -193,7 +192,7 @@ def test_without_a_model_type_the_tensors_decide(folder):
         ),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(key, value, named):
+def test_unsupported_settings_raise(key, value, named):
     with pytest.raises(ConfigError, match=f"{named} = .* is not implemented"):
         modernbert.read_config(MODERNBERT_EMBED | {key: value})
 
@@ -209,6 +208,6 @@ def test_what_is_not_implemented_is_refused_by_name(key, value, named):
         ({"norm_eps": 1e-6}, "norm_eps = 1e-06 but layer_norm_eps = 1e-05"),
     ],
 )
-def test_keys_that_disagree_are_refused_with_both_values(changes, message):
+def test_contradictory_keys_raise_with_both_values(changes, message):
     with pytest.raises(ConfigError, match=message):
         modernbert.read_config(MODERNBERT_EMBED | changes)

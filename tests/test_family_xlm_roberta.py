@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
-from support.checkpoints import add_sentence_transformers_files, write_json
+from support.checkpoints import add_sentence_transformers_files, write_checkpoint, write_json
 from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
@@ -12,7 +12,6 @@ from support.family_checks import (
     last_hidden_state,
     relative_error,
     seeded,
-    write,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
@@ -59,7 +58,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    return write(tmp_path, SMALL, model.state_dict())
+    return write_checkpoint(tmp_path, SMALL, model.state_dict())
 
 
 def test_the_published_configuration():
@@ -77,11 +76,11 @@ def test_roberta_matches_transformers(tmp_path):
     config = SMALL | {"model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1}
     model = seeded(RobertaModel(RobertaConfig(**config)))
     tensors = {f"roberta.{name}": tensor for name, tensor in model.state_dict().items()}
-    engine = unpadded.load(write(tmp_path, config, tensors), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, config, tensors), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 2, 65, 512))
 
 
-def test_a_token_of_the_padding_id_does_not_count(model, folder):
+def test_positions_skip_tokens_with_the_padding_id(model, folder):
     ids = np.array([0, 9, 1, 1, 30, 1, 7, 2], np.int32)
     other = np.array([0, 5, 2], np.int32)
     hidden = unpadded.load(folder, device="cpu").token_embeddings([other, ids, other])
@@ -90,7 +89,7 @@ def test_a_token_of_the_padding_id_does_not_count(model, folder):
 
 
 def write_tokenizer(folder, lines):
-    """A SentencePiece vocabulary as XLM-RoBERTa's tokenizer.json has it, trained on the lines."""
+    """Train a SentencePiece vocabulary on the lines, and write it as XLM-RoBERTa's tokenizer.json is."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -108,7 +107,7 @@ def write_tokenizer(folder, lines):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_real_text_gives_what_sentence_transformers_gives(folder, minilm, pooling):
+def test_real_text_matches_sentence_transformers(folder, minilm, pooling):
     lines = [line for line in (minilm / "README.md").read_text().splitlines() if line.strip()]
     write_tokenizer(folder, lines)
     add_sentence_transformers_files(folder, pooling=pooling, max_seq_length=40)
@@ -122,7 +121,7 @@ def test_real_text_gives_what_sentence_transformers_gives(folder, minilm, poolin
 def test_real_width_and_length_match_transformers(tmp_path):
     config = BGE_M3 | {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
     model = seeded(XLMRobertaModel(XLMRobertaConfig(**config)))
-    engine = unpadded.load(write(tmp_path, config, model.state_dict()), device="cpu")
+    engine = unpadded.load(write_checkpoint(tmp_path, config, model.state_dict()), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))
 
 
@@ -131,19 +130,19 @@ def test_cuda_agrees(folder, cuda):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_depends_on_itself_alone(folder, dtype):
+def test_a_text_is_independent_of_its_batch(folder, dtype):
     assert_independent(folder, dtype)
 
 
-def test_the_longest_text_ends_at_the_last_position(folder):
+def test_max_length_is_limited_by_learned_positions(folder):
     assert open_checkpoint(folder).max_length == 2048
-    with pytest.raises(OptionError, match="max_length = 2049 is beyond the 2048 learned positions"):
+    with pytest.raises(OptionError, match="max_length = 2049 exceeds the 2048"):
         open_checkpoint(folder, max_length=2049)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("position_embedding_type", "relative_key"), ("is_decoder", True), ("hidden_act", "relu")]
 )
-def test_what_is_not_implemented_is_refused_by_name(key, value):
+def test_unsupported_settings_raise(key, value):
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
         xlm_roberta.read_config(BGE_M3 | {key: value})

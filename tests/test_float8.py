@@ -8,8 +8,8 @@ import test_family_jina_v3 as jina_v3
 import test_family_modernbert as modernbert
 import test_family_nomic_moe as nomic_moe
 import torch
-from support.checkpoints import REAL, write_bert, write_nomic
-from support.family_checks import assert_independent, random_ids, relative_error, write
+from support.checkpoints import REAL, write_bert, write_checkpoint, write_nomic
+from support.family_checks import assert_independent, random_ids, relative_error
 
 import unpadded
 from unpadded.errors import OptionError
@@ -20,11 +20,11 @@ from unpadded.model.weights import plain_weights
 FAMILIES = {
     "bert": lambda folder: write_bert(folder, tokenizer=False, positions=1024),
     "rotary": lambda folder: write_nomic(folder, tokenizer=False),
-    "experts": lambda folder: write(folder, nomic_moe.SMALL, nomic_moe.make_tensors()),
-    "pre-norm": lambda folder: write(folder, modernbert.SMALL, modernbert.model_of().state_dict()),
-    "RMSNorm": lambda folder: write(folder, eurobert.SMALL, eurobert.model_of(eurobert.SMALL).state_dict()),
-    "norm of q and k": lambda folder: write(
-        folder, jina.SMALL | {"auto_map": jina.CODE_MAP}, jina.tensors_of(code=True)
+    "experts": lambda folder: write_checkpoint(folder, nomic_moe.SMALL, nomic_moe.make_tensors()),
+    "pre-norm": lambda folder: write_checkpoint(folder, modernbert.SMALL, modernbert.model_of().state_dict()),
+    "RMSNorm": lambda folder: write_checkpoint(folder, eurobert.SMALL, eurobert.model_of(eurobert.SMALL).state_dict()),
+    "norm of q and k": lambda folder: write_checkpoint(
+        folder, jina.SMALL | {"auto_map": jina.CODE_MAP}, jina.make_tensors(code=True)
     ),
 }
 
@@ -95,6 +95,6 @@ def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(OptionError, match=r"compute capability 8.9 on: cuda:0 has 8.0; use dtype='float16'"):
         unpadded.load(folder, device="cuda:0", dtype="float8")
-    adapted = write(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
+    adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
     with pytest.raises(OptionError, match=r"not for adapters.*retrieval.query.*use dtype='float16'"):
         unpadded.load(adapted, device="cpu", dtype="float8")

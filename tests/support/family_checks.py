@@ -1,4 +1,4 @@
-"""What every family is held to: parity on values with a reference, and a text's bits whatever stands beside it."""
+"""Checks of every family: parity of values with a reference, and bits that do not depend on other texts."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
-from support.checkpoints import _Draw, _write
+from support.checkpoints import RandomWeights
 from support.devices import HAS_CUDA
 from unpadded.cli.benchmark.machine import card
 from unpadded.engine import Engine
@@ -25,21 +25,21 @@ LENGTHS = (1, 2, 7, 64, 65, 513, 2048)
 
 @dataclass
 class Parity:
-    """What the parity tests of a family found so far; `pytest --families FILE` writes it down."""
+    """Results of a family's parity tests, which `pytest --families FILE` writes to a file."""
 
     references: set[str] = field(default_factory=set)
-    files: set[str] = field(default_factory=set)  # of the tests
-    kernels: set[str] = field(default_factory=set)  # ops in its forward pass that have a CUDA kernel of ours
+    files: set[str] = field(default_factory=set)  # the tests' files
+    kernels: set[str] = field(default_factory=set)  # ops of the forward pass that have a CUDA kernel
     texts: int = 0
     longest: int = 0
     error: float = 0.0
 
 
-PARITY: dict[str, Parity] = {}  # by family
+PARITY: dict[str, Parity] = {}  # key: family
 
 
-class OpsSeen(TorchDispatchMode):
-    """The names of our ops that run inside."""
+class RecordOps(TorchDispatchMode):
+    """Records the names of the ops of `unpadded` that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,10 @@ class OpsSeen(TorchDispatchMode):
 
 
 def write_parity(file: Path, passed: list[str]) -> None:
-    """PARITY as a result of bench/, with the number of tests that passed; `passed`: the file of each."""
+    """Write PARITY as a result of bench/, with the number of tests that passed.
+
+    passed: the file of each test that passed.
+    """
     rows = [
         {
             "family": family,
@@ -75,30 +78,24 @@ def random_ids(lengths, seed=0, vocabulary=VOCABULARY):
 
 
 def seeded(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The model in evaluation, its parameters drawn anew: norms near 1, matrices with the spread of trained ones."""
-    draw = _Draw(model.config.hidden_size, seed)
+    """Return the model in evaluation mode with seeded random parameters."""
+    random = RandomWeights(model.config.hidden_size, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_scale = "norm" in name.lower() and name.endswith("weight")
-            parameter.copy_(draw(*parameter.shape) + (1 if is_scale else 0))
+            parameter.copy_(random(*parameter.shape) + (1 if is_scale else 0))
     return model.eval()
 
 
 def of_transformers(*names: str) -> list[type]:
-    """Its classes of these names; the test is skipped where it is too old to have them."""
+    """Return classes of transformers; skip the test if the installed version lacks one."""
     if not all(hasattr(transformers, name) for name in names):
         pytest.skip(f"transformers {transformers.__version__} has no {' or '.join(names)}")
     return [getattr(transformers, name) for name in names]
 
 
-def write(folder: Path, config: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint without a tokenizer."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return _write(folder, config, contiguous, prefix="", shards=1, dtype=torch.float32, tokenizer=0)
-
-
 def last_hidden_state(model: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    """Of transformers, one text at a time."""
+    """Return a function that runs a model of transformers on one text."""
 
     @torch.inference_mode()
     def run(ids: np.ndarray) -> np.ndarray:
@@ -108,35 +105,35 @@ def last_hidden_state(model: torch.nn.Module) -> Callable[[np.ndarray], np.ndarr
     return run
 
 
-def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Frobenius, in float64."""
-    theirs = theirs.astype(np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the relative error in the Frobenius norm, in float64."""
+    expected = expected.astype(np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray], lengths=LENGTHS, **options) -> None:
-    """In fp32, all lengths in one batch and each alone; what runs and is not a plain product has a CUDA kernel."""
+    """Check fp32 values in one batch and alone, and that every op except linear has a CUDA kernel."""
     spec = engine.checkpoint.spec
     found = PARITY.setdefault(spec.family + (" with experts" if spec.experts else ""), Parity())
     found.references.add(getattr(reference, "reference", "reference from its paper"))
     found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
     texts = random_ids(lengths, vocabulary=spec.vocabulary)
     encoder = engine._pipeline.runner.encoder
-    own, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
-    with OpsSeen() as seen:
+    prepacked, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
+    with RecordOps() as recorded:
         engine.encode(texts[:1], **options)
-    encoder.weights = own
-    kernels = seen.names - {"linear"}  # the library's product
+    encoder.weights = prepacked
+    kernels = recorded.names - {"linear"}  # a matmul of torch
     assert kernels
     for name in kernels:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unpadded::{name}", "CUDA"), name
     found.kernels |= kernels
     for ids, hidden in zip(texts, engine.token_embeddings(texts, **options), strict=True):
         expected = reference(ids)
-        # beyond the budget a text is alone in either case
+        # a text beyond the token budget is alone in any case
         alone = engine.token_embeddings([ids], **options) if len(ids) <= engine._pipeline.token_budget else []
-        for ours in (hidden, *alone):
-            error = relative_error(ours, expected)
+        for actual in (hidden, *alone):
+            error = relative_error(actual, expected)
             assert error <= 1e-5, len(ids)
             found.error = max(found.error, error)
         found.texts += 1
@@ -144,7 +141,7 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
 
 
 def assert_independent(folder: Path, dtype: str, lengths=(1, 1, 2, 3, 7, 8, 40, 40, 64, 65, 130, 255, 385, 513, 900)):
-    """Alone, then in shuffled batches of several sizes, then alone again: the same bits."""
+    """Check that texts have the same bits alone, in shuffled batches of several sizes, and alone again."""
     engine = unpadded.load(folder, device="cpu", dtype=dtype)
     texts = random_ids(lengths)
     alone = np.concatenate([engine.encode([text]) for text in texts])
@@ -157,7 +154,7 @@ def assert_independent(folder: Path, dtype: str, lengths=(1, 1, 2, 3, 7, 8, 40, 
 
 
 def assert_cuda_agrees(folder: Path, device: str) -> None:
-    """In fp32: vectors, from captured graphs where one holds the batch, and every token's state, without."""
+    """Check fp32 vectors, which may come from captured graphs, and hidden states, which do not, against a CPU."""
     exact, engine = (unpadded.load(folder, device=where, dtype="float32") for where in ("cpu", device))
     vocabulary = min(VOCABULARY, exact.checkpoint.spec.vocabulary)
     lengths = (1, 2, 7, 64, 65, 500) if HAS_CUDA else (1, 2, 7, 5)
