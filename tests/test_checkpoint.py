@@ -39,7 +39,7 @@ def bert(tmp_path: Path) -> Path:
 def test_minilm(minilm: Path) -> None:
     checkpoint = open_checkpoint(minilm)
     assert (checkpoint.pooling, checkpoint.normalize, checkpoint.dense) == ("mean", True, ())
-    assert checkpoint.max_length == 256  # sentence-transformers' file; the tokenizer's says 512
+    assert checkpoint.max_length == 256  # sentence-transformers' file; the tokenizer's has 512
     assert (checkpoint.prompts, checkpoint.default_prompt, checkpoint.lower_case) == ({}, None, False)
     assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm, checkpoint.defaults) == ((), False, ())
     assert (checkpoint.spec.layers, checkpoint.spec.hidden, checkpoint.spec.vocabulary) == (6, 384, 30522)

@@ -247,6 +247,6 @@ def test_missing_and_surplus_tensors_are_listed(folder):
     save_file(tensors, file)
     with pytest.raises(WeightsError) as error:
         unpadded.load(folder, device="cpu")
-    assert f"the tensors of {file} are not those" in str(error.value)
+    assert str(file) in str(error.value)
     assert "missing: encoder.layers.1.self_attn.k_proj.lora_B.weight (128, 4)" in str(error.value)
     assert "surplus: roberta.encoder.layers.0.mlp.fc1.lora_magnitude_vector (256,)" in str(error.value)

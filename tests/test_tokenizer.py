@@ -169,8 +169,10 @@ def test_lower_case_is_applied_before_normalization(minilm: Path, tmp_path: Path
     assert ids_of(lowered) != ids_of(cased.encode(texts, max_length=64))
 
 
-@pytest.mark.parametrize("truncation", ["right", "left"])
-@pytest.mark.parametrize("prompt", ["", "search_query: ", "e", "tik-"])
+@pytest.mark.parametrize(
+    ("prompt", "truncation"),
+    [("", "right"), ("tik-", "right"), ("", "left"), ("search_query: ", "left"), ("e", "left"), ("tik-", "left")],
+)
 @pytest.mark.parametrize("kind", ["bert", "bert with added tokens", "bytes", "unigram", "grouped digits"])
 def test_slices_do_not_change_ids(
     kind: str, prompt: str, truncation: str, bert_backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +186,8 @@ def test_slices_do_not_change_ids(
         backend = trained(kind)
     tokenizer = Tokenizer(backend, Path("trained"))
     rng = random.Random(f"{kind} {prompt} {truncation}")
-    texts = [awkward_text(rng, rng.choice([5, 60, 400])) for _ in range(30)]
+    count = 6 if kind == "grouped digits" else 30  # its texts are tokenized entirely
+    texts = [awkward_text(rng, rng.choice([5, 60, 400])) for _ in range(count)]
     for max_length in (24, 90, 300):
         rows = tokenizer.encode(texts, prompt=prompt, max_length=max_length, truncation=truncation)
         expected = [whole_ids(backend, text, prompt, max_length, truncation) for text in texts]

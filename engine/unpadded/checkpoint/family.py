@@ -1,4 +1,4 @@
-"""Family: the functions and defaults with which one architecture's checkpoints are read."""
+"""The interface of a family module: how checkpoints of one architecture are recognized and read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIXES = ("0.auto_model.", "auto_model.", "module.", "model.")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to recognize and read the checkpoints of one architecture."""
+    """Functions and defaults for the checkpoints of one architecture."""
 
     matches: Callable[[Mapping[str, Any], Collection[str]], bool]  # from config.json and the stored tensors' names
     read_config: Callable[[Mapping[str, Any]], EncoderSpec]  # raises ConfigError for what is not implemented

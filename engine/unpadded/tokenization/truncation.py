@@ -99,7 +99,7 @@ class TextSlicer:
         end = len(prompt.rstrip())
         size = self.size(0)
         while end:
-            piece = prompt + text[:size]
+            piece = prompt + (text if self.is_whole(text, size) else text[:size])
             encoding = next(self._encode([piece]))
             count = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
             if self.is_whole(text, size) or count < self._stable_prefix(encoding, piece):
