@@ -31,7 +31,8 @@ def experts(tmp_path_factory):
     """A checkpoint with experts in every second MLP."""
     config = test_family_nomic_moe.SMALL | {"n_positions": 8192, "max_trained_positions": 8192}
     config |= {"n_layer": EXPERT_LAYERS}
-    return write_checkpoint(tmp_path_factory.mktemp("experts"), config, test_family_nomic_moe.make_tensors(EXPERT_LAYERS))
+    tensors = test_family_nomic_moe.make_tensors(EXPERT_LAYERS)
+    return write_checkpoint(tmp_path_factory.mktemp("experts"), config, tensors)
 
 
 @pytest.fixture(params=["folder", "experts"])
