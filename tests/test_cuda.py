@@ -16,7 +16,7 @@ from unpadded.execution import cuda_graphs
 from unpadded.options import VectorOptions
 
 LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000) if HAS_CUDA else (1, 2, 7, 9)
-SMALL = {} if HAS_CUDA else {"layers": 1, "hidden": 64, "heads": 4, "intermediate": 128}
+SMALL = {} if HAS_CUDA else {"layers": 1, "hidden": 64, "heads": 4, "intermediate": 256}
 SHAPE = REAL | {"layers": 4} if HAS_CUDA else SMALL
 EXPERT_LAYERS = 4 if HAS_CUDA else 2
 
