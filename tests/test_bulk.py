@@ -34,7 +34,7 @@ TEXTS = [" ".join(WORDS[start : start + 3 + start % 7]) for start in range(0, 15
 
 @pytest.fixture
 def engine(minilm_engine: unpadded.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> unpadded.Engine:
-    """The engine that `--model loaded` stands for."""
+    """The engine that `--model loaded` refers to."""
     monkeypatch.setattr(unpadded, "load", lambda model, **options: minilm_engine, raising=False)
     monkeypatch.chdir(tmp_path)
     return minilm_engine

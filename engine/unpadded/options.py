@@ -90,7 +90,7 @@ class LoadKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded and run."""
+    """Options for loading and running a model."""
 
     device: str | torch.device | Sequence[str | torch.device] = option(
         "auto",
@@ -146,7 +146,7 @@ class EncodeKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How texts become vectors."""
+    """Options for turning texts into vectors."""
 
     task: str | None = option(
         None,
@@ -193,7 +193,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorOptions:
-    """How hidden states become vectors. Sequences with equal options can share a batch and a CUDA graph."""
+    """Options for turning hidden states into vectors. Sequences with equal options can share a batch and a CUDA graph."""
 
     layer_norm: bool
     dimensions: int
