@@ -27,9 +27,9 @@ Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # On a CPU, output projection and MLP run in blocks of rows whose activations between the MLP's linear layers take this
-# many bytes, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB of cache an MLP of 768 x 3072 ran at
-# 410 GFLOP/s in blocks of 512 rows and at 340 in one; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows and 3.42 s in
-# blocks of 512).
+# many bytes, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB of cache an MLP of 768 x 3072 ran
+# at 410 GFLOP/s in blocks of 512 rows and at 340 in one; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows and
+# 3.42 s in blocks of 512).
 CPU_BLOCK_BYTES = 6 * 2**20
 # The default token_budget: enough to keep the device busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}

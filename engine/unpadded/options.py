@@ -193,7 +193,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorOptions:
-    """Options for turning hidden states into vectors. Sequences with equal options can share a batch and a CUDA graph."""
+    """Options for turning hidden states into vectors. Sequences with equal ones can share a batch and a CUDA graph."""
 
     layer_norm: bool
     dimensions: int
