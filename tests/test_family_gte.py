@@ -163,8 +163,11 @@ def test_tensor_names_decide_without_a_model_type(model, tmp_path):
     ],
 )
 def test_unsupported_settings_raise(key, value):
-    named = "rope_type" if key == "rope_scaling" and "mixed_b" not in value else key
-    with pytest.raises(ConfigError, match=f"{named} = .* is not implemented"):
+    if key == "rope_scaling":
+        key_in_error = "rope_scaling.mixed_b" if "mixed_b" in value else "rope_type"
+    else:
+        key_in_error = key
+    with pytest.raises(ConfigError, match=f"{key_in_error} = .* is not implemented"):
         gte.read_config(GTE_BASE | {key: value})
 
 

@@ -93,7 +93,7 @@ def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
         UnpaddedModel.from_pretrained(folder, dtype="float8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(OptionError, match=r"compute capability 8.9 on: cuda:0 has 8.0; use dtype='float16'"):
+    with pytest.raises(OptionError, match=r"compute capability 8.9: cuda:0 has 8.0; use dtype='float16'"):
         unpadded.load(folder, device="cuda:0", dtype="float8")
     adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
     with pytest.raises(OptionError, match=r"not for adapters.*retrieval.query.*use dtype='float16'"):

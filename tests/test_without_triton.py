@@ -48,7 +48,7 @@ assert "triton" not in sys.modules
 
 
 def test_serves_the_same_vectors(folder, expected, environment):
-    with serving(folder, env=environment) as server:
+    with serving(folder, fork=False, env=environment) as server:
         answer = server.post("/v1/embeddings", {"model": folder.name, "input": TEXTS})
     np.testing.assert_allclose([item["embedding"] for item in answer["data"]], expected, atol=1e-6)
 
