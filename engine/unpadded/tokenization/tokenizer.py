@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import tokenizers
 from tokenizers import Encoding
 
 from unpadded.errors import CheckpointError, InputError, OptionError
+from unpadded.options import Truncation, check_choice
 from unpadded.tokenization.tokenizer_files import read_tokenizer
 from unpadded.tokenization.truncation import TextSlicer
-
-Truncation = Literal["right", "left", "error"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class Tokenizer:
         "right" keeps the first tokens; "left" keeps the prompt's and the last of the text's; "error" raises InputError
         for a text that is too long. Errors name a text by its entry in `indices`, by default its index in `texts`.
         """
-        if truncation not in get_args(Truncation):
-            raise OptionError(f"truncation is unknown: {truncation!r}; use one of {', '.join(get_args(Truncation))}")
+        check_choice("truncation", truncation, get_args(Truncation))
         indices = range(len(texts)) if indices is None else indices
         _check_texts(texts, indices)
         if len(texts) == 0:
