@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import make_options
 import matplotlib
 import pytest
 import report
@@ -29,6 +30,10 @@ def test_plots_are_generated_from_the_committed_results(name, tmp_path):
         pytest.skip(f"docs/{name} was drawn by another version than matplotlib {matplotlib.__version__}")
     plots.save(report.figures(RESULTS)[name], tmp_path / name)
     assert (tmp_path / name).read_text() == committed
+
+
+def test_the_page_of_options_is_generated_from_the_dataclasses():
+    assert make_options.page() == make_options.PAGE.read_text(), "run python docs/make_options.py"
 
 
 def test_readme_has_figures_of_speed_only_in_its_generated_table():
