@@ -39,7 +39,7 @@ def _default(option: Option) -> str:
 
 
 def _description(option: Option) -> str:
-    return option.help if option.choices is None else f"{option.help}: {', '.join(option.choices)}"
+    return option.help if option.choices is None else f"{option.help} ({', '.join(option.choices)})"
 
 
 if __name__ == "__main__":
