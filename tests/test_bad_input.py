@@ -28,7 +28,7 @@ def engine(minilm):
         ([5] * 257, "text 613 has 257 token ids; pass 1 to 256"),
         ([5, 30522], "text 613 has a token id out of range: 30522; use ids from 0 to 30521"),
         ([-1], "text 613 has a token id out of range: -1"),
-        ("lone \ud800 surrogate", "lone surrogate: U\\+D800 at character 5"),
+        ("lone \ud800 surrogate", "text 613 contains a lone surrogate: U\\+D800 at character 5"),
     ],
 )
 def test_the_error_names_one_bad_text_among_a_thousand(engine, bad, message):
