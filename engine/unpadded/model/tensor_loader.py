@@ -1,6 +1,6 @@
 """safetensors -> device: each tensor is read in pieces, cast, and written into its rows of the fused destination.
 
-The pieces pass through one staging buffer that stays in the cache. FIGURES
+The pieces pass through one staging buffer that stays in the cache. `weights` states what the safetensors package costs.
 """
 
 from __future__ import annotations
