@@ -15,11 +15,12 @@ from unpadded.cli.benchmark.machine import copy_rate, matmul_rate
 
 def main() -> None:
     parser = harness.arguments(__doc__)
+    parser.add_argument("--small", action="store_true", help="one matmul per dtype, to test this script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
     dtypes = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
-    matmul = {name: matmul_rate(device, getattr(torch, name)) for name in dtypes}
+    matmul = {name: matmul_rate(device, getattr(torch, name), 1 if args.small else 20) for name in dtypes}
     copy = copy_rate(device)
     for name, rate in matmul.items():
         print(f"matmul in {name}: {rate / 1e12:.3g} TFLOP/s")

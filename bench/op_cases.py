@@ -26,7 +26,8 @@ from unpadded_kernels import (
     linear_invariant,
     linear_rotary,
     masked_mean_pool,
-    pool,
+    matryoshka,
+    mean_pool,
     pre_layer_norm,
     qk_norm_,
     quantize_rows,
@@ -34,21 +35,25 @@ from unpadded_kernels import (
     rotary_,
 )
 from unpadded_kernels.activation import activation_reference
-from unpadded_kernels.attention import attention_reference, make_tile_map
+from unpadded_kernels.attention import attention_reference
+from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.choices import override
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.fp8 import quantize_rows_reference
+from unpadded_kernels.hopper import is_supported
 from unpadded_kernels.layer_norm import (
     add_layer_norm_reference,
     pre_layer_norm_reference,
+    qk_norm_reference,
+    rms_norm_reference,
 )
-from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference, linear_invariant_triton
+from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference
 from unpadded_kernels.linear_fp8 import linear_fp8_reference
 from unpadded_kernels.linear_rotary import linear_rotary_reference
+from unpadded_kernels.matryoshka import matryoshka_reference
 from unpadded_kernels.moe import expert_mlp_reference
 from unpadded_kernels.padded_pooling import masked_mean_pool_reference
-from unpadded_kernels.pooling import pool_reference
-from unpadded_kernels.qk_norm import qk_norm_reference
-from unpadded_kernels.rms_norm import rms_norm_reference
+from unpadded_kernels.pooling import mean_pool_reference
 from unpadded_kernels.rotary import rotary_reference
 from unpadded_kernels.tiles import attention_block_m
 
@@ -121,8 +126,14 @@ def qk_norm_case() -> Case:
 
 def mean_pool_case() -> Case:
     hidden, cu_seqlens = randn(TOKENS, HIDDEN), packed(512)
-    arguments = hidden, cu_seqlens, "mean", True, HIDDEN, True
-    return Case(arguments, hidden.nbytes, True, {"unpadded": pool, "reference": pool_reference})
+    arguments = hidden, cu_seqlens
+    return Case(arguments, hidden.nbytes, True, {"unpadded": mean_pool, "reference": mean_pool_reference})
+
+
+def matryoshka_case() -> Case:
+    pooled = torch.randn(TOKENS, HIDDEN, device=DEVICE)
+    found = {"unpadded": matryoshka, "reference": matryoshka_reference}
+    return Case((pooled, True, HIDDEN, True), 2 * pooled.nbytes, True, found)
 
 
 def padded_mean_pool_case() -> Case:
@@ -131,49 +142,41 @@ def padded_mean_pool_case() -> Case:
     return Case(arguments, hidden.nbytes, True, providers(masked_mean_pool, masked_mean_pool_reference))
 
 
-def attention_case(length: int, window: int | None = None, alibi: bool = False) -> Case:
-    """With a window only the keys inside it count as flops."""
-    qkv, cu_seqlens = randn(TOKENS, 3, HEADS, HEAD_DIM), packed(length)
-    lengths = cu_seqlens.diff().tolist()
+def attention_case(*lengths: int, window: int | None = None, alibi: bool = False) -> Case:
+    """Repeat texts of these lengths up to TOKENS. With a window only the keys inside it count as flops."""
+    qkv, cu_seqlens = randn(TOKENS, 3, HEADS, HEAD_DIM), packed(*lengths)
+    lengths = tuple(cu_seqlens.diff().tolist())
     tile_map = make_tile_map(lengths, attention_block_m(DTYPE, HEAD_DIM, DEVICE)).to(DEVICE)
     slopes = torch.rand(HEADS, device=DEVICE) if alibi else None
     arguments = qkv, cu_seqlens, max(lengths), HEAD_DIM**-0.5, window, slopes, tile_map
-    seen = length if window is None else min(length, 2 * window + 1)
-    found: dict[str, Provider] = {"unpadded": attention, "reference": attention_reference}
+    seen = sum(length * (length if window is None else min(length, 2 * window + 1)) for length in lengths)
+    found = chosen(attention, "attention", "triton", "hopper") | {"reference": attention_reference}
     if window is None and not alibi:
         found |= {"torch FA2": _torch_attention} if CUDA else {}
+        found |= {"cuDNN": _cudnn_attention} if CUDA and len(set(lengths)) == 1 else {}
         found |= {"flash-attn": _flash_attn} if CUDA and installed("flash_attn") else {}
-    return Case(arguments, 4 * HEADS * HEAD_DIM * seen * TOKENS, False, found)
+    return Case(arguments, 4 * HEADS * HEAD_DIM * seen, False, found)
 
 
 def linear_case(inner: int, outer: int) -> Case:
     arguments = randn(TOKENS, inner), weights(outer, inner), randn(outer)
-    found = {"unpadded": linear_invariant, "reference": linear_invariant_reference}
+    found = chosen(linear_invariant, "linear_invariant", "triton", "hopper")
+    found |= {"unpadded, library": linear, "reference": linear_invariant_reference}
     return Case(arguments, 2 * TOKENS * inner * outer, False, found)
 
 
-def linear_swiglu_case() -> Case:
-    arguments = randn(TOKENS, HIDDEN), weights(2 * INTERMEDIATE, HIDDEN), None, "swiglu"
-    found: dict[str, Provider] = {"unpadded": linear_activation, "reference": linear_activation_reference}
-    fused: dict[str, Provider] = {"unpadded, fused": linear_invariant_triton} if CUDA else {}
-    return Case(arguments, 4 * TOKENS * HIDDEN * INTERMEDIATE, False, found | fused)
+def linear_swiglu_case(tokens: int) -> Case:
+    arguments = randn(tokens, HIDDEN), weights(2 * INTERMEDIATE, HIDDEN), None, "swiglu"
+    found = chosen(linear_activation, "linear_activation", "library", "triton", "hopper")
+    found |= {"reference": linear_activation_reference}
+    return Case(arguments, 4 * tokens * HIDDEN * INTERMEDIATE, False, found)
 
 
-def linear_then_rotary(x: Tensor, weight: Tensor, bias: None, cos_sin: Tensor, heads: int) -> Tensor:
-    """The library's matmul and a second kernel, which run unless the batch-invariant linears are asked for."""
-    qkv = linear(x, weight, bias).view(len(x), 3, heads, -1)
-    rotary_(qkv, cos_sin)
-    return qkv
-
-
-def linear_rotary_case() -> Case:
-    arguments = randn(TOKENS, HIDDEN), weights(3 * HIDDEN, HIDDEN), None, table(), HEADS
-    found: dict[str, Provider] = {
-        "unpadded": linear_then_rotary,
-        "unpadded, fused": linear_rotary,
-        "reference": linear_rotary_reference,
-    }
-    return Case(arguments, 6 * TOKENS * HIDDEN**2, False, found)
+def linear_rotary_case(tokens: int) -> Case:
+    arguments = randn(tokens, HIDDEN), weights(3 * HIDDEN, HIDDEN), None, table()[:tokens], HEADS
+    found = chosen(linear_rotary, "linear_rotary", "library", "hopper")
+    found |= {"reference": linear_rotary_reference}
+    return Case(arguments, 6 * tokens * HIDDEN**2, False, found)
 
 
 def linear_fp8_case(outer: int, kind: str | None) -> Case:
@@ -185,14 +188,30 @@ def linear_fp8_case(outer: int, kind: str | None) -> Case:
 
 
 def expert_mlp_case() -> Case:
-    up = torch.stack([weights(2 * INTERMEDIATE, HIDDEN) for _ in range(EXPERTS)])
+    up = torch.stack([weights(INTERMEDIATE, HIDDEN) for _ in range(EXPERTS)])
     down = torch.stack([weights(HIDDEN, INTERMEDIATE) for _ in range(EXPERTS)])
-    arguments = randn(TOKENS, HIDDEN), weights(EXPERTS, HIDDEN), up, down, randn(HIDDEN), TOP, "swiglu"
+    arguments = randn(TOKENS, HIDDEN), weights(EXPERTS, HIDDEN), up, down, randn(HIDDEN), TOP, "gelu"
     found: dict[str, Provider] = {"unpadded": expert_mlp, "reference": expert_mlp_reference}
-    return Case(arguments, 6 * TOP * TOKENS * HIDDEN * INTERMEDIATE, False, found)
+    return Case(arguments, 4 * TOP * TOKENS * HIDDEN * INTERMEDIATE, False, found)
 
 
+# Matmuls and attention first: they decide which kernels run, and a run may be interrupted.
 CASES: dict[str, Callable[[], Case]] = {
+    "linear, qkv": lambda: linear_case(HIDDEN, 3 * HIDDEN),
+    "linear, out": lambda: linear_case(HIDDEN, HIDDEN),
+    "linear, gate-up": lambda: linear_case(HIDDEN, 2 * INTERMEDIATE),
+    "linear, down": lambda: linear_case(INTERMEDIATE, HIDDEN),
+    "linear and swiglu": lambda: linear_swiglu_case(TOKENS),
+    "linear and rotary": lambda: linear_rotary_case(TOKENS),
+    **{f"attention, texts of {n}": lambda n=n: attention_case(n) for n in (512, 8192, 2048, 128) if n <= TOKENS},
+    # with incomplete tiles
+    "linear and swiglu, 333 tokens": lambda: linear_swiglu_case(333),
+    "linear and rotary, 333 tokens": lambda: linear_rotary_case(333),
+    "attention, mixed texts": lambda: attention_case(1, 7, 64, 127, 128, 129, 300, 513),
+    "attention, window of 64": lambda: attention_case(min(TOKENS, 8192), window=64),
+    "attention, ALiBi": lambda: attention_case(min(TOKENS, 2048), alibi=True),
+    "linear in fp8, qkv": lambda: linear_fp8_case(3 * HIDDEN, None),
+    "linear in fp8 and swiglu": lambda: linear_fp8_case(2 * INTERMEDIATE, "swiglu"),
     "add_layer_norm": lambda: norm_case(add_layer_norm, add_layer_norm_reference, 3),
     "pre_layer_norm": lambda: norm_case(pre_layer_norm, pre_layer_norm_reference, 4),
     "rms_norm": rms_norm_case,
@@ -202,17 +221,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "rotary": rotary_case,
     "qk_norm": qk_norm_case,
     "mean_pool": mean_pool_case,
+    "matryoshka": matryoshka_case,
     "padded_mean_pool": padded_mean_pool_case,
-    "linear, qkv": lambda: linear_case(HIDDEN, 3 * HIDDEN),
-    "linear, down": lambda: linear_case(INTERMEDIATE, HIDDEN),
-    "linear and swiglu": linear_swiglu_case,
-    "linear and rotary": linear_rotary_case,
-    "linear in fp8, qkv": lambda: linear_fp8_case(3 * HIDDEN, None),
-    "linear in fp8 and swiglu": lambda: linear_fp8_case(2 * INTERMEDIATE, "swiglu"),
     "expert_mlp": expert_mlp_case,
-    **{f"attention, texts of {n}": lambda n=n: attention_case(n) for n in (128, 512, 2048, 8192) if n <= TOKENS},
-    "attention, window of 64": lambda: attention_case(min(TOKENS, 8192), window=64),
-    "attention, ALiBi": lambda: attention_case(min(TOKENS, 2048), alibi=True),
 }
 
 
@@ -230,14 +241,30 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def packed(length: int) -> Tensor:
-    """Return cu_seqlens of texts of one length."""
-    return torch.arange(0, TOKENS + 1, length, device=DEVICE, dtype=torch.int32)
+def packed(*lengths: int) -> Tensor:
+    """Return cu_seqlens of texts of these lengths, repeated up to TOKENS."""
+    ends = torch.tensor(lengths).repeat(TOKENS // sum(lengths) + 1).cumsum(0).clamp(max=TOKENS).unique()
+    return torch.nn.functional.pad(ends, (1, 0)).to(DEVICE, torch.int32)
 
 
 def providers(op: Provider, reference: Provider) -> dict[str, Provider]:
     compiled: dict[str, Provider] = {"torch.compile": torch.compile(reference, dynamic=False)} if CUDA else {}
     return {"unpadded": op, "reference": reference} | compiled
+
+
+def chosen(op: Provider, choice: str, *values: str) -> dict[str, Provider]:
+    """Return the op as it runs by default, and with each value of its choice that runs on this device."""
+    if CUDA and not is_supported(torch.device(DEVICE)):
+        values = tuple(value for value in values if value != "hopper")
+    return {"unpadded": op} | {f"unpadded, {value}": forced(op, **{choice: value}) for value in values}
+
+
+def forced(op: Provider, **values: str) -> Provider:
+    def run(*arguments: Any) -> Any:
+        with override(**values):
+            return op(*arguments)
+
+    return run
 
 
 def _torch_attention(
@@ -246,6 +273,16 @@ def _torch_attention(
     q, k, v = qkv.unbind(1)
     forward = torch.ops.aten._flash_attention_forward
     return forward(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, False, False, scale=scale)[0].flatten(1)
+
+
+def _cudnn_attention(
+    qkv: Tensor, _cu_seqlens: Tensor, longest: int, scale: float, _window: None, _slopes: None, _map: Tensor
+) -> Tensor:
+    """Run cuDNN on a padded batch: the texts of these cases have one length."""
+    q, k, v = qkv.view(-1, longest, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(len(qkv), -1)
 
 
 def _flash_attn(
@@ -276,7 +313,12 @@ def _liger_swiglu(x: Tensor, _kind: str) -> Tensor:
 
 
 def assert_correct(run: Provider, case: Case) -> None:
-    """Compare with the reference in the same dtype, by relative Frobenius norm.
+    error = relative_error(run, case)
+    assert error <= TOLERANCE, f"relative error {error:.2g}"
+
+
+def relative_error(run: Provider, case: Case) -> float:
+    """Return the relative Frobenius norm of the difference to the reference in the same dtype.
 
     An operation in place is compared by its changed input, one with several results by the first; tests/ compares the
     others.
@@ -289,5 +331,4 @@ def assert_correct(run: Provider, case: Case) -> None:
         return (first if result is None else result).float()
 
     expected = result_of(case.providers["reference"])
-    error = ((result_of(run) - expected).norm() / expected.norm()).item()
-    assert error <= TOLERANCE, f"relative error {error:.2g}"
+    return ((result_of(run) - expected).norm() / expected.norm()).item()

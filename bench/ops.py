@@ -43,7 +43,7 @@ def copy_rate() -> float:
 
 @pytest.fixture(scope="session")
 def matmul_rate() -> float:
-    return machine.matmul_rate(DEVICE, DTYPE)
+    return machine.matmul_rate(DEVICE, DTYPE, 20 if CUDA else 1)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 NAMES = (
     "unpadded",
-    "unpadded, fused",
+    "unpadded, library",
+    "unpadded, triton",
+    "unpadded, hopper",
     "reference",
     "torch.compile",
     "torch FA2",
+    "cuDNN",
     "torch._scaled_mm",
     "flash-attn",
     "Liger",
@@ -67,9 +70,7 @@ NAMES = (
 @pytest.mark.benchmark(timer=Instant)
 @pytest.mark.parametrize("provider", NAMES)
 @pytest.mark.parametrize("case", CASES, indirect=True, ids=str)
-def test_kernel(
-    benchmark, request: pytest.FixtureRequest, case: Case, provider: str, copy_rate: float, matmul_rate: float
-) -> None:
+def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider: str) -> None:
     if provider not in case.providers:
         pytest.skip("not a provider of this operation here")
     run = case.providers[provider]
@@ -85,6 +86,7 @@ def test_kernel(
     benchmark.pedantic(run, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
     rate = case.work / benchmark.stats.stats.median
     text = f"{rate / 1e9:,.0f} GB/s" if case.memory_bound else f"{rate / 1e12:.3g} TFLOP/s"
-    share = rate / (copy_rate if case.memory_bound else matmul_rate)
+    share = rate / request.getfixturevalue("copy_rate" if case.memory_bound else "matmul_rate")
     kernel = request.node.callspec.params["case"]
-    benchmark.extra_info |= {"kernel": kernel, "provider": provider, "rate": text, "share": share}
+    rows = len(case.arguments[0])
+    benchmark.extra_info |= {"kernel": kernel, "provider": provider, "rate": text, "share": share, "rows": rows}

@@ -1,11 +1,11 @@
 """Write tables and plots of benchmark results as Markdown; every figure in the documentation is generated here.
 
-    python bench/report.py bench/results --page docs/benchmarks.md --readme README.md
+    python bench/report.py bench/results --page docs/benchmarks.md --readme README.md --models docs/models.md
     python bench/report.py DIR --page DIR/summary.md
 
 DIR contains the JSON files that the benchmarks write, each under its own name, and optionally one folder per other
-machine. Missing files are skipped. --page writes all tables, with the plots in the same folder; --readme replaces the
-short table between its two markers.
+machine. Missing files are skipped. --page writes all tables, with the plots in the same folder; --readme and --models
+replace the table between two markers, by speedups of clean commits and by the families.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from report_peers import cpu_peers
+from report_plots import PLOTS
+from report_summary import CHECKPOINTS, HEADLINES, SUMMARY_ROWS
 
 from unpadded.errors import OptionError
 
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page", type=Path, metavar="FILE")
     parser.add_argument("--readme", type=Path, metavar="FILE")
+    parser.add_argument("--models", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.page:
         args.page.write_text(page(args.folder))
@@ -47,7 +52,9 @@ def main() -> None:
             for name, figure in figures(args.folder).items():
                 plots.save(figure, args.page.parent / name)
     if args.readme:
-        args.readme.write_text(with_summary(args.readme.read_text(), summary(args.folder)))
+        args.readme.write_text(with_table(args.readme.read_text(), summary(args.folder)))
+    if args.models:
+        args.models.write_text(with_table(args.models.read_text(), models(args.folder)))
 
 
 def page(folder: Path) -> str:
@@ -56,7 +63,7 @@ def page(folder: Path) -> str:
     for path, result in results(folder):
         parts.append(f"## {SECTIONS[path.stem][0]}")
         try:
-            parts.append(SECTIONS[path.stem][1](result))
+            parts += [SECTIONS[path.stem][1](result), SECTIONS[path.stem][2]]
             if path.stem in PLOTS:
                 parts.append(f"![{SECTIONS[path.stem][0]}]({plot_name(path, folder)})")
         except KeyError as missing:
@@ -66,16 +73,35 @@ def page(folder: Path) -> str:
 
 
 def summary(folder: Path) -> str:
-    """Return the speedups of unpadded as one Markdown table."""
-    rows = []
-    throughput = json.loads((folder / "throughput.json").read_text())
-    for model in throughput["models"]:
-        for found in model["workloads"]:
-            speedups = {row["provider"]: f"{row['speedup']:.1f} x" for row in found["rows"]}
-            workload = f"{model['model']}, {found['workload']}"
-            rows.append((workload, speedups["unpadded, float32"], speedups["unpadded, bfloat16"]))
-    header = ("text to vectors, speedup over sentence-transformers in float32", "float32", "bfloat16")
-    return table(header, rows) + "\n\n" + provenance(throughput, folder / "throughput.json", folder)
+    """Return the first five speedups over what people use, of clean commits, as one Markdown table."""
+    rows: list[tuple[str, str, str]] = []
+    sources: dict[str, list[str]] = {}  # by machine and packages
+    for name, headlines in HEADLINES.items():
+        for path, result in results(folder):
+            found = headlines(result)[: SUMMARY_ROWS - len(rows)] if path.stem == name else []
+            if found and not card(result)["commit"].endswith("-dirty"):
+                rows += [(task, other, f"**{ratio:.1f} x**") for task, other, ratio in found]
+                machine, _, source = provenance(result, path, folder)[len("<sub>") : -len("</sub>")].partition(
+                    "; commit "
+                )
+                sources.setdefault(machine, []).append(source.replace(";", ","))
+    measured = "; ".join(f"{machine}; commits {'; '.join(files)}" for machine, files in sources.items())
+    return table(("task, in float32", "instead of", "speed"), rows) + f"\n\n<sub>{measured}</sub>"
+
+
+def models(folder: Path) -> str:
+    """Return the families, their checkpoints and how the tests check them as one Markdown table."""
+    rows = [
+        (
+            row["family"],
+            CHECKPOINTS[row["family"]],
+            f"{', '.join(row['references'])}, seeded weights"
+            + "".join(f"; {name}, real weights" for name in row["real"]),
+            f"{row['longest']:,}",
+        )
+        for row in json.loads((folder / "families.json").read_text())["rows"]
+    ]
+    return table(("family", "checkpoints", "tested against", "up to tokens"), rows)
 
 
 def figures(folder: Path) -> dict[str, Figure]:
@@ -103,22 +129,27 @@ def results(folder: Path) -> Iterator[tuple[Path, Result]]:
                 yield path, json.loads(path.read_text())
 
 
-def with_summary(readme: str, text: str) -> str:
-    """Return the README with the text between its two markers replaced."""
+def with_table(page: str, text: str) -> str:
+    """Return a page with the text between its two markers replaced."""
     replaced, found = re.subn(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n\n{text}\n\n{END}", readme, flags=re.DOTALL
+        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page, flags=re.DOTALL
     )
     if found != 1:
-        raise SystemExit(f"the README has {found} places between {BEGIN} and {END}; it needs exactly one")
+        raise SystemExit(f"the page has {found} places between {BEGIN} and {END}; it needs exactly one")
     return replaced
 
 
 def provenance(result: Result, path: Path, folder: Path) -> str:
     """Return one line with the machine, the package versions, the commit and the file of a result."""
-    card = result.get("machine") or result["machine_info"]["card"]
-    where = card.get("gpu") or f"{card['cpu']}, {card['threads']} threads"
-    packages = ", ".join(f"{name} {version}" for name, version in card["packages"].items() if version)
-    return f"<sub>{where}; {packages}; commit {card['commit']}; `{path.relative_to(folder)}`</sub>"
+    found = card(result)
+    where = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+    return f"<sub>{where}; {packages}; commit {found['commit']}; `{path.relative_to(folder)}`</sub>"
+
+
+def card(result: Result) -> Result:
+    """Return the machine card of a result."""
+    return result.get("machine") or result["machine_info"]["card"]
 
 
 def throughput(result: Result) -> str:
@@ -136,9 +167,11 @@ def throughput(result: Result) -> str:
         ]
         shares = [f"{stage}, share of time" for stage in ("tokenize", "copy", "forward", "output")]
         parts.append(table(("workload", "dtype", *shares, "speed relative to the forward pass alone"), stages))
+        parts.append("The time of each stage alone; in a call, tokenizing runs ahead of the forward pass.")
         if model["scaling"]:
             scaling = ((f"{row['texts']:,}", f"{row['tokens_per_second']:,.0f}") for row in model["scaling"])
             parts.append(table(("paragraphs in one call", "tokens/s"), scaling))
+            parts.append("The rate stays the same if neither memory nor work per text grows with the call.")
     return "\n\n".join(parts)
 
 
@@ -159,7 +192,12 @@ def server(result: Result) -> str:
         for size, found in by_size.items()
     ]
     by_size = table(("load", "texts per request", "requests", "p50, ms", "p99, ms"), sizes)
-    parts = [table(("load", *names), rows), by_size]
+    parts = [
+        by_size,
+        "A small request does not wait for the large ones that other clients have queued.",
+        table(("load", *names), rows),
+        "The p99 latency of mixed sizes is that of the largest requests.",
+    ]
     if "relative to infinity" in result:
         ratio = result["relative to infinity"]
         parts.append(
@@ -221,6 +259,7 @@ def model(result: Result) -> str:
     if result["latency"]:
         latency = ((name, f"{found['median'] * 1e3:.2f} ms") for name, found in result["latency"].items())
         parts.append(table(("one query of 32 tokens", "median latency"), latency))
+        parts.append("A single query, from token ids to its vector.")
     if result["not run"]:
         parts.append(table(("not run", "reason"), result["not run"].items()))
     return "\n\n".join(parts)
@@ -271,57 +310,21 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot_throughput(result: Result) -> Figure:
-    from unpadded.cli.benchmark.plots import bar_chart
-
-    groups = {
-        f"{model['model']}, {found['workload']}": {
-            row["provider"]: row["speedup"] for row in found["rows"] if row["speedup"]
-        }
-        for model in result["models"]
-        for found in model["workloads"]
-    }
-    return bar_chart("Text to vectors: speedup over sentence-transformers with its defaults", groups, "{:.2f} x")
-
-
-def plot_model(result: Result) -> Figure:
-    """Plot tokens/s of workloads whose texts all have one length."""
-    from unpadded.cli.benchmark.plots import line_chart
-
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in result["rows"]:
-        length = re.fullmatch(r"(?:\d+ x )?(\d+) tokens", row["workload"])
-        if length:
-            name = f"{row['provider']}, {row['dtype']}"
-            series.setdefault(name, []).append((int(length[1]), row["tokens_per_second"]))
-    return line_chart("Token ids to vectors", series, "tokens per text", "tokens/s")
-
-
-def plot_kernels(result: Result) -> Figure:
-    from unpadded.cli.benchmark.plots import bar_chart
-
-    groups: dict[str, dict[str, float]] = {}
-    for row in result["benchmarks"]:
-        info = row["extra_info"]
-        groups.setdefault(info["kernel"], {})[info["provider"]] = 100 * info["share"]
-    return bar_chart("Share of the ceiling: a large copy, or a large matmul in 16 bits", groups, "{:.0f} %")
-
-
-SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "throughput": ("Text to vectors", throughput),
-    "model": ("Token ids to vectors", model),
-    "kernels": ("Kernels", kernels),
-    "drop_in": ("Drop-in replacements", drop_in),
-    "server": ("Server under load", server),
-    "loading": ("Loading a checkpoint", loading),
-    "memory": ("Peak memory", memory),
-    "ceilings": ("Ceilings of the machine", ceilings),
-    "families": ("Accuracy of each family", families),
-}
-PLOTS: dict[str, Callable[[Result], Figure]] = {
-    "throughput": plot_throughput,
-    "model": plot_model,
-    "kernels": plot_kernels,
+# Title, tables, and what they show.
+SECTIONS: dict[str, tuple[str, Callable[[Result], str], str]] = {
+    "throughput": ("Text to vectors", throughput, "Mixed lengths gain most: padding is computed otherwise."),
+    "model": ("Token ids to vectors", model, "Only the first two columns have padding to avoid."),
+    "headline": ("Token ids to vectors, by choice of kernels", model, "Every text of a column has the same length."),
+    "matmuls": ("Matmuls and attention", kernels, "The ceiling is a large matmul in 16 bits."),
+    "kernels": ("Kernels", kernels, "The ceiling is a large copy, or a large matmul in 16 bits."),
+    "compiled": ("Kernels of torch.compile", kernels, "torch.compile runs the reference of each kernel."),
+    "drop_in": ("Drop-in replacements", drop_in, "Each row changes one line of code that uses the original."),
+    "cpu_peers": ("Other libraries on a CPU", cpu_peers, "A ratio below 1.00 x is slower than the other library."),
+    "server": ("Server under load", server, "A wrong vector or an unexpected status fails this benchmark."),
+    "loading": ("Loading a checkpoint", loading, "A weight that is held twice would count twice."),
+    "memory": ("Peak memory", memory, "The peak does not grow with the number of texts."),
+    "ceilings": ("Ceilings of the machine", ceilings, "The shares above are relative to these rates."),
+    "families": ("Accuracy of each family", families, "The tests allow a relative error of 1e-5."),
 }
 
 

@@ -1,10 +1,10 @@
 """Measure the speed from text on disk to vectors in memory, as `unpadded bench` does, and compare it with libraries.
 
-    PYTHONPATH=tests python bench/throughput.py [--device cuda] [--rounds 3] [--out bench/results/throughput.json]
+    PYTHONPATH=tests python bench/throughput.py [--device cuda] [--rounds 5] [--out bench/results/throughput.json]
 
 On a CPU: all-MiniLM-L6-v2 (real weights) on queries, on paragraphs and on increasing numbers of paragraphs; NomicBERT
-(768 wide, seeded weights) on passages and on documents of realistic length. On CUDA: NomicBERT on texts of 50, 512 and
-8192 tokens and on documents. The last line on stdout is JSON.
+(768 wide, seeded weights) on passages and on documents of realistic length. On CUDA: NomicBERT on texts of 512, 50 and
+8192 tokens and on documents, a million tokens of each: 32 batches. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from unpadded.cli import benchmark
 from unpadded.cli.benchmark.workloads import TextSampler
 
 LONGEST = 8192
+TOKENS = 2**20  # per workload on CUDA: 32 batches
 AGAINST = ("sentence-transformers", "sentence-transformers-best")  # for NomicBERT; the others pad in the same way
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 
@@ -31,7 +32,8 @@ SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 5 on CUDA, 3 on a CPU")
+    parser.add_argument("--against", nargs="*", default=AGAINST, help="providers to compare NomicBERT with")
     parser.add_argument("--layers", type=int, default=12, help="layers of NomicBERT (default: 12)")
     parser.add_argument(
         "--lengths", type=Path, default=harness.ROOT / "bench" / "lengths.txt", help="file of token counts of documents"
@@ -40,22 +42,21 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models and texts, to test this script")
     args = parser.parse_args()
     device = torch.device(args.device)
+    rounds = args.rounds or (1 if args.small else 5 if device.type == "cuda" else 3)
     with harness.reporting(args.out) as result, tempfile.TemporaryDirectory() as folder:
         result["models"] = []
         if device.type == "cpu" and checkpoints.PACKAGE and not args.small:
             result["models"].append(found := {"model": "all-MiniLM-L6-v2"})
             engines = load(checkpoints.MINILM, device)
             both = dict.fromkeys(("queries", "paragraphs"))
-            benchmark.measure(
-                str(checkpoints.MINILM), engines, both, rounds=args.rounds, scaling=args.scaling, result=found
-            )
+            benchmark.measure(str(checkpoints.MINILM), engines, both, rounds=rounds, scaling=args.scaling, result=found)
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         checkpoints.write_nomic(Path(folder), names="transformers", tokenizer=False, **shape)
         wordpiece.write_tokenizer(Path(folder), LONGEST)
         engines = load(folder, device)
         workloads = texts(engines, device, args.lengths, args.small)
         result["models"].append(found := {"model": f"NomicBERT, {shape['layers']} layers"})
-        benchmark.measure(folder, engines, workloads, against=AGAINST, rounds=args.rounds, result=found)
+        benchmark.measure(folder, engines, workloads, against=args.against, rounds=rounds, result=found)
 
 
 def load(model: str | Path, device: torch.device) -> dict[str, unpadded.Engine]:
@@ -70,9 +71,9 @@ def texts(engines: dict[str, Any], device: torch.device, lengths: Path, small: b
         return {"passages": 32, "documents": None}
     sampler = TextSampler(next(iter(engines.values())))
     found = np.minimum(np.array(lengths.read_text().split(), np.int64), LONGEST)
-    equal = {50: 4096, 512: 512, 8192: 16}
-    workloads = {f"{length} tokens": [length] * count for length, count in equal.items()}
-    workloads["real documents"] = np.random.default_rng(0).choice(found, 32, replace=False).tolist()
+    workloads = {f"{length} tokens": [length] * (TOKENS // length) for length in (512, 50, 8192)}
+    documents = int(TOKENS / found.mean())
+    workloads["real documents"] = np.random.default_rng(0).choice(found, documents, replace=False).tolist()
     if small:
         workloads = {name: [min(length, 100) for length in some[:4]] for name, some in workloads.items()}
     return {name: sampler.sample(some) for name, some in workloads.items()}

@@ -2,17 +2,17 @@
 
     PYTHONPATH=engine:kernels:tests python bench/tune.py [--only NAME ...] [--out FILE.json]
 
-For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `op_cases`, and
-the fastest is printed. A candidate that is wrong or does not launch is reported, and the others run. All are compiled
-beforehand in parallel, so that timed runs find them in Triton's cache. Enter the fastest in `tiles.py` by hand, with
-GPU and date. Whether a fused linear beats the library's matmul and a second kernel, `ops.py` measures. On a CPU the
-CPU bodies run, which only tests this script. The last line on stdout is JSON.
+For each entry of `tiles.py` that decides a rate, candidates run in its place, in fp16 at the shapes of `op_cases`.
+They are ranked by the geometric mean, over the cases, of the time relative to that of the table's tile; the seconds of
+each case are printed and stored, too. A candidate that is wrong or does not launch is reported, and the others run. All
+are compiled beforehand in parallel, so that timed runs find them in Triton's cache. Enter the fastest in `tiles.py` by
+hand, with GPU and date. Whether a fused linear beats the library's matmul and a second kernel, `ops.py` measures. On a
+CPU the CPU bodies run, which only tests this script. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import statistics
 from collections.abc import Iterator
@@ -58,49 +58,56 @@ def main() -> None:
         for name in names:
             result["sweeps"][name] = rows = []
             print(f"{name}, the table's first:")
+            print("  time relative to the table's tile; us of " + "; ".join(found[name].cases))
             for row in run(found[name]):
                 rows.append(row)
-                print(f"  {row['seconds'] * 1e6:,.1f} us" if "seconds" in row else f"  {row['failed']}", row["tile"])
-            best = min((row for row in rows if "seconds" in row), key=lambda row: row["seconds"], default=None)
-            print(f"  fastest: {best['tile']}" if best else "  none runs")
+                print(f"  {timing(row)}, {row['tile']}" if "seconds" in row else f"  {row['failed']}, {row['tile']}")
+            best = min((row for row in rows if "ratio" in row), key=lambda row: row["ratio"], default=None)
+            print(f"  fastest: {best['tile']}" if best else "  no ranking: the table's tile does not run")
+
+
+# Without those that lost when compiled for sm_90 (triton 3.6): attention and linears with more accumulators per thread
+# than these spill registers or have their wgmmas serialized, attention with 64 queries per tile and 8 warps takes more
+# wgmmas than its scores need, and two linears do not fit a multiprocessor.
+# (block_m, block_n, num_warps, num_stages)
+ATTENTION = (
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 3),
+)
+# (block_m, block_n, num_warps, num_stages) by epilogue; a gated tile has block_n columns of gate and as many of up
+LINEAR = {
+    "nothing": ((128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 8, 4)),
+    "gated": ((128, 128, 8, 3), (256, 64, 8, 3)),
+}
+LINEAR_CASES = {
+    "nothing": ("linear, qkv", "linear, out", "linear, gate-up", "linear, down"),
+    "gated": ("linear and swiglu",),
+}
 
 
 def sweeps(generation: int) -> dict[str, Sweep]:
     fp32 = torch.finfo(op_cases.DTYPE).bits == 32
     key_generation = 80 if fp32 else generation
     tma = not fp32 and generation >= 90
-    attention_cases = tuple(name for name in op_cases.CASES if name.startswith("attention, texts of"))
     attention = tuple(
-        Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, overlap=overlap)
-        for m, n, warps, stages, overlap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3), {tma, False})
+        Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma) for m, n, warps, stages in ATTENTION
     )
-    linear_tiles = tuple(
-        Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)
-        for m, n, warps, stages in itertools.product((128, 256), (64, 128, 256), (4, 8), (3, 4))
-        if m * n <= 128 * 256
-    )
+    attention_cases = tuple(name for name in op_cases.CASES if name.startswith("attention, texts of"))
+    key: Any = fp32, op_cases.HEAD_DIM, key_generation
+    found = {"attention": Sweep(attention_cases, "unpadded, triton", tiles.ATTENTION, key, attention)}
+    for epilogue, shapes in LINEAR.items():
+        candidates = tuple(
+            Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)
+            for m, n, warps, stages in shapes
+        )
+        key = fp32, epilogue, key_generation
+        found[f"linear, {epilogue}"] = Sweep(LINEAR_CASES[epilogue], "unpadded, triton", tiles.LINEAR, key, candidates)
+    # fewer elements per warp need barriers: predicted to be slower, so one candidate checks that
     rows = ("add_layer_norm", "embedding", "swiglu", "rotary")
-    linear = {
-        "nothing": ("linear, qkv", "linear, down"),
-        "gated": ("linear and swiglu",),
-        "rotary": ("linear and rotary",),
-    }
-    fused = "unpadded" if fp32 else "unpadded, fused"
-    return {
-        "attention": Sweep(
-            attention_cases, "unpadded", tiles.ATTENTION, (fp32, op_cases.HEAD_DIM, key_generation), attention
-        ),
-        **{
-            f"linear, {epilogue}": Sweep(
-                *(cases, "unpadded" if epilogue == "nothing" else fused),
-                *(tiles.LINEAR, (fp32, epilogue, key_generation)),
-                # a gated tile has block_n columns of gate and as many of up
-                tuple(tile for tile in linear_tiles if epilogue != "gated" or tile.block_m * tile.block_n <= 128 * 128),
-            )
-            for epilogue, cases in linear.items()
-        },
-        "rows": Sweep(rows, "unpadded", vars(tiles), "_ROW_ELEMENTS_PER_WARP", (256, 512, 1024)),
-    }
+    found["rows"] = Sweep(rows, "unpadded", vars(tiles), "_ROW_ELEMENTS_PER_WARP", (512,))
+    return found
 
 
 def compile_all(candidates: dict[str, int]) -> None:
@@ -127,18 +134,32 @@ def run_once(job: tuple[str, int]) -> str | None:
 
 
 def run(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Yield one row per candidate, the table's own first, with the sum of the cases' median seconds."""
+    """Yield one row per candidate, the table's own first.
+
+    It has the median seconds of each case and, if the table's own runs, "ratio": the geometric mean over the cases of
+    the seconds relative to the table's.
+    """
     own = sweep.table[sweep.key]
+    base: dict[str, float] | None = None
     try:
         for candidate in (own, *(one for one in sweep.candidates if one != own)):
             sweep.table[sweep.key] = candidate
             row = {"tile": asdict(candidate) if isinstance(candidate, Tile) else candidate}
             try:
-                yield row | {"seconds": sum(time_of(name, sweep.provider) for name in sweep.cases)}
+                row["seconds"] = found = {name: time_of(name, sweep.provider) for name in sweep.cases}
+                base = found if candidate == own else base
+                if base:
+                    row["ratio"] = statistics.geometric_mean(found[name] / base[name] for name in sweep.cases)
+                yield row
             except Exception as error:  # of any type; the other candidates still run
                 yield row | {"failed": f"{type(error).__name__}: {error}"[:200]}
     finally:
         sweep.table[sweep.key] = own
+
+
+def timing(row: dict[str, Any]) -> str:
+    ratio = f"{row['ratio']:.3f}" if "ratio" in row else "?"
+    return f"{ratio}; " + ", ".join(f"{seconds * 1e6:,.1f}" for seconds in row["seconds"].values())
 
 
 def time_of(name: str, provider: str) -> float:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+from unpadded.cli.flags import MODEL_VARIABLE
+from unpadded.cli.main import _parser
 from unpadded.options import EncodeOptions, LoadOptions, Option, describe
-from unpadded.server.options import ServerOptions
+from unpadded.server.options import API_KEYS_VARIABLE, ServerOptions
 
 PAGE = Path(__file__).with_name("options.md")
 INTRODUCTION = """\
@@ -16,7 +21,20 @@ INTRODUCTION = """\
 
 The options of `load` and `encode` are keyword arguments in Python and flags on the command line, where underscores are
 dashes: `token_budget` is `--token-budget`. The options of the server are flags of `unpadded serve`.
+Every command accepts `--quiet`, which prints only warnings, errors and results.
 """
+ENVIRONMENT = {
+    MODEL_VARIABLE: "the model of a command without `-m` or MODEL",
+    API_KEYS_VARIABLE: "API keys of the server, separated by commas",
+    "HF_HOME": "folder of the cache of Hugging Face models",
+    "HF_HUB_OFFLINE": "1: use only models that are in the cache",
+    "HF_TOKEN": "access token for private and gated models",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that `device` counts",
+    "OMP_NUM_THREADS": "threads of PyTorch on a CPU",
+    "TRITON_CACHE_DIR": "folder of compiled kernels",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY": "number of kernels that oneDNN caches; 16 saves CPU memory",
+}
+HEADER = ["| option | default | description |", "|---|---|---|"]
 
 
 def page() -> str:
@@ -26,12 +44,39 @@ def page() -> str:
         ("`encode`, `embed`, `stream`, `aembed`", EncodeOptions),
         ("`unpadded serve`", ServerOptions),
     ]
-    return INTRODUCTION + "".join(f"\n## {title}\n\n{_table(describe(options))}" for title, options in tables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray emits warnings about pydantic
+        from unpadded.integrations.ray_serve import ReplicaOptions
+
+        tables.append(("`serve run unpadded.integrations.ray:serve`", ReplicaOptions))
+    parts = [f"## {title}\n\n{_table(describe(options))}" for title, options in tables]
+    described = {option.name for _, options in tables[:3] for option in describe(options)}
+    for name, parser in _commands().items():
+        flags = [action for action in parser._actions if action.dest not in described | {"help", "quiet"}]
+        title = f"`unpadded {name}`" + (": further flags" if name == "serve" else "")
+        parts.append(f"## {title}\n\n" + "\n".join([*HEADER, *map(_flag, flags)]) + "\n")
+    rows = [f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()]
+    parts.append("## Environment variables\n\n" + "\n".join(["| variable | meaning |", "|---|---|", *rows]) + "\n")
+    return "\n".join([INTRODUCTION, *parts])
 
 
-def _table(options: list[Option]) -> str:
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (one for one in _parser()._actions if isinstance(one, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def _flag(action: argparse.Action) -> str:
+    """Return the row of a flag or a positional argument of the command line."""
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar}`"
+    default = "" if action.default in (None, False, [], ()) else f"`{action.default}`"
+    help = re.sub(r" \((default: )?%\(default\)s\)", "", action.help or "").replace(f" (default: {action.default})", "")
+    choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
+    return f"| {names} | {default} | {help}{choices} |"
+
+
+def _table(options: tuple[Option, ...]) -> str:
     rows = [f"| `{option.name}` | {_default(option)} | {_description(option)} |" for option in options]
-    return "\n".join(["| option | default | description |", "|---|---|---|", *rows]) + "\n"
+    return "\n".join([*HEADER, *rows]) + "\n"
 
 
 def _default(option: Option) -> str:

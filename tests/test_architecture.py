@@ -110,7 +110,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def is_jit(function: ast.FunctionDef) -> bool:
-    return any("triton" in ast.unparse(decorator) for decorator in function.decorator_list)
+    return any(".jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def test_host_functions_of_the_kernels_are_typed() -> None:

@@ -1,6 +1,13 @@
 """Texts that cannot be embedded raise an error with their index and value; unusual texts are embedded."""
 
+import array
+import collections
+import threading
+
 import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +31,20 @@ def engine(minilm):
         ([[1], [2, 3]], "text 613 is neither"),
         ([1.5], "text 613 is neither"),
         (b"bytes", "text 613 is neither a string nor token ids: b'bytes'"),
+        (bytearray(b"bytes"), "text 613 is neither"),
+        (bytearray(), "text 613 is neither"),
+        (memoryview(b"bytes"), "text 613 is neither"),
+        (array.array("b", [5, 6]), "text 613 is neither"),
+        (np.array([5, 6], np.uint8), "text 613 is neither"),
+        (pa.scalar("a string"), "text 613 is neither"),
+        (pa.array(["a string"]), "text 613 is neither"),
+        ({5: 6}, "text 613 is neither"),
+        ({5, 6}, "text 613 is neither"),
+        (torch.tensor(5), "text 613 is neither"),
+        (torch.tensor([5.0]), "text 613 is neither"),
+        (torch.zeros(1, device="meta", dtype=torch.int32), "text 613 is neither"),
+        ([True, False], "text 613 is neither"),
+        (threading.Lock(), "text 613 is neither"),
         ([], "text 613 has 0 token ids; pass 1 to 256"),
         ([5] * 257, "text 613 has 257 token ids; pass 1 to 256"),
         ([5, 30522], "text 613 has a token id out of range: 30522; use ids from 0 to 30521"),
@@ -39,10 +60,89 @@ def test_the_error_names_one_bad_text_among_a_thousand(engine, bad, message):
     assert np.isfinite(engine.encode(["still works"])).all()
 
 
-@pytest.mark.parametrize("texts", [None, 3, b"bytes"])
-def test_texts_must_be_a_collection(engine, texts):
-    with pytest.raises(InputError, match="texts are not a collection"):
+@pytest.mark.parametrize(
+    "texts",
+    [
+        None,
+        3,
+        b"bytes",
+        {"a": "text"},
+        collections.UserDict(a="text"),  # as transformers' BatchEncoding is
+        {"text", "another"},
+        pd.DataFrame({"a": ["text"]}),
+        pl.DataFrame({"a": ["text"]}),
+        pa.table({"a": ["text"]}),
+        pa.record_batch({"a": ["text"]}),
+        np.array("text"),
+        torch.tensor(5),
+    ],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_texts_must_be_a_sequence(engine, texts):
+    with pytest.raises(InputError, match=f"texts are not a sequence: {type(texts).__name__}; .* one column of a table"):
         engine.encode(texts)
+
+
+@pytest.mark.parametrize("texts", [bytearray(b"text"), array.array("i", [5, 6]), np.array([5, 6]), pa.array([5, 6])])
+def test_one_sequence_of_integers_is_not_a_list_of_texts(engine, texts):
+    with pytest.raises(InputError, match="text 0 is neither a string nor token ids"):
+        engine.encode(texts)
+
+
+def test_the_tokenizer_rejects_a_single_string(engine):
+    with pytest.raises(InputError, match="texts are one string: 'text'"):
+        engine.tokenizer.encode("text", max_length=9)
+
+
+TEXTS = ["what is a tide", "how bread is made", "", "what is a tide"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(TEXTS),
+        pa.array(TEXTS, pa.large_string()),
+        pa.array(TEXTS, pa.string_view()),
+        pa.array(TEXTS).dictionary_encode(),
+        pa.chunked_array([TEXTS[:1], TEXTS[1:]]),
+        pd.Series(TEXTS, index=[3, 2, 1, 0]),
+        pd.Series(TEXTS, dtype="category"),
+        pd.Series(TEXTS, dtype="string[pyarrow]"),
+        pd.Index(TEXTS),
+        pl.Series(TEXTS),
+        pl.Series(TEXTS, dtype=pl.Categorical),
+        np.array(TEXTS),
+        np.array(TEXTS, object),
+        np.array(TEXTS, np.dtypes.StringDType()),
+        dict(enumerate(TEXTS)).values(),
+        collections.deque(TEXTS),
+    ],
+    ids=lambda column: f"{type(column).__module__}.{type(column).__name__}",
+)
+def test_a_column_of_strings_is_its_strings(engine, column, monkeypatch):
+    monkeypatch.setattr("unpadded.tokenization.windows.WindowReader.max_texts", 3)  # pyarrow's are read in slices
+    assert np.array_equal(engine.encode(column), engine.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[101, 2054, 102], [101, 102]]),
+        pl.Series([[101, 2054, 102], [101, 102]]),
+        pd.Series([[101, 2054, 102], [101, 102]]),
+        [torch.tensor([101, 2054, 102]), array.array("i", [101, 102])],
+        [(101, 2054, 102), range(101, 103)],
+    ],
+    ids=lambda column: f"{type(column).__module__}.{type(column).__name__}",
+)
+def test_sequences_of_integers_are_token_ids(engine, column):
+    assert np.array_equal(engine.encode(column), engine.encode([[101, 2054, 102], [101, 102]]))
+
+
+@pytest.mark.parametrize("missing", [pa.array(["a", None]), pd.Series(["a", None]), pl.Series(["a", None])])
+def test_the_error_names_a_missing_value_of_a_column(engine, missing):
+    with pytest.raises(InputError, match=r"text 1 is neither a string nor token ids: (None|nan)"):
+        engine.encode(missing)
 
 
 def test_unusual_texts_are_embedded(engine):

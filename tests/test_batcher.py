@@ -1,8 +1,11 @@
 """Concurrent callers share batches: the bits are the same, shares are fair, and an error fails one caller only."""
 
 import asyncio
+import contextlib
+import sys
 import threading
 import time
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -10,8 +13,7 @@ from support.corpus import PARAGRAPHS
 
 import unpadded
 from unpadded.errors import DeadlineError, InputError, OutputError, OverloadedError
-from unpadded.execution.batcher import Batcher, Work
-from unpadded.execution.scheduler import Backlog, next_batch
+from unpadded.execution.batcher import Batcher, Limits, Work
 
 
 @pytest.fixture(scope="module")
@@ -47,43 +49,175 @@ def batcher():
     batcher.close()
 
 
-def drain(backlogs, token_budget):
-    """Form batches until nothing is left; a caller without texts in a batch comes first in the next."""
-    batches, order = [], list(backlogs)
-    while order:
-        shares = next_batch([backlogs[name] for name in order], token_budget)
-        batches.append({name: indices for name, indices in zip(order, shares, strict=True) if indices})
-        order = [name for name in order if name not in batches[-1]] + [name for name in order if name in batches[-1]]
-        order = [name for name in order if backlogs[name].tokens]
-    return batches
+def run_together(lengths, token_budget):
+    """Run calls that are submitted while the device is busy; return the batches as lists of (name, length)."""
+    batcher, gate, batches = Batcher(token_budget), Gate(), []
+
+    def record(sequences):
+        batches.append([(int(ids[0]), len(ids)) for ids in sequences])
+        return gate(sequences)
+
+    work = Work("a", record)
+    calls = [batcher.submit(sequences(-1, [1]), work)]
+    assert gate.entered.wait(10)
+    calls += [batcher.submit(sequences(name, one), work) for name, one in lengths.items()]
+    gate.opened.set()
+    for call in calls[1:]:
+        call.future.result(10)
+    batcher.close()
+    assert batcher.queued_tokens == batcher.queued_calls == 0
+    return batches[1:]
 
 
 def test_a_query_is_in_the_next_batch_however_many_texts_are_queued():
-    backlogs = {"corpus": Backlog([60] * 1000), "query": Backlog([9])}
-    assert next_batch(list(backlogs.values()), 100) == [[0], [0]]
+    batches = run_together({1: [30] * 1000, 2: [60] * 1000, 3: [9]}, 100)
+    assert (3, 9) in batches[0]
 
 
 def test_every_text_runs_once_within_the_budget():
     lengths = {name: [(7 * name + 13 * i) % 50 + 1 for i in range(20 + name)] for name in range(9)}
     lengths[3][4] = 170  # longer than a batch
-    batches = drain({name: Backlog(one) for name, one in lengths.items()}, 64)
-    for name, one in lengths.items():
-        assert sorted(i for batch in batches for i in batch.get(name, [])) == list(range(len(one)))
+    batches = run_together(lengths, 64)
+    assert sorted(text for batch in batches for text in batch) == sorted(
+        (name, length) for name, one in lengths.items() for length in one
+    )
     for batch in batches:
-        tokens = sum(lengths[name][i] for name, indices in batch.items() for i in indices)
-        assert tokens <= 64 or batch == {3: [4]}
-    total = sum(map(sum, lengths.values()))
-    assert len(batches) <= total / 64 * 1.25
+        assert sum(length for _, length in batch) <= 64 or batch == [(3, 170)]
+    assert len(batches) <= sum(map(sum, lengths.values())) / 64 * 1.25
 
 
 def test_a_long_text_is_not_starved_by_short_ones():
-    batches = drain({"long": Backlog([90]), "short": Backlog([10] * 100), "other": Backlog([10] * 100)}, 100)
-    assert any("long" in batch for batch in batches[:2])
+    """Neither the oldest call's nor the shortest call's."""
+    batches = run_together({1: [90] * 2, 2: [10] * 100, 3: [95]}, 100)
+    assert any((1, 90) in batch for batch in batches[:3])
+    assert any((3, 95) in batch for batch in batches[:4])
 
 
-def test_equal_shares_for_equal_callers():
-    shares = next_batch([Backlog([5] * 100) for _ in range(4)], 100)
-    assert [len(indices) for indices in shares] == [5, 5, 5, 5]
+def test_equal_calls_finish_one_after_another():
+    batches = run_together({name: [5] * 100 for name in range(4)}, 100)
+    assert batches == [[(name, 5)] * 20 for name in range(4) for _ in range(5)]
+
+
+def test_only_short_calls_overtake_older_ones():
+    batches = run_together({0: [5] * 100, 1: [5] * 99, 2: [5] * 98}, 100)
+    assert all(batch.count((0, 5)) >= 19 for batch in batches[:5])
+
+
+def test_short_calls_and_the_oldest_share_each_batch():
+    batches = run_together({0: [5] * 100} | {name: [5] for name in range(1, 200)}, 100)
+    assert all(9 <= batch.count((0, 5)) <= 11 for batch in batches[:10])
+
+
+def simulated_device(seconds_per_token):
+    """Return the work of a device of fixed speed, and the list to which it adds the tokens of each batch."""
+    batches = []
+
+    def run(sequences):
+        batches.append(sum(map(len, sequences)))
+        time.sleep(batches[-1] * seconds_per_token)
+        return [np.zeros(1)] * len(sequences)
+
+    return Work("a", run), batches
+
+
+def overload(load):
+    """Submit calls of similar sizes faster than a device can compute, each cancelled at its deadline.
+
+    Return the answered and the computed tokens, the share of the time that the device was busy, and the rejected calls.
+    """
+    sizes, tokens, deadline, seconds_per_token = cycle((72, 60, 64, 56, 68)), 60, 0.5, 5e-6
+    work, batches = simulated_device(seconds_per_token)
+    batcher = Batcher(2048)
+    batcher.submit([np.zeros(2048, np.int32)], work).future.result(10)  # measures the device
+    batches.clear()
+    calls, rejected = [], 0
+    start = time.perf_counter()
+    while (now := time.perf_counter()) < start + 2:
+        texts = next(sizes)
+        try:
+            call = batcher.submit([np.zeros(tokens, np.int32)] * texts, work, limits=Limits(10**9, now + deadline))
+            threading.Timer(deadline, call.future.cancel).start()
+            calls.append(call)
+        except OverloadedError as error:
+            assert "deadline would pass" in str(error)
+            rejected += 1
+        time.sleep(max(0, texts * tokens * seconds_per_token / load - (time.perf_counter() - now)))
+    time.sleep(deadline)
+    answered = sum(len(call.sequences) * tokens for call in calls if call.future.done() and not call.future.cancelled())
+    batcher.close()
+    return answered, sum(batches), sum(batches) * seconds_per_token / 2, rejected
+
+
+def once_in_three(tried):
+    """Call a trial of work against the clock until it returns True, since a busy machine may stop it for a moment."""
+    return any(tried() for _ in range(3))
+
+
+@pytest.mark.parametrize("load", [1.25, 4])
+def test_above_capacity_accepted_calls_are_done_in_time(load):
+    def tried():
+        answered, computed, busy, rejected = overload(load)
+        return answered >= 0.85 * computed and busy > 0.8 and (rejected > 0 or load == 1.25)
+
+    assert once_in_three(tried)
+
+
+def burst():
+    """Submit 1.2 s of work with a deadline of 0.8 s, then a query.
+
+    Return whether the query was answered in 0.4 s, how many calls were answered in time, and how many were accepted.
+    """
+    work, _ = simulated_device(20e-6)
+    batcher = Batcher(2048)
+    batcher.submit([np.zeros(2048, np.int32)], work).future.result(10)
+    limits, calls = Limits(10**9, time.perf_counter() + 0.8), []
+    for _ in range(60):  # 1.2 s of work
+        with contextlib.suppress(OverloadedError):
+            calls.append(batcher.submit([np.zeros(50, np.int32)] * 20, work, limits=limits))
+    query = batcher.submit([np.zeros(5, np.int32)], work, limits=limits)  # accepted: it is in the next batch
+    with contextlib.suppress(TimeoutError):
+        query.future.result(0.4)
+    in_time = query.future.done()
+    time.sleep(max(0, limits.deadline - time.perf_counter()))
+    answered = sum(call.future.done() for call in calls)
+    batcher.close()
+    return in_time, answered, len(calls)
+
+
+def test_a_burst_is_answered_as_far_as_time_allows():
+    def tried():
+        in_time, answered, accepted = burst()
+        return in_time and answered == accepted >= 0.6 * 0.8 / 0.02
+
+    assert once_in_three(tried)
+
+
+def test_the_cost_of_a_call_does_not_grow_with_those_that_wait():
+    def functions_per_call(calls):
+        """Return how many functions run per call, Python's and C's: a measure without a clock."""
+        ran = 0
+
+        def count(frame, event, argument):
+            nonlocal ran
+            ran += event in ("call", "c_call")
+
+        threading.setprofile(count)  # of the batcher's threads
+        sys.setprofile(count)
+        try:
+            batcher, gate = Batcher(32768), Gate()
+            batcher.submit(sequences(1, [10]), Work("a", gate))
+            assert gate.entered.wait(10)
+            waiting = [batcher.submit(sequences(2, [16]), Work("a", gate), limits=Limits(10**9)) for _ in range(calls)]
+            gate.opened.set()
+            for call in waiting:
+                call.future.result(60)
+            batcher.close()
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)
+        return ran / calls
+
+    assert functions_per_call(4000) < 1.5 * functions_per_call(250)
 
 
 def test_waiting_calls_share_a_batch(batcher):
@@ -144,16 +278,16 @@ def test_a_full_queue_rejects_calls(batcher):
     work = Work("a", gate)
     batcher.submit(sequences(1, [10]), work)
     assert gate.entered.wait(10)
-    accepted = batcher.submit(sequences(2, [500]), work, max_queued_tokens=300)  # the queue is empty
+    accepted = batcher.submit(sequences(2, [500]), work, limits=Limits(300))  # the queue is empty
     with pytest.raises(OverloadedError, match="500 tokens wait, 10 more exceed the limit of 300"):
-        batcher.submit(sequences(3, [10]), work, max_queued_tokens=300)
+        batcher.submit(sequences(3, [10]), work, limits=Limits(300))
     gate.opened.set()
     accepted.future.result(10)
-    assert batcher.submit(sequences(3, [10]), work, max_queued_tokens=300).future.result(10)[0][0] == 3
+    assert batcher.submit(sequences(3, [10]), work, limits=Limits(300)).future.result(10)[0][0] == 3
 
 
 def test_batches_run_in_parallel():
-    batcher, meeting = Batcher(token_budget=100, parallelism=2), threading.Barrier(2, timeout=10)
+    batcher, meeting = Batcher(token_budget=100, devices=2), threading.Barrier(2, timeout=10)
 
     def run(sequences):
         meeting.wait()  # for the other batch
@@ -164,8 +298,44 @@ def test_batches_run_in_parallel():
     batcher.close()
 
 
+@pytest.mark.parametrize(("devices", "seconds", "error"), [(1, [1, 2, 3, 4, 5], 1e-9), (2, [1, 1, 2, 2, 3], 0.2)])
+def test_the_throughput_is_that_of_all_devices(devices, seconds, error, monkeypatch):
+    """Three batches of 100 tokens are in flight per device, and each device computes one per second."""
+    clock, started, ends = [0], threading.Semaphore(0), [threading.Event() for _ in seconds]
+    monkeypatch.setattr("unpadded.execution.batcher.time.perf_counter", lambda: clock[0])
+    batcher = Batcher(token_budget=100, devices=devices, depth=3)
+
+    def run(sequences):
+        started.release()
+        assert ends[int(sequences[0][0])].wait(10)
+        return np.zeros((1, 1))
+
+    assert batcher.tokens_per_second == 0
+    calls = [batcher.submit(sequences(name, [100]), Work("a", run)) for name in range(len(seconds))]
+    in_flight = min(3 * devices, len(seconds))
+    for _ in range(in_flight):
+        assert started.acquire(timeout=10)
+    for index, (call, end) in enumerate(zip(calls, ends, strict=True)):
+        clock[0] = seconds[index]
+        end.set()
+        call.future.result(10)
+        if index + in_flight < len(seconds):
+            assert started.acquire(timeout=10)  # the next batch starts when one is done
+    batcher.close()
+    assert batcher.queued_tokens == 0 and batcher.tokens_per_second == pytest.approx(100 * devices, rel=error)
+
+
+def test_the_throughput_of_idle_devices_counts(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("unpadded.execution.batcher.time.perf_counter", lambda: next(clock))
+    batcher = Batcher(token_budget=100, devices=4, depth=3)
+    batcher.submit(sequences(1, [100]), Work("a", lambda sequences: np.zeros((1, 1)))).future.result(10)
+    batcher.close()
+    assert batcher.tokens_per_second == 4 * 100
+
+
 def test_a_call_fails_if_one_of_its_batches_fails():
-    batcher = Batcher(token_budget=100, parallelism=2)
+    batcher = Batcher(token_budget=100, devices=2)
 
     def run(sequences):
         if len(sequences[0]) == 70:
@@ -178,6 +348,13 @@ def test_a_call_fails_if_one_of_its_batches_fails():
     assert batcher.submit(sequences(2, [10]), work).future.result(10)[0].tolist() == [2, 10]
     assert batcher.queued_tokens == 0
     batcher.close()
+
+
+def test_texts_without_tokens_run(batcher):
+    """They do not fit behind a text that takes the whole budget."""
+    work = Work("a", lambda sequences: np.array([[len(ids)] for ids in sequences]))
+    found = batcher.submit(sequences(1, [100, 0, 150, 0]), work).future.result(10)
+    assert np.concatenate(found).tolist() == [100, 0, 150, 0]
 
 
 def test_close_completes_every_call():
@@ -230,8 +407,11 @@ def test_a_query_overtakes_a_corpus(engine):
         await corpus
         return waited, time.perf_counter() - start, overtaken
 
-    waited, whole, overtaken = asyncio.run(race())
-    assert overtaken and waited < whole / 3
+    def tried():
+        waited, whole, overtaken = asyncio.run(race())
+        return overtaken and waited < whole / 3
+
+    assert once_in_three(tried)
 
 
 def test_a_bad_text_fails_only_its_caller(engine):

@@ -2,25 +2,28 @@
 
 import base64
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
+import busy
 import check
 import harness
 import numpy as np
 import pytest
 import report
 import server
+import torch
 from support.checkpoints import add_sentence_transformers_files, write_bert
 
 import unpadded
-from unpadded.cli.benchmark import PROVIDERS, TEXTS, comparison, plots
+from unpadded.cli.benchmark import PROVIDERS, TEXTS, comparison, conclusion, machine, plots
 from unpadded.cli.benchmark.comparison import flops
 from unpadded.cli.benchmark.providers import Model, make_providers
 from unpadded.cli.benchmark.workloads import DOCUMENTS, TextSampler
@@ -80,7 +83,7 @@ def test_bench_command_compares_providers_on_the_same_texts(folder, engine, tmp_
     (found,) = result["workloads"]
     rows = {row["provider"]: row for row in found["rows"]}
     if "fastembed" in result["not run"]:
-        assert "fastembed" in result["not run"]["fastembed"]
+        assert result["not run"]["fastembed"] == "not installed"
     assert set(rows) >= {"unpadded, float32", "unpadded, bfloat16", "sentence-transformers", "transformers"}
     assert (found["texts"], found["tokens"]) == (3, lengths_of(engine, texts).sum())
     for row in rows.values():
@@ -95,11 +98,34 @@ def test_bench_command_compares_providers_on_the_same_texts(folder, engine, tmp_
         assert list(own["stages"]) == ["tokenize", "copy", "forward", "output"]
     assert [row["texts"] for row in result["scaling"]] == [3, 5]
     printed = capsys.readouterr().out
-    assert (
-        f"your texts: 3 texts, {found['tokens']:,} tokens" in printed
-        and "of the speed of the forward pass alone" in printed
-    )
+    assert f"your texts: 3 texts, {found['tokens']:,} tokens" in printed and "forward pass alone" not in printed
+    speedup = rows["unpadded, float32"]["speedup"]
+    assert printed.endswith(f"\nunpadded is {speedup:.1f}x as fast as sentence-transformers on your texts here\n")
+    alone = {"workloads": [found | {"rows": [rows["unpadded, float32"] | {"speedup": None}]}]}
+    rate = rows["unpadded, float32"]["tokens_per_second"]
+    assert conclusion(alone) == f"unpadded embeds {rate:,.0f} tokens/s on your texts here"
     assert "your texts" in "".join(ElementTree.fromstring(plot.read_text()).itertext())
+
+
+@pytest.mark.parametrize(("device", "warm_up"), [("cpu", [16]), ("cuda", [20])])
+def test_every_run_is_warmed_up_in_full_on_cuda(engine, monkeypatch, device, warm_up):
+    encoded = []
+
+    def encode(texts):
+        encoded.append(len(texts))
+        return np.ones((len(texts), 2))
+
+    def interleave(runs, rounds, device):
+        measured.append(list(encoded))
+        seconds = {name: [1.0] for name in runs}
+        return seconds, {name: run() for name, run in runs.items()}, dict.fromkeys(runs)
+
+    measured = []
+    monkeypatch.setattr(comparison, "interleave", interleave)
+    monkeypatch.setattr(Model, "device", torch.device(device))
+    model = Model("m", {"float32": engine}, None)
+    comparison.compare("w", ["a text"] * 20, model, {"unpadded, float32": encode}, {}, 1)
+    assert measured == [warm_up]
 
 
 def test_bench_command_rejects_unknown_names(folder, capsys):
@@ -118,6 +144,18 @@ def test_a_provider_that_fails_does_not_stop_the_others(folder, engine, monkeypa
     made, reasons = make_providers(model, ["broken", "transformers"])
     assert set(made) == {"unpadded, float32", "transformers"}
     assert reasons == {"broken": "KeyError: 'no such thing'"}
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_the_backends_of_sentence_transformers_run_if_optimum_is_installed(folder, engine, backend):
+    model = Model(str(folder), {"float32": engine}, torch.float32)
+    made, reasons = make_providers(model, [f"sentence-transformers-{backend}"])
+    if reasons:
+        assert "requires installing Optimum" in reasons[f"sentence-transformers-{backend}"]
+        return
+    texts = ["Bread", "Yeast ferments sugar and gives off gas."]
+    expected = made["unpadded, float32"](texts)
+    np.testing.assert_allclose(made[f"sentence-transformers-{backend}"](texts), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken"])
@@ -155,12 +193,30 @@ def test_line_chart_draws_points_in_the_order_of_x():
     assert axes.get_ylim()[0] == 0
 
 
+def test_a_commit_is_dirty_by_changes_of_code_and_not_by_results(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    for name in ("bench/results/model.json", "README.md", "engine/a.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "Add")
+    (tmp_path / "bench/results/model.json").write_text("2")
+    (tmp_path / "README.md").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{7,}", machine.card(tmp_path)["commit"])
+    (tmp_path / "engine/a.py").write_text("2")
+    assert machine.card(tmp_path)["commit"].endswith("-dirty")
+
+
 def test_plot_without_matplotlib_names_the_extra(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "unpadded.cli.benchmark.plots")
     monkeypatch.delattr("unpadded.cli.benchmark.plots")
     assert main(["bench", str(folder), "--plot", str(tmp_path / "plot.svg")]) == 2
-    assert "unpadded[bench]" in capsys.readouterr().err
+    assert "pip install '.[bench]' in a checkout" in capsys.readouterr().err
 
 
 def test_an_interrupted_benchmark_reports_its_results_so_far(tmp_path, capsys):
@@ -274,67 +330,34 @@ def test_the_load_keeps_its_request_rate(stub):
     )  # a busy machine sends fewer
 
 
-def gpu_run(python_folder, out, *flags):
-    environment = {**os.environ, "PATH": f"{python_folder}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", str(ROOT / "bench/gpu.sh"), "--out", str(out), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def test_gpu_script_continues_after_a_step_that_fails(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench/model.py*) exit 3 ;; esac\n')
-    python.chmod(0o755)
-    ran = gpu_run(tmp_path, tmp_path / "out")
-    steps = [line[3:] for line in ran.stdout.splitlines() if line.startswith("==")]
-    correct = ["kernels-correct", "model-correct"]
-    assert steps == ["ceilings", *correct, "model", "throughput", "kernels", "families-correct", "summary"]
-    assert ran.returncode == 1 and ran.stdout.count("FAILED") == 1 and "FAILED with 3" in ran.stdout
-    logs = (tmp_path / "out/kernels-correct.log").read_text()
-    assert all(str(test.relative_to(ROOT)) in logs for test in (ROOT / "tests").glob("test_kernel_*.py"))
-    logs = (tmp_path / "out/families-correct.log").read_text()
-    assert "tests/test_family_gte.py" in logs and "tests/test_integration_transformers.py" in logs
-    assert gpu_run(tmp_path, tmp_path / "out", "--fast").returncode == 2
-
-
-@pytest.mark.slow
-def test_gpu_script_runs_every_step_with_small_shapes(tmp_path):
-    ran = gpu_run(Path(sys.executable).parent, tmp_path, "--small")
-    assert ran.returncode == 0, ran.stdout
-    model, throughput, kernels = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("model", "throughput", "kernels")
-    )
-    for row in model["rows"]:
-        assert row["min_cosine"] >= (0.99 if "float8" in row["provider"] else 0.99999), row["provider"]
-    assert {"unpadded", "transformers, padded", "packed baseline", "transformers, compiled"} <= {
-        row["provider"] for row in model["rows"]
-    }
-    assert "CUDA" in model["not run"]["unpadded, PyTorch's attention, float32"]
-    workloads = [found["workload"] for found in throughput["models"][-1]["workloads"]]
-    assert workloads == ["50 tokens", "512 tokens", "8192 tokens", "real documents"]
-    assert {row["extra_info"]["kernel"] for row in kernels["benchmarks"]} >= {"swiglu", "rms_norm"}
-    assert all(row["extra_info"]["share"] > 0 for row in kernels["benchmarks"])
-    summary = (tmp_path / "summary.md").read_text()
-    assert all(f"]({name}.svg)" in summary for name in ("model", "throughput", "kernels"))
-    assert all(ElementTree.parse(svg) is not None for svg in tmp_path.glob("*.svg"))
-
-
-@pytest.mark.slow
-def test_tune_tries_tiles_in_place_of_those_of_the_table(tmp_path):
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests"))
-    command = [
-        sys.executable,
-        ROOT / "bench/tune.py",
-        "--out",
-        tmp_path / "tune.json",
-        "--only",
-        "rows",
-        "linear, nothing",
+def test_busy_measures_every_path_with_devices_of_fixed_speed(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "busy.json"
+    monkeypatch.setattr(sys, "argv", ["busy.py", "--small", "--devices", "2", "--out", str(out)])
+    busy.main()
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    limits = ["this machine", "slower devices", "16 cores, simulated"]
+    cases = [("stream", 1, 50), ("stream", 1, 512), ("64 clients", 1, 50)]
+    cases += [("stream to processes", 2, length) for length in (50, 512)]
+    assert [(row["path"], row["devices"], row["tokens per text"], row["limits"]) for row in result["rows"]] == [
+        (*case, limit) for case in cases for limit in limits
     ]
-    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    sweeps = json.loads((tmp_path / "tune.json").read_text())["sweeps"]
-    assert [row["tile"] for row in sweeps["rows"]] == [1024, 256, 512]
-    assert all(row["seconds"] > 0 for rows in sweeps.values() for row in rows)
+    for row in result["rows"]:
+        assert 0 < row["least busy device"] <= row["busy"] <= 1 and row["batches"] >= 12
+        assert row["tokens/s"] == pytest.approx(row["busy"] * row["devices"] * row["device, tokens/s"], rel=0.02)
+
+
+def test_a_stand_in_computes_one_batch_after_another(tmp_path):
+    clock = np.memmap(tmp_path / "clock", busy.CLOCK, "w+", shape=())
+    clock["speed"], clock["origin"] = 1000, time.perf_counter()
+    device = busy.StandIn(tmp_path / "clock", torch.device("cpu", 3))
+    ids = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
+    first, second = device.launch(ids, None), device.launch(ids[1:], None)
+    rows = np.concatenate([first(), second()])
+    starts, ends = rows[:, busy.START], rows[:, busy.END]
+    assert ends[0] - starts[0] == pytest.approx(4e-3, rel=0.1) and ends[2] - starts[2] == pytest.approx(1e-3, rel=0.4)
+    assert starts[0] == starts[1] and starts[2] >= ends[1]
+    assert rows[:, [busy.DEVICE, busy.LENGTH, busy.CHECKSUM]].tolist() == [[3, 3, 18], [3, 1, 8], [3, 1, 8]]
 
 
 def test_infinity_that_does_not_start_raises(tmp_path):

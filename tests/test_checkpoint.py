@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert, write_json, write_nomic
 
@@ -222,7 +222,9 @@ def test_max_length_comes_from_the_first_file_that_states_it(nomic: Path) -> Non
     assert open_checkpoint(nomic).max_length == 8192
     write_json(nomic / "tokenizer_config.json", {"model_max_length": None})
     assert open_checkpoint(nomic).max_length == 8192
-    write_json(nomic / "tokenizer_config.json", {"model_max_length": 512})
+    write_json(nomic / "tokenizer_config.json", {"max_len": 256})
+    assert open_checkpoint(nomic).max_length == 256
+    write_json(nomic / "tokenizer_config.json", {"model_max_length": 512, "max_len": 256})
     assert open_checkpoint(nomic).max_length == 512
     add_sentence_transformers_files(nomic, max_seq_length=None)
     assert open_checkpoint(nomic).max_length == 512
@@ -245,6 +247,28 @@ def test_an_invalid_max_length_raises(length: object, bert: Path) -> None:
         open_checkpoint(bert, max_length=length)  # type: ignore[arg-type]
 
 
+def test_a_model_is_named_by_the_hub_its_path_or_its_configuration(tmp_path: Path) -> None:
+    small = {"layers": 1, "hidden": 64, "heads": 1, "intermediate": 64, "vocabulary": 64, "tokenizer": False}
+    for path, name in (
+        ("nomic", "nomic"),
+        ("my-model", "my-model"),
+        ("gte/model", "gte"),
+        ("bge/checkpoint-500", "bge"),
+        ("e5/0_Transformer", "e5"),
+        ("jina/V2", "jina"),
+        ("models/model", "parent"),
+        ("models--owner--name/snapshots/0123456789abcdef", "owner/name"),
+        ("models--owner--name/snapshots/model", "owner/name"),
+        ("models--bert-base-uncased/snapshots/0123456789abcdef", "bert-base-uncased"),
+    ):
+        folder = write_nomic(tmp_path / path, **small)
+        change_json(folder / "config.json", _name_or_path="/somewhere/parent")
+        assert open_checkpoint(folder).name == name
+    change_json(folder / "config.json", _name_or_path=...)
+    folder = write_nomic(tmp_path / "data" / "model", **small)
+    assert open_checkpoint(folder).name == "model", "nothing tells more"
+
+
 def test_matryoshka_defaults_are_those_of_published_names(tmp_path: Path) -> None:
     real = {"layers": 1, "hidden": 768, "heads": 12, "intermediate": 256, "vocabulary": 64, "tokenizer": False}
     snapshot = "models--nomic-ai--nomic-embed-text-v1.5/snapshots/0123456789abcdef"
@@ -265,7 +289,8 @@ def test_matryoshka_dimensions_in_a_file_take_precedence(nomic: Path, bert: Path
     change_json(nomic / "config.json", matryoshka_dimensions=[32, 128, 64])
     checkpoint = open_checkpoint(nomic)
     assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm) == ((128, 64, 32), True)
-    write_json(bert / "config_sentence_transformers.json", {"matryoshka_dimensions": [64]})
+    add_sentence_transformers_files(bert)
+    change_json(bert / "config_sentence_transformers.json", matryoshka_dimensions=[64])
     checkpoint = open_checkpoint(bert)
     assert (checkpoint.matryoshka, checkpoint.matryoshka_layer_norm) == ((64,), False)
     change_json(bert / "config_sentence_transformers.json", matryoshka_layer_norm=True)
@@ -298,6 +323,39 @@ def test_loading_arguments_that_change_vectors_raise(nomic: Path) -> None:
     change_json(path, config_args={"rotary_scaling_factor": 2})
     with pytest.raises(ConfigError, match=r"config_args in .*'rotary_scaling_factor'.* is not implemented"):
         open_checkpoint(nomic)
+    (nomic / "modules.json").unlink()  # then sentence-transformers does not read the file
+    open_checkpoint(nomic)
+
+
+@pytest.mark.parametrize(
+    ("key", "supported", "other"),
+    [
+        ("document_length", None, 32),
+        (
+            "modality_config",
+            {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            {"message": {}},
+        ),
+        ("module_output_name", "token_embeddings", "sentence_embedding"),
+        ("processing_kwargs", {}, {"text": {"max_length": 8}}),
+        ("query_expansion", None, {"strategy": "fixed", "length": 32}),
+        ("query_length", None, 32),
+        ("tokenizer_name_or_path", None, "owner/tokenizer"),
+        ("transformer_task", "feature-extraction", "fill-mask"),
+        ("unpad_inputs", False, ...),
+        ("unknown", None, 1),
+    ],
+)
+def test_settings_of_the_first_module(key: str, supported: object, other: object, nomic: Path) -> None:
+    """Every key of sentence_bert_config.json but those of other tests."""
+    add_sentence_transformers_files(nomic)
+    path = nomic / "sentence_bert_config.json"
+    change_json(path, **{key: supported})
+    open_checkpoint(nomic)
+    if other is not ...:
+        change_json(path, **{key: other})
+        with pytest.raises(ConfigError, match=rf"{key} in .* = .* is not implemented"):
+            open_checkpoint(nomic)
 
 
 @pytest.mark.parametrize(
@@ -389,8 +447,12 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
         "1_Pooling/config.json",
         "2_Dense/config.json",
         "2_Dense/model.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "added_tokens.json",
         "config.json",
         "config_sentence_transformers.json",
+        "merges.txt",
         "model-00001-of-00002.safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
@@ -398,13 +460,16 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
         "retrieval_query/adapter_config.json",
         "retrieval_query/adapter_model.safetensors",
         "sentence_bert_config.json",
+        "sentencepiece.bpe.model",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "vocab.json",
         "vocab.txt",
     ]
     not_needed = [
         "2_Dense/pytorch_model.bin",
+        "adapter_model.bin",
         "README.md",
         "data_config.json",
         "modeling_hf_nomic_bert.py",
@@ -427,8 +492,11 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
     open_checkpoint("owner/name")
 
 
+HTTP = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # httpx, or httpx2 since huggingface_hub 2
+
+
 @pytest.mark.parametrize(
-    "error", [OSError("is gated"), httpx.ConnectError("no route"), httpx.ProxyError("407"), HFValidationError("name")]
+    "error", [OSError("is gated"), HTTP.ConnectError("no route"), HTTP.ProxyError("407"), HFValidationError("name")]
 )
 def test_an_error_of_the_hub_is_a_checkpoint_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(repo_id: str, **options: object) -> str:
@@ -436,6 +504,21 @@ def test_an_error_of_the_hub_is_a_checkpoint_error(error: Exception, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=rf"'owner/name' \(revision None\).*{type(error).__name__}: {error}"):
+        open_checkpoint("owner/name")
+
+
+def test_an_error_of_another_http_client_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub 2 uses httpx2, and httpx is not installed with it."""
+
+    class OtherError(Exception): ...
+
+    def snapshot_download(repo_id: str, **options: object) -> str:
+        raise OtherError("no route")
+
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setattr(huggingface_hub.errors, "HfHubHTTPError", type("HfHubHTTPError", (OtherError,), {}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="OtherError: no route"):
         open_checkpoint("owner/name")
 
 

@@ -7,12 +7,13 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
+from support.checkpoints import write_bert
 from support.forks import ENVIRONMENT, ForkedProcess, run_cli
 
 import unpadded
@@ -31,7 +33,7 @@ from unpadded import bulk
 from unpadded.cli.main import main
 from unpadded.errors import InputError
 
-TEXTS = ["a red house", "", "zwölf Boxkämpfer", "one", " two  spaces ", "日本語 テキスト", "last line"]
+TEXTS = ["a red house", "zwölf Boxkämpfer", "one", " two  spaces ", "日本語 テキスト", "last line"]
 LONG_TEXT = 3  # words; the fake engine reports longer texts as truncated
 
 
@@ -50,6 +52,7 @@ class FakeEngine:
     load_options: dict[str, Any] = field(default_factory=dict)
     text_options: dict[str, Any] = field(default_factory=dict)
     failure: BaseException | None = None  # raised after the first block
+    each_block: Callable[[], object] = bool
 
     def load(self, model: str, **options: Any) -> FakeEngine:
         self.load_options = {"model": model, **options}
@@ -60,8 +63,12 @@ class FakeEngine:
 
     def stream(self, texts: Iterable[str], **options: Any) -> Iterator[SimpleNamespace]:
         self.text_options = options
+        advance = self.text_options.pop("show_progress")
         iterator = iter(texts)
         while block := list(islice(iterator, 3)):
+            if callable(advance):
+                advance(len(block), 7)
+            self.each_block()
             yield rows(block)
             if self.failure is not None:
                 raise self.failure
@@ -71,6 +78,7 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(unpadded, "load", fake.load, raising=False)
+    monkeypatch.setattr("unpadded.bulk.job.describe_vectors", lambda engine, options: {"model": "fake"})
     return fake
 
 
@@ -89,7 +97,7 @@ def test_npy_has_one_row_per_line(engine: FakeEngine, text_file: Path, tmp_path:
     out = tmp_path / "out.npy"
     assert embed(text_file, "-o", out) == 0
     np.testing.assert_array_equal(np.load(out), rows(TEXTS).vectors)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy", "out.npy.json"]
 
 
 def test_inputs_of_every_format_are_read_in_order(
@@ -134,7 +142,8 @@ def test_without_output_json_lines_go_to_stdout(
     lines = [json.loads(line) for line in stdout.splitlines()]
     np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), rows(TEXTS).vectors)
     truncated = int(rows(TEXTS).truncated.sum())
-    assert b"7 texts, 12 tokens in" in stderr and f"{truncated} truncated -> stdout".encode() in stderr
+    assert b"unpadded: 6 texts, 12 tokens in" in stderr and f"{truncated} truncated".encode() in stderr
+    assert stderr.endswith(b" -> stdout\n") and stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
@@ -177,7 +186,6 @@ def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: P
         "ranges": None,
         "truncation": "left",
         "long_text": "mean",
-        "show_progress": None,
     }
 
 
@@ -198,18 +206,14 @@ def test_a_flag_that_is_not_a_number_is_an_error(
 
 
 def test_inputs_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = 0
-
-    def endless() -> Iterator[bytes]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield b"line %d\n" % taken
-
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless()))
-    found = islice(bulk.read_rows(["-"]), 5)
-    assert [row.text for row in found if isinstance(row, bulk.Row)] == [f"line {i}" for i in range(1, 6)]
-    assert taken == 5
+    reader, writer = os.pipe()
+    with open(reader, "rb") as stdin, open(writer, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=stdin))
+        found = bulk.read_rows(["-"])
+        for i in range(5):  # each line is read before the next one is written
+            pipe.write(b"line %d\n" % i)
+            row = next(found)
+            assert isinstance(row, bulk.Row) and row.text == f"line {i}"
 
 
 @pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
@@ -226,7 +230,7 @@ def test_a_failed_run_leaves_the_folder_as_it_was(
     engine.failure = failure
     out = tmp_path / f"out{ending}"
     out.write_bytes(b"from an earlier run")
-    assert embed(text_file, "-o", out) == status
+    assert embed(text_file, "-o", out, "--overwrite") == status
     assert out.read_bytes() == b"from an earlier run"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.txt", out.name])
     stderr = capsys.readouterr().err
@@ -247,13 +251,13 @@ BAD_FILES = {
 @pytest.mark.parametrize(
     ("arguments", "value", "remedy"),
     [
-        (["absent.txt"], "does not exist: 'absent.txt'", "pass a file"),
+        (["absent.txt"], "'absent.txt' (No such file or directory)", "check the file"),
         (["folder"], "in the input folder: 'folder'", "pass another"),
         (["bad.jsonl"], "'bad.jsonl' line 2", "fix the line"),
         (["field.jsonl"], "'text': 'field.jsonl' line 1 has 'title', 'body'", "use one of these names"),
         (["number.jsonl"], "'number.jsonl' line 2: '12'", "use a string"),
         (["list.jsonl"], "'list.jsonl' line 1", "use a string"),
-        (["latin.txt"], "'latin.txt' line 2", "save the file as UTF-8"),
+        (["latin.txt"], "not UTF-8 (byte 0xfc at character 2): 'latin.txt' line 2", "convert it to UTF-8"),
         (["not.parquet"], "not a Parquet file: 'not.parquet'", "check the file"),
         (["good.parquet", "--column", "body"], "'body': 'good.parquet' has 'text', 'number'", "use one of these names"),
         (["good.parquet", "--column", "number"], "'number' of 'good.parquet' is int64", "pass another with --column"),
@@ -265,7 +269,7 @@ BAD_FILES = {
         (["good.txt", "-o", "folder.npy"], "is a folder: 'folder.npy'", "pass a file name"),
         (["good.txt", "--ranges", "good.txt"], "'good.txt'", ".npy"),
         (["good.txt", "--ranges", "ranges.npy"], "'ranges.npy' (3,)", "[2, dimensions]"),
-        (["good.jsonl", "-o", "good.jsonl"], "'good.jsonl'", "pass another name"),
+        (["good.jsonl", "-o", "good.jsonl", "--overwrite"], "replace an input: 'good.jsonl'", "pass another name"),
     ],
 )
 def test_an_error_names_the_file_and_a_remedy(
@@ -317,6 +321,180 @@ def test_a_full_disk_is_reported(
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+@pytest.mark.parametrize("ending", [".npy", ".jsonl", ".parquet"])
+def test_an_output_is_overwritten_only_if_asked(
+    engine: FakeEngine, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    out, rejects = tmp_path / f"out{ending}", tmp_path / f"out{ending}.rejects.jsonl"
+    description: list[tuple[Path, list[str]]] = [(tmp_path / "out.npy.json", [])] if ending == ".npy" else []
+    for existing, flags in ((out, []), (rejects, ["--on-error", "skip"]), *description):
+        existing.write_bytes(b"mine")
+        assert embed(text_file, "-o", out, *flags) == 2
+        assert f"the output exists: '{existing}'; pass --overwrite" in capsys.readouterr().err
+        assert existing.read_bytes() == b"mine" and not engine.load_options  # found before the model is loaded
+        assert embed(text_file, "-o", out, *flags, "--overwrite") == 0
+        assert existing.read_bytes() != b"mine"
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+        engine.load_options = {}
+
+
+def test_a_summary_has_one_line_and_what_is_not_zero(
+    engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    source.write_text('"one"\n')
+    assert embed(source, "-o", out) == 0
+    assert re.fullmatch(rf"unpadded: 1 text, 1 token in \d\.\d\d s -> {out}\n", capsys.readouterr().err)
+    source.write_text('"one two three"\n\n{\n{\n' + '"one"\n' * 9)
+    assert embed(source, "-o", out, "--on-error", "skip", "--overwrite") == 0
+    pattern = (
+        r"unpadded: 10 texts, 12 tokens in \d\.\d\d s \([\d,]+ tokens/s\), 1 truncated, 2 skipped, "
+        rf"1 blank line left out, 2\.5x less work than padded batches of 32 -> {out}\n"
+    )
+    assert re.fullmatch(pattern, capsys.readouterr().err)
+
+
+def test_a_job_reports_its_progress_without_a_terminal(
+    engine: FakeEngine,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("unpadded.bulk.progress.REPORT_SECONDS", 0.2)
+    engine.each_block = lambda: time.sleep(0.7)
+    assert embed(text_file, "-o", tmp_path / "out.npy") == 0
+    first, *_, last, summary = capsys.readouterr().err.splitlines()
+    assert first == "unpadded: computing the first batch, which also prepares the kernels"
+    assert re.fullmatch(r"unpadded: 6 texts of about 6, 0 s left, \d+ tokens/s", last), last
+    assert summary.startswith("unpadded: 6 texts, 12 tokens in 1.")
+    engine.each_block = lambda: time.sleep(0.3)
+    assert embed(text_file, "-o", tmp_path / "out.npy", "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_loading_says_what_it_waits_for(
+    engine: FakeEngine,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("unpadded.cli.terminal.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(unpadded, "load", lambda model, **options: time.sleep(0.5) or engine)
+    assert embed(text_file, "-o", tmp_path / "out.npy") == 0
+    assert capsys.readouterr().err.startswith("unpadded: loading fake\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "--dimensoins", "3"], "unknown option: '--dimensoins'; did you mean --dimensions?"),
+        (["embed", "--over-write=1"], "unknown option: '--over-write=1'; did you mean --overwrite?"),
+        (["embed", "--xyzzy"], "unknown option: '--xyzzy'; see unpadded embed --help"),
+        (["info", "--jason"], "unknown option: '--jason'; did you mean --json?"),
+        (["info", "also"], "unknown argument: 'also'; see unpadded info --help"),
+    ],
+)
+def test_a_mistyped_option_shows_its_command_and_the_nearest_option(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    command, *rest = arguments
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "x", *(["-m", "fake"] if command == "embed" else []), *rest])
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"usage: unpadded {command} ") and stderr.endswith(f"error: {message}\n")
+
+
+def test_the_version_and_the_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[Any] = []
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=parsers.append))
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"unpadded {unpadded.__version__}\n"
+    assert "embed" in parsers[0].format_help() and "argcomplete" in parsers[0].format_help()
+
+
+def test_the_environment_names_the_model(
+    engine: FakeEngine, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("UNPADDED_MODEL", raising=False)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="2"):
+            main(["embed", str(text_file)])
+        assert "required: -m/--model" in capsys.readouterr().err
+        monkeypatch.setenv("UNPADDED_MODEL", "")
+    monkeypatch.setenv("UNPADDED_MODEL", "absent/")
+    assert main(["embed", str(text_file)]) == 0 and engine.load_options["model"] == "absent/"
+    assert main(["embed", str(text_file), "-m", "fake", "-o", "-"]) == 0 and engine.load_options["model"] == "fake"
+    assert main(["info"]) == 2
+    assert "absent" in capsys.readouterr().err
+
+
+def test_special_outputs_are_errors_or_work(
+    engine: FakeEngine, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop, fifo = tmp_path / "loop.npy", tmp_path / "fifo.jsonl"
+    loop.symlink_to(loop)
+    os.mkfifo(fifo)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link.npy").symlink_to(tmp_path / "target/out.npy")
+    errors = {
+        loop: "Too many levels of symbolic links",
+        fifo: "not a regular file",
+        tmp_path / ("x" * 300 + ".npy"): "File name too long",
+        text_file / "out.npy": "Not a directory",
+    }
+    for out, problem in errors.items():
+        assert embed(text_file, "-o", out, "--overwrite") == 2
+        stderr = capsys.readouterr().err
+        assert problem in stderr and str(out) in stderr and stderr.count("\n") == 1 and not engine.load_options
+    assert fifo.is_fifo() and loop.is_symlink()
+    longest = tmp_path / ("ü" * 118 + ".npy")  # 240 bytes; with the ending of the rejects, more than 255
+    for out in (longest, tmp_path / os.fsdecode(b"n\xffme.jsonl"), tmp_path / "link.npy"):
+        assert embed(text_file, "-o", out) == 0
+        assert out.stat().st_size > 100
+    assert (tmp_path / "target/out.npy").is_file() and (tmp_path / "link.npy").is_symlink()
+    assert not list(tmp_path.rglob(".*"))
+    assert r"n\udcffme.jsonl" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8_are_printed(
+    engine: FakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a", "\\udcff": "b"}\n')
+    assert embed(source, "-o", tmp_path / "out.parquet", "--carry", "\udcff") == 2
+    assert embed(source, "-o", tmp_path / "out.parquet", "--column", "\udcfe") == 2
+    assert embed(tmp_path / "\udcff.txt") == 2
+    assert main(["info", str(tmp_path / "\udcff")]) == 2
+    assert capsys.readouterr().err.count("unpadded: error: ") == 4
+
+
+def test_an_error_of_the_system_has_no_traceback(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(bulk, "make_job", fail)
+    assert embed("in.txt") == 2
+    assert capsys.readouterr().err == (
+        f"unpadded: error: '{tmp_path}' cannot be used: No space left on device; check it and the free disk space\n"
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stderr_does_not_stop_a_command(text_file: Path, tmp_path: Path, minilm: Path) -> None:
+    setup = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"
+    for arguments, status in ((["-o", str(tmp_path / "out.npy")], 0), (["--unknown"], 2)):
+        run = ForkedProcess(["embed", str(text_file), "-m", str(minilm), "--device", "cpu", *arguments], setup=setup)
+        with run.stderr:
+            assert run.wait() == status
+    assert np.load(tmp_path / "out.npy").shape == (6, 384)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_reported(text_file: Path, minilm: Path) -> None:
     status, stderr = run_cli("embed", str(text_file), "-m", str(minilm), "--device", "cpu", stdout="/dev/full")
@@ -336,7 +514,8 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
     assert run.wait() == 141
 
 
-def test_ctrl_c_leaves_no_file(tmp_path: Path, minilm: Path) -> None:
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_no_file(tmp_path: Path, minilm: Path, name: str, status: int) -> None:
     source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("a\n" * 100_000)
     run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu", "-o", str(out)])
@@ -344,17 +523,17 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path, minilm: Path) -> None:
     while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(getattr(signal, name))
     with run.stderr as stderr:
-        assert stderr.read() == "unpadded: interrupted\n"
-    assert run.wait() == 130
+        assert stderr.read() == f"unpadded: {'interrupted' if name == 'SIGINT' else f'stopped by {name}'}\n"
+    assert run.wait() == status
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
 def test_every_format_has_the_vectors_of_the_engine(
     tmp_path: Path, minilm: Path, minilm_engine: unpadded.Engine, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    texts = ["What is the capital of Peru?", "Lima is the capital of Peru.", "", "word " * 400]
+    texts = ["What is the capital of Peru?", "Lima is the capital of Peru.", "a", "word " * 400]
     source = tmp_path / "in.txt"
     source.write_text("\n".join(texts))
     flags = ["-m", str(minilm), "--device", "cpu", "--dimensions", "128"]
@@ -389,7 +568,7 @@ def test_info_describes_the_model_that_would_be_loaded(
 ) -> None:
     assert main(["info", "--json", str(minilm)]) == 0
     described = json.loads(capsys.readouterr().out)
-    loaded = minilm_engine.describe()
+    loaded = json.loads(json.dumps(minilm_engine.describe()))
     assert {name: loaded[name] for name in described.keys() & loaded.keys()} == {
         name: described[name] for name in described.keys() & loaded.keys()
     }
@@ -397,7 +576,30 @@ def test_info_describes_the_model_that_would_be_loaded(
         stored = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     used = sum(size for name, size in stored.items() if "pooler" not in name and "position_ids" not in name)
     assert described["parameters"] == used
+    first = ["model", "dimensions", "matryoshka", "languages", "max_length", "prompts"]
+    assert list(described)[:6] == first
+    assert (described["dimensions"], described["languages"]) == (384, ["en"])
     assert described["memory"] == {"float32": 4 * used, "float16": 2 * used, "bfloat16": 2 * used}
+
+
+@pytest.mark.parametrize(
+    ("card", "languages"),
+    [
+        ("---\nlicense: mit\nlanguage:\n- en\n  - zh-Hans\ntags:\n- x\n---\nlanguage: fr\n", ["en", "zh-Hans"]),
+        ("---\nlanguage: [en, de]\n---\n", ["en", "de"]),
+        ("---\ntags:\n- x\n---\nlanguage: fr\n", None),
+        ("# no header\n", None),
+        (None, None),
+    ],
+)
+def test_info_reads_the_languages_of_the_model_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str | None, languages: list[str] | None
+) -> None:
+    folder = write_bert(tmp_path)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    assert main(["info", "--json", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["languages"] == languages
 
 
 def test_info_does_not_import_torch(minilm: Path) -> None:

@@ -6,15 +6,18 @@ import sys
 import pytest
 import torch
 
-from unpadded_kernels import attention, linear, linear_activation, pool, rotary_, rotary_cos_sin
+from unpadded_kernels import attention, linear, linear_activation, mean_pool, rotary_, rotary_cos_sin
 from unpadded_kernels.activation import KINDS
 from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
-from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, prepack, unpack
-from unpadded_kernels.pooling import pool_reference
+from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, pad_rows, prepack, unpack
+from unpadded_kernels.linear_int8 import int8_is_supported, linear_int8, linear_int8_reference, prepack_int8
+from unpadded_kernels.pooling import mean_pool_reference
 from unpadded_kernels.tiles import attention_block_m
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
+INT8_ERROR = 3e-7  # of the formulas in fp32; the sums of products are exact
+INT8 = pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
 BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
 
 
@@ -23,7 +26,8 @@ def onednn(request, monkeypatch):
     """Run with oneDNN, and as on a processor or build without it."""
     torch.manual_seed(0)
     if request.param == "without":
-        monkeypatch.setattr(sys.modules["unpadded_kernels.linear_cpu"], "onednn_supports", lambda dtype: False)
+        for name in ("linear_cpu", "attention_cpu"):
+            monkeypatch.setattr(sys.modules[f"unpadded_kernels.{name}"], "onednn_supports", lambda dtype: False)
 
 
 def assert_close(actual, expected, dtype):
@@ -100,6 +104,84 @@ def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind):
         assert torch.equal(linear_prepacked(x, parts, added, kind), expected)
 
 
+def test_few_numbers_of_rows_are_computed():
+    found = [len(pad_rows(torch.empty(rows, 1))) for rows in range(1, 1025)]
+    assert all(rows <= up < rows + 32 and up % 8 == 0 for rows, up in enumerate(found, 1))
+    assert len(set(found)) == 16 + 28  # up to 128 and from there
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@INT8
+@BOTH
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_linear_int8(dtype, bias, kind):
+    x, weight, added = draw(600, 96, dtype=dtype), draw(128, 96, dtype=dtype) / 10, torch.randn(128) if bias else None
+    x[3:5], x[7] = 0, 2.5  # rows of equal values
+    parts = prepack_int8(weight, kind)
+    whole = linear_int8(x, parts, added, kind, torch.float32)
+    expected = linear_int8_reference(x, weight, added, kind)
+    assert whole.dtype == torch.float32 and relative(whole, expected) <= INT8_ERROR
+    assert relative(whole[[3, 4]] + 1, expected[[3, 4]] + 1) <= INT8_ERROR
+    assert relative(whole[7], expected[7]) <= INT8_ERROR
+    for rows in (0, 1, 2, 9, 127, 129, 255, 256, 257):
+        assert torch.equal(linear_int8(x[:rows], parts, added, kind, torch.float32), whole[:rows])
+    for row in (0, 7, 255, 256, 599):
+        assert torch.equal(linear_int8(x[row : row + 1], parts, added, kind, torch.float32)[0], whole[row])
+    for rows in (9, 600):
+        half = linear_int8(x[:rows], parts, added, kind, torch.bfloat16)
+        assert torch.equal(half, whole[:rows].bfloat16())
+
+
+@INT8
+def test_int8_rows_of_many_features_have_exact_sums():
+    """The extremes of both factors: each sum is beyond 2**24, where fp32 is not exact, and within int32."""
+    x, weight = torch.ones(2, 8192), torch.ones(16, 8192)
+    x[:, ::2] = -1
+    weight[:, ::2] = -1
+    actual = linear_int8(x, prepack_int8(weight), None, None, torch.float32)
+    torch.testing.assert_close(actual, torch.full((2, 16), 8192.0), rtol=1e-6, atol=0)
+
+
+@INT8
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_int8_rows_that_are_not_finite_change_no_other_row(kind, value):
+    x, parts, bias = torch.randn(300, 96), prepack_int8(torch.randn(128, 96) / 10, kind), torch.randn(128)
+    expected = linear_int8(x, parts, bias, kind, torch.float32)
+    spoiled = [0, 5, 255, 256, 299]
+    others = [row for row in range(300) if row not in spoiled]
+    x[spoiled, 17] = value
+    actual = linear_int8(x, parts, bias, kind, torch.float32)
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[spoiled].isfinite().any()
+
+
+@INT8
+@pytest.mark.parametrize(("mean", "gain"), [(0, 1), (3, 1.8), (30, 10)])
+def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
+    """The error without an offset per row is `gain` times as large, or more."""
+    x, weight = torch.randn(64, 384) + mean, torch.randn(128, 384)
+    weight = torch.round(weight * 30).clamp(-127, 127)
+    weight[:, 0] = 127  # exact in int8, so that only the error of x counts
+    expected = x.double() @ weight.double().T
+    scale = x.abs().amax(1, keepdim=True) / 127
+    symmetric = (x / scale).round().double() @ weight.double().T * scale
+    error = (linear_int8(x, prepack_int8(weight), None, None, torch.float32) - expected).norm()
+    assert (symmetric - expected).norm() >= gain * error
+
+
+@INT8
+def test_int8_weights_of_zeros_give_the_bias():
+    weight, bias = torch.zeros(128, 96), torch.randn(128)
+    weight[64:] = torch.randn(64, 96)
+    y = linear_int8(torch.randn(5, 96), prepack_int8(weight), bias, None, torch.float32)
+    assert torch.equal(y[:, :64], bias[:64].expand(5, 64))
+
+
 def test_an_unknown_activation_raises():
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         linear_activation(torch.ones(2, 4), torch.ones(4, 4), None, "relu")
@@ -109,7 +191,7 @@ def test_an_unknown_activation_raises():
 @pytest.mark.parametrize("head_dim", [16, 32, 64])
 def test_attention(dtype, head_dim):
     """Runs of equal lengths, lengths on both sides of the limit for head by head, and texts without tokens."""
-    lengths = [1, 0, 2, 7, 40, 40, 40, 384, 385, 0, 513, 768, 769, 3, 3]
+    lengths = [1, 0, 2, 7, 40, 40, 40, 320, 321, 0, 513, 768, 769, 3, 3]
     qkv = draw(sum(lengths), 3, 2, head_dim, dtype=dtype)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     scale = head_dim**-0.5
@@ -118,6 +200,30 @@ def test_attention(dtype, head_dim):
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         one = torch.tensor([0, end - start], dtype=torch.int32)
         assert torch.equal(attention(qkv[start:end].clone(), one, end - start, scale), actual[start:end])
+
+
+@BOTH
+@pytest.mark.parametrize("scores", [None, 2**13])  # one batched matmul for each text of 64 tokens
+def test_attention_of_groups_of_short_texts(dtype, scores, monkeypatch):
+    """On both sides of the limit for fp32, and of the number of texts per matmul."""
+    if scores is not None:
+        monkeypatch.setattr(sys.modules["unpadded_kernels.attention_cpu"], "_MAX_SCORES", scores)
+    lengths = [62] * 3 + [63] * 9 + [64] * 9 + [65] * 10 + [128] * 5 + [1] * 3 + [64] * 2
+    qkv, cu_seqlens = draw(sum(lengths), 3, 2, 32, dtype=dtype), torch.tensor([0, *lengths]).cumsum(0).int()
+    actual = attention(qkv, cu_seqlens, 128, 32**-0.5)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        own, one = qkv[start:end].clone(), torch.tensor([0, end - start], dtype=torch.int32)
+        assert torch.equal(attention(own, one, end - start, 32**-0.5), actual[start:end])
+        assert_close(actual[start:end], attention_reference(own.double(), one, end - start, 32**-0.5), dtype)
+
+
+def test_short_texts_in_bf16_are_computed_in_fp32():
+    """Only the result is rounded to bf16; from 64 tokens the scores and weights are, too."""
+    for length in (63, 64):
+        qkv, cu_seqlens = draw(length, 3, 2, 32, dtype=torch.bfloat16), torch.tensor([0, length], dtype=torch.int32)
+        exact = attention_reference(qkv.float(), cu_seqlens, length, 32**-0.5).bfloat16()
+        same = (attention(qkv, cu_seqlens, length, 32**-0.5) == exact).float().mean()
+        assert same >= 0.99 if length == 63 else same < 0.9, length
 
 
 @BOTH
@@ -158,19 +264,17 @@ def test_attention_in_a_window_and_with_slopes(dtype):
         assert_close(actual[start:end], (weights @ v).transpose(0, 1).flatten(1), dtype)
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls", "last"])
-def test_pool_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64(mode):
+def test_mean_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64():
     hidden, lengths = torch.randn(300, 40), [0, 1, 200, 0, 99]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    rows = pool(hidden, cu_seqlens, mode, False, 40, False)
+    rows = mean_pool(hidden, cu_seqlens)
     assert torch.equal(rows[[0, 3]], torch.zeros(2, 40))
     for row, start, end in zip(rows, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
         if start < end:
-            text = hidden[start:end].double()
-            expected = text.mean(0) if mode == "mean" else text[0 if mode == "cls" else -1]
+            expected = hidden[start:end].double().mean(0)
             torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-6)
             one = torch.tensor([0, end - start], dtype=torch.int32)
-            assert torch.equal(pool_reference(hidden[start:end], one, mode, False, 40, False)[0], row)
+            assert torch.equal(mean_pool_reference(hidden[start:end], one)[0], row)
 
 
 @BOTH

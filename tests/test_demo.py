@@ -21,7 +21,8 @@ def test_every_question_finds_its_passage() -> None:
     shown = {lines[i].split("  ", 1)[1]: lines[i + 1].strip() for i in range(len(lines)) if lines[i][:2] == "0."}
     for question, passage in zip(texts["questions"], texts["passages"], strict=False):
         assert shown[question] == passage
-    path = Path(lines[-1].removeprefix("vectors of the passages: "))
+    (path,) = (line.removeprefix("vectors of the passages: ") for line in lines if line.startswith("vectors of"))
     vectors = np.load(path)
+    assert lines[-2].startswith("next: ") and (ROOT / lines[-1].split()[0]).exists()
     assert vectors.shape == (len(texts["passages"]), 384)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)

@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 
 from unpadded.cli import serve
+from unpadded.cli.serve import read_options
 from unpadded.server.app import ENDPOINTS
-from unpadded.server.options import API_KEYS_VARIABLE, read_flags
+from unpadded.server.options import API_KEYS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -48,13 +49,13 @@ def test_the_docker_examples_parse() -> None:
     examples = re.findall(r"^#   docker run .* unpadded:(cpu|cuda) (.+)$", DOCKERFILE, re.MULTILINE)
     assert [device for device, _ in examples] == ["cpu", "cuda"]
     for _, arguments in examples:
-        options = read_flags(parse(arguments.split()))
+        options = read_options(parse(arguments.split()))
         assert (options.host, str(options.port)) == ("0.0.0.0", instruction("EXPOSE"))
 
 
 def test_the_deployment_passes_valid_flags_and_leaves_time_to_drain() -> None:
     args = parse(CONTAINER["args"])
-    options = read_flags(args)
+    options = read_options(args)
     assert args.model == "nomic-ai/nomic-embed-text-v1.5" and options.default_task == "search_document"
     before_sigterm = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert before_sigterm + options.grace < POD["spec"]["terminationGracePeriodSeconds"]

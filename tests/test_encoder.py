@@ -34,9 +34,10 @@ def test_dynamic_ntk_follows_each_text_alone(tmp_path):
         assert np.array_equal(scaled_hidden, plain_hidden) == (len(ids) <= 64)
 
 
-def test_bert_matches_transformers(tmp_path):
-    folder = write_bert(tmp_path)
-    engine = unpadded.load(folder, device="cpu")
+@pytest.mark.parametrize("weights", ["seeded", "real"])
+def test_bert_matches_transformers(tmp_path, minilm, weights):
+    folder = minilm if weights == "real" else write_bert(tmp_path)
+    engine = unpadded.load(folder, device="cpu", max_length=512)
     model = BertModel.from_pretrained(folder).eval()
     assert_parity(engine, last_hidden_state(model), (1, 2, 7, 64, 65, 512))
 

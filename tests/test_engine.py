@@ -1,9 +1,13 @@
 """From texts to vectors: options, order, streaming and warnings, on real weights or on a seeded NomicBERT."""
 
+import asyncio
+import copy
 import itertools
 import logging
+import pickle
 import pydoc_data.topics
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from support.checkpoints import add_sentence_transformers_files, change_json, write_nomic
 
 import unpadded
+from unpadded.integrations.langchain import UnpaddedEmbeddings
 
 TEXTS = ["What is TSNE?", "Who is Laurens van der Maaten?", "", "   ", "naïve café 漢字 🙂", "a b " * 700]
 
@@ -70,6 +75,65 @@ def test_token_ids_are_embedded_unchanged(engine):
     ids = [101, 2054, 2003, 24529, 2638, 1029, 102]
     mixed = engine.encode([TEXTS[0], ids, np.array(ids), TEXTS[0]])
     assert all(np.array_equal(row, mixed[0]) for row in mixed)
+
+
+def test_engines_and_results_have_short_reprs(minilm, engine):
+    assert repr(engine) == f"Engine({engine.checkpoint.name!r}, bert, 384 dimensions, 256 tokens, cpu float32)"
+    found = engine.embed(TEXTS[:2])
+    assert repr(found) == "Embeddings(2 x 384, 19 tokens, 0 truncated)"
+    assert repr(engine.embed("a " * 900)) == "Embeddings(1 x 384, 256 tokens, 1 truncated)"
+    assert repr(engine.embed([])) == "Embeddings(0 x 384, 0 tokens, 0 truncated)"
+
+
+def test_embeddings_are_a_sequence_of_vectors(engine):
+    found = engine.embed(TEXTS)
+    assert len(found) == len(TEXTS) and len(engine.embed("a")) == 1
+    assert np.array_equal(found[1], found.vectors[1]) and np.array_equal(found[-2:], found.vectors[-2:])
+    assert np.array_equal(np.stack(list(found)), found.vectors)
+    assert np.array_equal(np.asarray(found), found.vectors) and np.asarray(found).dtype == np.float32
+    assert np.asarray(found, np.float64).dtype == np.float64
+    assert np.array_equal(np.asarray(engine.embed(TEXTS[1])), found.vectors[1:2])
+    assert np.array(found, copy=True) is not found.vectors and np.asarray(found, copy=False) is found.vectors
+
+
+def test_tracebacks_of_unusable_texts_are_short(engine):
+    """They have the caller's frame, those of the two methods, and nothing after the message."""
+    for call in (
+        lambda: engine.encode(["a", 5]),
+        lambda: engine.encode({"a": "b"}),
+        lambda: asyncio.run(engine.aencode([None])),
+    ):
+        with pytest.raises(unpadded.InputError) as raised:
+            call()
+        files = [frame.filename for frame in traceback.extract_tb(raised.value.__traceback__)]
+        ours = [file for file in files if "unpadded" in file.split("/")[-2:]]
+        assert len(ours) == 2 and files[-1] == ours[-1]
+        lines = traceback.format_exception(raised.value)
+        assert lines[-1].startswith("unpadded.errors.InputError: text") and raised.value.__suppress_context__
+
+
+def test_engines_and_results_can_be_pickled_and_copied(tmp_path, monkeypatch):
+    """An engine loads its model again with the same options, from any folder; a copy shares the weights."""
+    write_nomic(tmp_path / "model", layers=1)
+    monkeypatch.chdir(tmp_path)
+    engine = unpadded.load("model", device="cpu", max_length=9, dtype="bfloat16")
+    found = engine.embed(TEXTS)
+    embeddings = UnpaddedEmbeddings(engine)
+    pickled = pickle.dumps((engine, embeddings, found))
+    monkeypatch.chdir("/")
+    for one in (pickle.loads(pickled)[:2], copy.deepcopy((engine, embeddings)), copy.copy([engine, embeddings])):
+        again, wrapper = one
+        assert again.describe() == engine.describe() and wrapper.embed_query("x") == embeddings.embed_query("x")
+        assert np.array_equal(again.encode(TEXTS), found.vectors)
+    for copied in (copy.copy(engine), copy.deepcopy(engine)):
+        assert copied is not engine and copied._pipeline is engine._pipeline
+    for one in (pickle.loads(pickled)[2], copy.deepcopy(found)):
+        assert all(np.array_equal(value, getattr(one, name)) for name, value in vars(found).items())
+    with pytest.raises(unpadded.OptionError, match=r"cannot be pickled: .*; pickle the module"):
+        pickle.dumps(unpadded.Engine(engine._pipeline))
+    for error in (unpadded.InputError("text 3"), unpadded.TooLargeError(3, 8192, "cuda:0"), unpadded.DeadlineError()):
+        for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+            assert (type(again), str(again)) == (type(error), str(error))
 
 
 def test_no_texts_give_empty_results(engine):
@@ -292,7 +356,7 @@ def test_wrong_options_raise(engine, option, message):
     [
         ({"device": "tpu-9"}, "device is unknown: 'tpu-9'"),
         ({"device": "cuda:7"}, "device does not exist: 'cuda:7'"),
-        ({"dtype": "int8"}, "dtype is unknown: 'int8'"),
+        ({"dtype": "int4"}, "dtype is unknown: 'int4'"),
         ({"attention": "fast"}, "attention is unknown: 'fast'; use one of auto"),
         ({"attention": "flash-attn"}, "runs on CUDA in float16 or bfloat16 only"),
         ({"token_budget": 0}, "token_budget is not positive: 0"),

@@ -86,8 +86,8 @@ def test_the_published_configurations():
     spec = eurobert.read_config(EUROBERT_2B)
     assert (spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim) == (32, 2304, 18, 6, 128)
     assert (spec.intermediate, spec.vocabulary, spec.token_types, spec.position_rows) == (6144, 128256, 0, 0)
-    assert spec.activation == "swiglu" and spec.prenorm and spec.rms_norm and not spec.norm_bias
-    assert not (spec.qkv_bias or spec.out_bias or spec.up_bias or spec.down_bias)
+    assert spec.activation == "swiglu" and spec.prenorm and spec.rms_norm
+    assert spec.biases == ()
     assert (spec.norm_eps, spec.rotary) == (1e-5, Rotary(base=250000.0, trained_length=8192))
     assert eurobert.read_config(EUROBERT_210M).kv_heads is None
 

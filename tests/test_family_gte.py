@@ -96,7 +96,7 @@ def test_the_published_configuration():
     spec = gte.read_config(GTE_BASE)
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (12, 768, 12, 64, 3072)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.norm_eps) == (30528, 0, 0, 1e-12)
-    assert (spec.activation, spec.qkv_bias, spec.out_bias, spec.up_bias, spec.down_bias) == ("geglu", 1, 1, 0, 1)
+    assert (spec.activation, spec.biases) == ("geglu", ("qkv", "out", "down", "norm"))
     assert spec.rotary == Rotary(base=1e6, trained_length=8192, frequency_scale=2 ** (-2 / 64))
 
 

@@ -7,7 +7,7 @@ from support.checkpoints import RandomWeights, change_json, write_checkpoint
 from support.family_checks import LENGTHS, VOCABULARY, assert_cuda_agrees, assert_independent, assert_parity
 
 import unpadded
-from unpadded.checkpoint.families import jina_bert, jina_code
+from unpadded.checkpoint.families import jina_bert
 from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.errors import ConfigError
 from unpadded.integrations.transformers import UnpaddedModel
@@ -119,9 +119,9 @@ def test_the_published_configuration():
     spec = jina_bert.read_config(JINA_BASE)
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (12, 768, 12, 64, 3072)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.rotary) == (30528, 2, 0, None)
-    assert (spec.activation, spec.qkv_bias, spec.out_bias, spec.up_bias, spec.down_bias) == ("geglu", 1, 1, 0, 1)
+    assert (spec.activation, spec.biases) == ("geglu", ("qkv", "out", "down", "norm"))
     assert spec.alibi and not spec.qk_norm and not spec.inner_norm
-    code = jina_code.read_config(JINA_BASE | {"auto_map": CODE_MAP})
+    code = jina_bert.CODE_FAMILY.read_config(JINA_BASE | {"auto_map": CODE_MAP})
     assert code.alibi and code.qk_norm and code.inner_norm and code.family == "jina_code"
 
 
@@ -180,7 +180,7 @@ def test_max_length_is_not_limited_by_learned_positions(folder):
         ("hidden_act", "relu"),
     ],
 )
-@pytest.mark.parametrize("family", [jina_bert, jina_code])
-def test_unsupported_settings_raise(family, key, value):
+@pytest.mark.parametrize("read_config", [jina_bert.read_config, jina_bert.CODE_FAMILY.read_config])
+def test_unsupported_settings_raise(read_config, key, value):
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
-        family.read_config(JINA_BASE | {key: value})
+        read_config(JINA_BASE | {key: value})

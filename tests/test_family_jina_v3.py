@@ -180,7 +180,7 @@ def test_the_published_configuration():
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (24, 1024, 16, 64, 4096)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.padding_id) == (250002, 1, 0, None)
     assert spec.activation == "gelu" and not spec.prenorm and spec.norm_eps == 1e-5
-    assert spec.qkv_bias and spec.out_bias and spec.up_bias and spec.down_bias
+    assert spec.biases == ("qkv", "out", "up", "down", "norm")
     assert spec.rotary == Rotary(base=20000.0, trained_length=8194)
     assert (spec.lora.tasks, spec.lora.rank, spec.lora.scale) == (tuple(TASKS), 4, 0.25)
     assert dict(zip(TASKS, spec.lora.prompts, strict=True)) == dict.fromkeys(TASKS, "") | PROMPTS

@@ -77,8 +77,8 @@ def test_the_published_configuration():
     spec = modernbert.read_config(MODERNBERT_EMBED)
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (22, 768, 12, 64, 1152)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.norm_eps) == (50368, 0, 0, 1e-5)
-    assert spec.activation == "geglu" and spec.prenorm and not spec.norm_bias
-    assert not (spec.qkv_bias or spec.out_bias or spec.up_bias or spec.down_bias)
+    assert spec.activation == "geglu" and spec.prenorm
+    assert spec.biases == ()
     assert spec.rotary == Rotary(base=160000.0, trained_length=8192)
     local = tuple(index for index in range(22) if index not in (0, 3, 6, 9, 12, 15, 18, 21))
     assert spec.local_attention == LocalAttention(

@@ -143,7 +143,7 @@ def test_the_published_configuration():
     spec = nomic_bert.read_config(V2_MOE)
     assert (spec.layers, spec.hidden, spec.heads, spec.intermediate, spec.activation) == (12, 768, 12, 3072, "gelu")
     assert (spec.vocabulary, spec.token_types, spec.norm_eps) == (250048, 1, 1e-5)
-    assert spec.qkv_bias and spec.out_bias and spec.up_bias and spec.down_bias
+    assert spec.biases == ("qkv", "out", "up", "down", "norm")
     assert spec.rotary == Rotary(base=10000.0, trained_length=2048)
     assert spec.experts == Experts(layers=(1, 3, 5, 7, 9, 11), num_experts=8, top_k=2)
 
@@ -186,7 +186,7 @@ def test_gated_experts_raise():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe_every_n_layers": None}, "num_experts = 8 without moe_every_n_layers"),
+        ({"moe_every_n_layers": None}, "lacks moe_every_n_layers"),
         ({"moe_top_k": None}, "lacks moe_top_k"),
         ({"moe_top_k": 9}, "moe_top_k = 9 exceeds num_experts = 8"),
     ],

@@ -85,16 +85,21 @@ def test_on_a_gpu_the_error_is_that_of_the_cpu_and_texts_are_independent(tmp_pat
     assert np.array_equal(found, np.concatenate([engine.encode([ids]) for ids in texts]))
 
 
-def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
+def assert_no_modules_and_no_adapters(dtype, tmp_path):
+    """Check what every dtype of quantized linears rejects."""
     folder = write_bert(tmp_path / "bert", tokenizer=False)
-    with pytest.raises(OptionError, match=r"dtype is unknown: 'float4'; use auto, .*, float8"):
-        unpadded.load(folder, device="cpu", dtype="float4")
-    with pytest.raises(OptionError, match=r"dtype='float8' is not supported by a module.*use unpadded.load"):
-        UnpaddedModel.from_pretrained(folder, dtype="float8")
+    with pytest.raises(OptionError, match=f"dtype='{dtype}' is not supported by a module.*use unpadded.load"):
+        UnpaddedModel.from_pretrained(folder, dtype=dtype)
+    adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
+    with pytest.raises(OptionError, match=f"{dtype}.*LoRA adapters.*retrieval.query.*use dtype='auto'"):
+        unpadded.load(adapted, device="cpu", dtype=dtype)
+
+
+def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
+    assert_no_modules_and_no_adapters("float8", tmp_path)
+    with pytest.raises(OptionError, match=r"dtype is unknown: 'float4'; use auto, .*, float8, int8"):
+        unpadded.load(tmp_path / "bert", device="cpu", dtype="float4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(OptionError, match=r"compute capability 8.9: cuda:0 has 8.0; use dtype='float16'"):
-        unpadded.load(folder, device="cuda:0", dtype="float8")
-    adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
-    with pytest.raises(OptionError, match=r"float8.*LoRA adapters.*retrieval.query.*use dtype='float16'"):
-        unpadded.load(adapted, device="cpu", dtype="float8")
+        unpadded.load(tmp_path / "bert", device="cuda:0", dtype="float8")

@@ -105,8 +105,9 @@ def test_no_texts_give_no_embeddings(folder):
         ({"texts": ["word " * 8193], "long_text_mode": "mean"}, ValueError, "text 0 is too long: 8193 tokens"),
         ({"model": "nomic-embed/text/none"}, unpadded.CheckpointError, "no folder"),
         ({"texts": ["fine", 3]}, unpadded.InputError, "text 1"),
+        ({"texts": {"a": "text"}}, unpadded.InputError, "texts are not a sequence: dict"),
     ],
-    ids=["string", "task", "mode", "remote", "zero", "too wide", "too long", "model", "not text"],
+    ids=["string", "task", "mode", "remote", "zero", "too wide", "too long", "model", "not text", "mapping"],
 )
 def test_wrong_arguments_raise(folder, arguments, error, reason):
     with pytest.raises(error, match=reason):

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
+import transformers
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
 from sentence_transformers.sentence_transformer.modules import LayerNorm
 from sentence_transformers.util import mine_hard_negatives, semantic_search
-from support.checkpoints import add_sentence_transformers_files, write_bert, write_nomic
+from support.checkpoints import add_sentence_transformers_files, change_json, write_bert, write_nomic
 from support.drop_in import TEXTS, assert_same
 from tokenizers.normalizers import NFKC
 from tokenizers.processors import ByteLevel
@@ -29,12 +30,19 @@ from unpadded.integrations.sentence_transformers import SentenceTransformer
 from unpadded.integrations.transformers import UnpaddedModel
 
 CLASSES = (SentenceTransformer, sentence_transformers.SentenceTransformer)
+TINY = {"layers": 1, "hidden": 32, "heads": 2, "intermediate": 64}
+CHAT = "{% for message in messages %}{{ message['content'] }} [SEP] {% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = write_bert(tmp_path_factory.mktemp("bert"))
     return str(add_sentence_transformers_files(folder, max_seq_length=256))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(add_sentence_transformers_files(write_bert(tmp_path_factory.mktemp("tiny"), **TINY)))
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +249,107 @@ def test_a_modified_model_equals_the_original(drop_in, original, change):
     drop_in, original = copy.deepcopy(drop_in), copy.deepcopy(original)
     change(drop_in)
     change(original)
-    # positions of BERT depend on padding on the left
-    texts = [text for text in TEXTS if text] if drop_in.tokenizer.padding_side == "right" else [TEXTS[0]]
+    texts = [text for text in TEXTS if text]
     reduced = drop_in.dtype != torch.float32
     assert_same(drop_in.encode(texts), original.encode(texts), atol=1e-2 if reduced else 1e-5)
     assert drop_in.dtype == original.dtype
     assert_same(
         drop_in.encode(texts, convert_to_tensor=True), original.encode(texts, convert_to_tensor=True), atol=1e-2
     )
+
+
+# keywords of the tokenizer, and whether the engine runs with them
+TOKENIZER_KEYWORDS = [
+    ({"do_lower_case": False}, True),
+    ({"strip_accents": False}, True),
+    ({"tokenize_chinese_chars": False}, True),
+    ({"cls_token": "[MASK]"}, True),
+    ({"additional_special_tokens": ["weather"]}, True),
+    ({"bos_token": "[MASK]", "add_bos_token": True}, True),
+    ({"model_max_length": 7}, True),
+    ({"use_fast": False}, True),
+    ({"split_special_tokens": True}, False),
+    ({"truncation_side": "left"}, False),
+    ({"padding_side": "left"}, False),
+    ({"model_input_names": ["input_ids"]}, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "in_engine"),
+    [
+        ("tokenizer_kwargs", {"do_lower_case": False}, True),
+        *(("processor_kwargs", *case) for case in TOKENIZER_KEYWORDS),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_tokenizer_keywords_equal_the_original(tiny, name, keywords, in_engine):
+    drop_in, original = (cls(tiny, device="cpu", **{name: dict(keywords)}) for cls in CLASSES)
+    expected = original.encode(TEXTS)
+    assert_same(drop_in.encode(TEXTS), expected)
+    assert (drop_in._engine_for(TEXTS, "sentence_embedding", {}) is not None) == in_engine
+    assert_same(copy.deepcopy(drop_in).encode(TEXTS), expected)
+
+
+def use_cased_tokenizer(model):
+    model[0].processor = transformers.AutoTokenizer.from_pretrained(
+        model[0].tokenizer.name_or_path, do_lower_case=False
+    )
+
+
+def use_chat_template(model):
+    model.tokenizer.chat_template = "{{ messages }}"  # inferred on loading only
+
+
+def cut_texts(model):
+    preprocess = model[0].preprocess
+    model[0].preprocess = lambda inputs, **options: preprocess([text[:9] for text in inputs], **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "in_engine"),
+    [
+        (use_cased_tokenizer, True),
+        (use_chat_template, True),
+        (lambda model: model.tokenizer.add_tokens(["[SE", "café"]), True),
+        (lambda model: model.tokenizer.add_special_tokens({"cls_token": "[MASK]"}), True),
+        (lambda model: setattr(model.tokenizer.backend_tokenizer.model, "max_input_chars_per_word", 4), True),
+        (lambda model: setattr(model.tokenizer, "model_max_length", 9), True),
+        (lambda model: setattr(model, "max_seq_length", 5), True),
+        (lambda model: setattr(model.tokenizer, "pad_token", "[UNK]"), True),
+        (lambda model: setattr(model.tokenizer, "split_special_tokens", True), False),
+        (lambda model: setattr(model.tokenizer, "model_input_names", ["input_ids"]), False),
+        (lambda model: setattr(model[0], "query_length", 4), False),
+        (cut_texts, False),
+    ],
+)
+def test_a_changed_tokenizer_equals_the_original(tiny, change, in_engine):
+    drop_in, original = (cls(tiny, device="cpu") for cls in CLASSES)
+    drop_in.encode(TEXTS)
+    texts = [text.replace("Naïve café", "Naïve") for text in TEXTS]  # "café" would have no embedding
+    for model in (drop_in, original):
+        change(model)
+    assert_same(drop_in.encode(texts), original.encode(texts))
+    assert (drop_in._engine_for(texts, "sentence_embedding", {}) is not None) == in_engine
+
+
+@pytest.mark.parametrize(
+    ("modules", "settings", "in_engine"),
+    [
+        (True, {"chat_template": CHAT}, True),
+        (False, {"chat_template": CHAT}, False),
+        (True, {"truncation_side": "left"}, False),
+    ],
+)
+def test_tokenizer_settings_of_the_checkpoint_equal_the_original(tmp_path, modules, settings, in_engine):
+    write_bert(tmp_path, **TINY)
+    if modules:
+        add_sentence_transformers_files(tmp_path, max_seq_length=16)
+    change_json(tmp_path / "tokenizer_config.json", **settings)
+    drop_in, original = (cls(str(tmp_path), device="cpu") for cls in CLASSES)
+    assert_same(drop_in.encode(TEXTS), original.encode(TEXTS))
+    assert (drop_in._engine_for(TEXTS, "sentence_embedding", {}) is not None) == in_engine
 
 
 @pytest.mark.parametrize(
@@ -379,6 +480,18 @@ def test_a_hub_id_is_loaded_from_the_cache(folder, tmp_path, monkeypatch):
         assert isinstance(model[0].model, UnpaddedModel)
     alone = UnpaddedModel.from_pretrained("owner/tiny", cache_dir=str(tmp_path), local_files_only=True)
     assert alone.config.hidden_size == 128
+
+
+def test_another_pooling_shares_the_encoder(tiny, cuda):
+    """And thus its lock and stream, which order the passes of both runners."""
+    model = SentenceTransformer(tiny, device="cpu")
+    moved = copy.deepcopy(model).to(cuda)
+    before = moved[0].model.engine._pipeline.runner
+    for one in (model, moved):
+        one[1].pooling_mode = "cls"
+    assert_same(moved.encode("A text."), model.encode("A text."), atol=1e-4)
+    after = moved[0].model.engine._pipeline.runner
+    assert after is not before and after.encoder is before.encoder
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from support.checkpoints import MINILM, write_bert, write_nomic
 from support.family_checks import of_transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -21,8 +22,10 @@ from transformers import (
     NomicBertModel,
     pipeline,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import unpadded
+from unpadded.integrations import attention_interface
 from unpadded.integrations.accelerate import accelerate, restore
 from unpadded.integrations.attention_interface import attend
 from unpadded.integrations.transformers import UnpaddedModel
@@ -232,7 +235,8 @@ def test_training_mode_and_unknown_arguments_raise(folder, ids):
 
 
 def test_a_batch_of_padding_gives_zeros(folder):
-    output = UnpaddedModel.from_pretrained(folder)(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5))
+    model, ids = UnpaddedModel.from_pretrained(folder), torch.zeros(2, 5, dtype=torch.long)
+    output = model(ids, torch.zeros(2, 5, dtype=torch.bfloat16))
     assert output[0].shape[:2] == (2, 5) and not output[0].any()
 
 
@@ -345,12 +349,13 @@ def test_word_embeddings_as_inputs_embeds_give_the_bits_of_input_ids(trio, ids):
     assert embeds.requires_grad
     strided = embeds.detach().repeat_interleave(2, dim=2)[..., ::2]
     for model in packed:
-        expected = model(ids, mask)[0]
-        if original.config.model_type == "xlm_roberta":  # its positions depend on the ids
-            expected = model(ids, mask, position_ids=COLUMNS[None] + 2)[0]
-        for given in (embeds, embeds.double(), strided):
-            found = model(inputs_embeds=given, attention_mask=mask)[0]
-            assert torch.equal(found, expected) and not found.requires_grad
+        with torch.set_grad_enabled(isinstance(model, UnpaddedModel)):
+            expected = model(ids, mask)[0]
+            if original.config.model_type == "xlm_roberta":  # its positions depend on the ids
+                expected = model(ids, mask, position_ids=COLUMNS[None] + 2)[0]
+            for given in (embeds, embeds.double(), strided):
+                found = model(inputs_embeds=given, attention_mask=mask)[0]
+                assert torch.equal(found, expected) and not found.requires_grad
 
 
 def test_inputs_embeds_with_position_ids_and_one_row_of_token_types(trio):
@@ -395,7 +400,7 @@ def test_restore_undoes_accelerate(original, ids):
 
 
 def test_an_accelerated_model_uses_its_current_weights(original, ids):
-    """After an in-place change, a cast, a copy and a load of a state dict."""
+    """After an in-place change, a cast, a copy, a load of a state dict and a change of the vocabulary."""
     model = accelerate(copy.deepcopy(original))
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -408,6 +413,12 @@ def test_an_accelerated_model_uses_its_current_weights(original, ids):
         assert torch.equal(model(ids)[0], copied(ids)[0])
         assert_same(model.double().float()(ids)[0], original(ids)[0], None)
         assert model.bfloat16()(ids)[0].dtype == torch.bfloat16
+        ids[0, 0] = 30590
+        for one in (model.float(), original):
+            one.resize_token_embeddings(30600)
+            one.get_input_embeddings().weight[30590:] = 0.1
+        model.load_state_dict(original.state_dict())
+        assert_same(model(ids)[0], original(ids)[0], None)
 
 
 def test_an_accelerated_model_can_be_saved(original, ids, tmp_path):
@@ -428,8 +439,120 @@ def test_an_accelerated_model_runs_its_own_forward_pass_and_logs_why_once(origin
         assert len(model(ids, **given).attentions) == 2
     assert len(caplog.records) == 1 and "output_attentions" in caplog.text
     assert model.train()(ids)[0].requires_grad
-    assert not model.eval()(ids)[0].requires_grad
     assert "training mode" in caplog.text
+
+
+def test_an_accelerated_model_has_gradients(original, ids, caplog):
+    """Compare those of its parameters, and of embeddings if those are frozen."""
+    model = accelerate(copy.deepcopy(original))
+    for one in (model, original):
+        one(ids)[0].square().sum().backward()
+    for parameter, expected in zip(model.parameters(), original.parameters(), strict=True):
+        assert parameter.grad is expected.grad is None or torch.equal(parameter.grad, expected.grad)
+    assert "gradients are recorded; call it under torch.no_grad()" in caplog.text
+    model.requires_grad_(False)
+    assert not model(ids)[0].requires_grad
+    embeds = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=embeds)[0].square().sum().backward()
+    assert embeds.grad.abs().sum() > 0 and len(caplog.records) == 1
+
+
+def python_calls(run):
+    """Return how many Python functions run() calls."""
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return events.count("call")
+
+
+@torch.no_grad()
+def test_an_accelerated_model_checks_its_weights_without_a_python_call_per_layer(ids, monkeypatch):
+    hidden = BaseModelOutputWithPooling(last_hidden_state=torch.zeros(4, 20, 64))
+    monkeypatch.setattr("unpadded.integrations.accelerate.run_padded", lambda *_, **__: copy.copy(hidden))
+    shallow, deep = (accelerate(small_bert(num_hidden_layers=layers)) for layers in (1, 4))
+    # the least of several, because the garbage collector may call functions too
+    least = [min(python_calls(lambda: model(ids)) for _ in range(5)) for model in (shallow, deep)]  # noqa: B023
+    assert least[0] == least[1]
+
+
+class Doubled(nn.Module):
+    """A module around a linear, as an adapter is."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, x):
+        return self.inner(x) * 2
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def replace_linear(model, linear):
+    name = next(name for name, module in model.named_modules() if module is linear)
+    model.set_submodule(name, Doubled(linear))
+
+
+def patch_forward(model, linear):
+    linear.forward = lambda x: F.linear(x, linear.weight * 2)
+
+
+def drop_layer(model, linear):
+    del next(module for module in model.modules() if isinstance(module, nn.ModuleList))[-1]
+
+
+CHANGES = {
+    "a hook": lambda model, linear: linear.register_forward_hook(lambda module, x, y: y * 2),
+    "a hook before": lambda model, linear: linear.register_forward_pre_hook(lambda module, x: (x[0] * 2,)),
+    "a hook of all modules": lambda model, linear: nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: y * 2 if isinstance(module, nn.Linear) else y
+    ),
+    "an adapter": replace_linear,
+    "another forward": patch_forward,
+    "a parametrization": lambda model, linear: parametrize.register_parametrization(linear, "weight", Half()),
+    "pruning": lambda model, linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "fewer layers": drop_layer,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_accelerated_model_keeps_what_is_added_to_it(original, ids, caplog, change):
+    model = accelerate(copy.deepcopy(original))
+    with torch.no_grad():
+        before = original(ids)[0]
+        handle = CHANGES[change](model, next(module for module in model.modules() if isinstance(module, nn.Linear)))
+        if change != "a hook of all modules":
+            CHANGES[change](original, next(module for module in original.modules() if isinstance(module, nn.Linear)))
+        with caplog.at_level(logging.WARNING, "unpadded"):
+            found = [model(ids)[0] for _ in range(2)]
+        expected = original(ids)[0]
+        if change == "a hook of all modules":
+            handle.remove()
+        assert all(torch.equal(one, expected) for one in found) and not torch.allclose(expected, before, atol=1e-3)
+        assert [record.message.count("runs its own forward pass") for record in caplog.records] == [1]
+        assert torch.equal(restore(model)(ids)[0], original(ids)[0])
+
+
+def test_hooks_of_the_model_itself_run_around_the_packed_forward_pass(original, ids, caplog):
+    model = accelerate(copy.deepcopy(original))
+    for one in (model, original):
+        one.register_forward_hook(lambda module, x, y: y[0] * 2)
+    with torch.no_grad():
+        assert_same(model(ids), original(ids), None)
+        assert not caplog.records
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(ids), original(ids))
+        assert "autocast is enabled" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -441,12 +564,23 @@ def test_an_accelerated_model_runs_its_own_forward_pass_and_logs_why_once(origin
         (lambda: small_bert().double(), "torch.float64"),
         (lambda: small_bert(is_decoder=True), "is_decoder = True"),
         (lambda: small_bert().to("meta"), "meta"),
+        (lambda: with_own_linear(small_bert()), "pooler.dense is a OwnLinear with a forward pass of its own"),
     ],
-    ids=["not a model", "family", "head", "dtype", "decoder", "meta"],
+    ids=["not a model", "family", "head", "dtype", "decoder", "meta", "module"],
 )
 def test_accelerate_raises_for_unsupported_models(make, reason):
     with pytest.raises(unpadded.UnpaddedError, match=reason):
         accelerate(make())
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def with_own_linear(model):
+    model.set_submodule("pooler.dense", OwnLinear(64, 64))
+    return model
 
 
 def small_bert(**changes):
@@ -465,26 +599,19 @@ def test_the_attention_interface_matches_transformers(folder, original, ids, pad
     assert (hidden[kept] - expected[kept]).norm() / expected[kept].norm() <= 1e-5
 
 
-class CountCalls(TorchDispatchMode):
-    """Counts the calls of one operation of torch."""
-
-    def __init__(self, operation):
-        super().__init__()
-        self.operation, self.calls = operation, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.calls += operation is self.operation
-        return operation(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_the_attention_interface_reads_the_mask_once_per_forward_pass(ids, padding):
-    """The texts' boundaries, a cumulative sum, are computed once for all layers."""
+def test_the_attention_interface_reads_the_mask_once_per_forward_pass(ids, padding, cuda, waits, monkeypatch):
+    """And makes what its layers share once; without a mask it does not wait for the device at all."""
     model = small_bert(num_hidden_layers=3, vocab_size=30000)
     model.set_attn_implementation("unpadded")
-    with torch.no_grad(), CountCalls(torch.ops.aten.cumsum.default) as boundaries:
-        model(ids, MASKS[padding])
-    assert boundaries.calls == 1
+    model.to(cuda)
+    mask = None if MASKS[padding] is None else MASKS[padding].to(cuda)
+    ids, made = ids.to(cuda), []
+    make_tile_map = attention_interface.make_tile_map
+    monkeypatch.setattr(attention_interface, "make_tile_map", lambda *_: made.append(_) or make_tile_map(*_))
+    with torch.no_grad():
+        assert waits(model, ids, mask)[1] == (mask is not None)
+    assert len(made) == 1
 
 
 def test_the_attention_interface_reads_a_mask_changed_in_place(ids):
@@ -509,6 +636,77 @@ def test_the_attention_interface_raises_for_unsupported_arguments(original):
             attend(original, *arguments)
     with pytest.raises(unpadded.OptionError, match="is_causal = True"):
         attend(original, q, q, q, None, is_causal=True)
+
+
+@pytest.fixture
+def waits(cuda, monkeypatch):
+    """Return a function that calls another: its result and how often it waits for an event; other waits are errors."""
+    synchronize, set_mode = torch.cuda.Event.synchronize, torch.cuda.set_sync_debug_mode
+
+    def count(run, *args, **keywords):
+        calls = []
+
+        def counted(event):
+            set_mode("default")
+            calls.append(synchronize(event))
+            set_mode("error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda.Event, "synchronize", counted)
+            set_mode("error")
+            try:
+                return run(*args, **keywords), len(calls)
+            finally:
+                set_mode("default")
+
+    return count
+
+
+@torch.no_grad()
+def test_a_padded_forward_pass_waits_for_the_device_once(tmp_path, cuda, waits):
+    """To read its inputs, in whatever combination, and not at all if they are on the host."""
+    folder = write_bert(tmp_path, layers=1, hidden=64, heads=2, intermediate=64, tokenizer=False)
+    ids, mask = torch.randint(5, 30000, (2, 4)), torch.arange(4) < torch.tensor([[4], [2]])
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    typed = given | {"token_type_ids": ids % 2, "position_ids": torch.arange(4)[None]}
+    for model in (UnpaddedModel.from_pretrained(folder), accelerate(AutoModel.from_pretrained(folder).eval())):
+        model.to(cuda)
+        for arguments, states in ((given, False), (typed, True)):
+            moved = {name: tensor.to(cuda) for name, tensor in arguments.items()}
+            expected = model(**moved)[0]  # captures a graph
+            for inputs, count in ((moved, 1), (arguments, 0)):
+                found, waited = waits(model, **inputs, output_hidden_states=states)
+                torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
+                assert waited == count
+        assert len(runner_of(model).graphs.by_key) == 1
+
+
+@torch.no_grad()
+def test_graphs_of_an_accelerated_model_use_its_current_weights(tmp_path, cuda):
+    folder = write_bert(tmp_path, layers=1, hidden=64, heads=2, intermediate=64, tokenizer=False)
+    original, ids = AutoModel.from_pretrained(folder).eval(), torch.randint(5, 30000, (2, 4))
+    model = accelerate(copy.deepcopy(original)).to(cuda)
+    before, runner = model(ids)[0], runner_of(model)
+    for one in (model, original):
+        for parameter in one.parameters():
+            parameter.mul_(1.1)
+    assert_same(model(ids)[0].cpu(), original(ids)[0], None)
+    assert len(runner.graphs.by_key) == 1 and runner_of(model) is runner
+    model.load_state_dict(AutoModel.from_pretrained(folder).state_dict())
+    torch.testing.assert_close(model(ids)[0], before, atol=1e-5, rtol=0)
+
+
+def test_runners_have_the_index_of_the_current_device(tmp_path, cuda):
+    folder = write_bert(tmp_path, layers=1, hidden=64, heads=2, intermediate=64, tokenizer=False)
+    with torch.cuda.device(cuda), torch.no_grad():
+        expected = torch.device("cuda", torch.cuda.current_device())
+        packed, moved = UnpaddedModel.from_pretrained(folder, device="cuda"), UnpaddedModel.from_pretrained(folder)
+        accelerated = accelerate(AutoModel.from_pretrained(folder).to("cuda").eval())
+        assert [runner_of(model).device for model in (packed, moved.to("cuda"), accelerated)] == [expected] * 3
+
+
+def runner_of(model):
+    return model.engine._pipeline.runner if isinstance(model, UnpaddedModel) else vars(model)["_unpadded"].runner
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

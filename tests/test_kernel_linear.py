@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
 from unpadded_kernels import linear_kernels
-from unpadded_kernels.activation import GATED, KINDS
+from unpadded_kernels.activation import GATED, KINDS, activation_triton
+from unpadded_kernels.choices import override
 from unpadded_kernels.linear import (
-    linear_activation_reference,
     linear_activation_triton,
     linear_invariant,
     linear_invariant_reference,
@@ -89,13 +90,15 @@ def test_tokens_past_two_to_the_31_elements(far_tokens, kernel):
     assert_matches(linear_invariant_triton(far_tokens, weight, bias), expected(far_tokens, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_linear_activation_on_cuda_is_the_library_linear_and_the_activation(kind, dtype):
-    tensors = inputs(20, 96, 256, dtype)
-    torch.testing.assert_close(
-        linear_activation_triton(*tensors, kind), linear_activation_reference(*tensors, kind), atol=2e-3, rtol=2e-3
-    )
+@pytest.mark.parametrize("way", ["library", "triton"])
+def test_the_way_to_an_activation_is_chosen(way, kind, kernel):
+    x, weight, bias = inputs(20, 96, 256, torch.float16)
+    library = activation_triton(F.linear(x, weight, bias), kind)
+    with override(linear_activation=way):
+        actual = linear_activation_triton(x, weight, bias, kind)
+    assert torch.equal(actual, library if way == "library" else linear_invariant_triton(x, weight, bias, kind))
+    assert_matches(library, expected(x, weight, bias, kind))
 
 
 def test_invalid_arguments_are_rejected():

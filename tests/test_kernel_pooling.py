@@ -1,15 +1,15 @@
-"""Pooling over cu_seqlens and over padded rows: the Triton kernels against their references."""
+"""Pooling over cu_seqlens and over padded rows, and the steps after it: Triton kernels against their references."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.devices import DEVICE, DTYPES, assert_matches, packed, pairwise, with_dtypes
+from support.devices import DEVICE, DTYPES, assert_matches, packed, pairwise
 
+from unpadded_kernels.matryoshka import matryoshka, matryoshka_reference, matryoshka_triton
 from unpadded_kernels.padded_pooling import masked_mean_pool, masked_mean_pool_reference, masked_mean_pool_triton
-from unpadded_kernels.pooling import pool, pool_reference, pool_triton
+from unpadded_kernels.pooling import mean_pool, mean_pool_reference, mean_pool_triton
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
-MODES = ["mean", "cls", "last"]
 RAGGED = [[1], [7], [1, 513, 64], [128, 129, 127, 256], [5, 0, 130], [0, 0, 3, 0], [2] * 40, [1100, 1]]
 
 
@@ -17,65 +17,69 @@ def inputs(lengths, hidden, dtype):
     return torch.randn(sum(lengths), hidden, device=DEVICE, dtype=dtype), packed(lengths)
 
 
-@pytest.mark.parametrize("lengths, mode, dtype", pairwise(RAGGED, MODES, DTYPES), ids=str)
-def test_matches_the_reference(lengths, mode, dtype):
+@pytest.mark.parametrize("lengths, dtype", pairwise(RAGGED, DTYPES), ids=str)
+def test_matches_the_reference(lengths, dtype):
     hidden, cu_seqlens = inputs(lengths, 192, dtype)
     hidden += 1  # so that a mean without some of the rows differs
-    arguments = cu_seqlens, mode, False, 192, False
-    assert_matches(pool_triton(hidden, *arguments), pool_reference(hidden.float(), *arguments))
+    assert_matches(mean_pool_triton(hidden, cu_seqlens), mean_pool_reference(hidden.float(), cu_seqlens))
 
 
-@pytest.mark.parametrize(
-    "shape, normalize, layer_norm, mode",
-    pairwise([(768, 768), (768, 256), (100, 37)], [False, True], [False, True], MODES),
-)
-def test_steps_after_pooling(shape, normalize, layer_norm, mode):
-    width, dimensions = shape
-    hidden, cu_seqlens = inputs([3, 0, 40], width, torch.float32)
-    arguments = hidden * 1e-2, cu_seqlens, mode, layer_norm, dimensions, normalize
-    assert_matches(pool_triton(*arguments), pool_reference(*arguments))
-
-
-@pytest.mark.parametrize("mode, dtype", with_dtypes(MODES))
-def test_a_text_does_not_depend_on_its_batch(mode, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_text_does_not_depend_on_its_batch(dtype):
     lengths = [130, 1, 600, 77]
     hidden, cu_seqlens = inputs(lengths, 192, dtype)
-    whole = pool_triton(hidden, cu_seqlens, mode, True, 192, True)
+    whole = mean_pool_triton(hidden, cu_seqlens)
     for text, (start, length) in enumerate(zip(cu_seqlens.tolist(), lengths, strict=False)):
-        alone = pool_triton(hidden[start : start + length], packed([length]), mode, True, 192, True)
+        alone = mean_pool_triton(hidden[start : start + length], packed([length]))
         assert torch.equal(whole[text : text + 1], alone)
 
 
 def test_no_tokens_and_no_texts():
-    for mode in MODES:
-        hidden, cu_seqlens = inputs([0, 0], 96, torch.float32)
-        assert torch.equal(pool_triton(hidden, cu_seqlens, mode, True, 96, True), torch.zeros(2, 96, device=DEVICE))
-        assert pool_triton(hidden, packed([]), mode, True, 96, True).shape == (0, 96)
+    hidden, cu_seqlens = inputs([0, 0], 96, torch.float32)
+    assert torch.equal(mean_pool_triton(hidden, cu_seqlens), torch.zeros(2, 96, device=DEVICE))
+    assert mean_pool_triton(hidden, packed([])).shape == (0, 96)
 
 
 def test_strided_tokens_are_read_in_place():
     hidden, cu_seqlens = inputs([5, 200], 96, torch.float32)
     wide = torch.randn(205, 300, device=DEVICE)
     wide[:, 8:104] = hidden
-    for mode in MODES:
-        arguments = cu_seqlens, mode, False, 96, True
-        assert_matches(pool_triton(wide[:, 8:104], *arguments), pool_reference(hidden, *arguments))
+    assert_matches(mean_pool_triton(wide[:, 8:104], cu_seqlens), mean_pool_reference(hidden, cu_seqlens))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_tokens_past_two_to_the_31_elements(mode, far_tokens):
-    arguments = packed([1, 4]), mode, False, 192, False
-    assert_matches(pool_triton(far_tokens, *arguments), pool_reference(far_tokens.float(), *arguments))
+def test_tokens_past_two_to_the_31_elements(far_tokens):
+    cu_seqlens = packed([1, 4])
+    assert_matches(mean_pool_triton(far_tokens, cu_seqlens), mean_pool_reference(far_tokens.float(), cu_seqlens))
 
 
 def test_invalid_arguments_raise():
     hidden, cu_seqlens = inputs([4, 92], 96, torch.float32)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
-        pool_triton(hidden.t(), cu_seqlens, "mean", False, 96, True)
-    with pytest.raises(ValueError, match="unknown pooling 'max'"):
-        pool_triton(hidden, cu_seqlens, "max", False, 96, True)
-    with pytest.raises(ValueError, match="between 1 and 96, got 97"):
-        pool_triton(hidden, cu_seqlens, "mean", False, 97, True)
+    with pytest.raises(ValueError, match=r"hidden must be .* with contiguous rows"):
+        mean_pool_triton(hidden.t(), cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    "shape, normalize, layer_norm",
+    pairwise([(768, 768), (768, 256), (100, 37), (96, 1)], [False, True], [False, True]),
+)
+def test_steps_after_pooling(shape, normalize, layer_norm):
+    width, dimensions = shape
+    pooled = torch.randn(5, width, device=DEVICE) * 1e-2
+    pooled[3] = 0
+    arguments = layer_norm, dimensions, normalize
+    actual = matryoshka_triton(pooled, *arguments)
+    assert_matches(actual, matryoshka_reference(pooled, *arguments))
+    for row in range(5):
+        assert torch.equal(matryoshka_triton(pooled[row : row + 1], *arguments)[0], actual[row])
+    assert matryoshka_triton(pooled[:0], *arguments).shape == (0, dimensions)
+
+
+def test_steps_after_pooling_reject_invalid_arguments():
+    for dimensions in (0, 97):
+        with pytest.raises(ValueError, match=f"between 1 and 96, got {dimensions}"):
+            matryoshka_triton(torch.zeros(2, 96, device=DEVICE), False, dimensions, True)
+    with pytest.raises(ValueError, match="pooled must be contiguous"):
+        matryoshka_triton(torch.zeros(2, 96, device=DEVICE).t(), False, 2, True)
 
 
 def padded(lengths, max_seqlen, width, dtype):
@@ -139,15 +143,16 @@ def test_padded_without_texts_or_tokens():
 
 def test_padded_invalid_arguments_raise():
     hidden, mask = padded([4, 5], 5, 96, torch.float32)
-    with pytest.raises(ValueError, match=r"mask must be \(2, 5\), got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"mask must be \(2, 5\) with contiguous rows, got \(2, 4\)"):
         masked_mean_pool_triton(hidden, mask[:, :4], True)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"hidden must be .* with contiguous rows"):
         masked_mean_pool_triton(hidden.transpose(1, 2), mask.new_ones(2, 96), True)
 
 
 def test_op_contracts(monkeypatch):
     monkeypatch.undo()  # opcheck compares what torch.empty returns
     hidden, cu_seqlens = inputs([2, 3], 96, torch.float32)
-    for mode in MODES:
-        torch.library.opcheck(pool, (hidden, cu_seqlens, mode, True, 64, True))
+    torch.library.opcheck(mean_pool, (hidden, cu_seqlens))
+    torch.library.opcheck(matryoshka, (hidden, True, 64, True))
+    torch.library.opcheck(matryoshka, (hidden, False, 96, False))
     torch.library.opcheck(masked_mean_pool, (*padded([2, 3], 3, 96, torch.float32), True))

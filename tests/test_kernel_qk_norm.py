@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.devices import DEVICE, DTYPES, assert_matches, with_dtypes
 
-from unpadded_kernels.qk_norm import qk_norm_, qk_norm_reference, qk_norm_triton
+from unpadded_kernels.layer_norm import qk_norm_, qk_norm_reference, qk_norm_triton
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
 EPS = 1e-5

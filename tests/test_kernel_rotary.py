@@ -1,4 +1,4 @@
-"""Rotary position embedding: the Triton kernels against their references."""
+"""Rotary position embedding: the table against float64, and the Triton kernel against its reference."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from support.devices import DEVICE, DTYPES, assert_matches, packed, with_dtypes
 from unpadded_kernels.rotary import (
     rotary_,
     rotary_cos_sin,
-    rotary_cos_sin_reference,
-    rotary_cos_sin_triton,
     rotary_reference,
     rotary_triton,
 )
@@ -73,7 +71,7 @@ def test_tokens_past_two_to_the_31_elements(far_tokens):
 def test_no_tokens():
     rotary_triton(*inputs(0, 3, 32, torch.float32))
     empty = torch.empty(0, device=DEVICE, dtype=torch.int32)
-    assert rotary_cos_sin_triton(empty, torch.ones(1, 16, device=DEVICE), packed([0])).shape == (0, 32)
+    assert rotary_cos_sin(empty, torch.ones(1, 16, device=DEVICE), packed([0])).shape == (0, 32)
 
 
 def test_invalid_arguments_raise():
@@ -88,19 +86,19 @@ def test_invalid_arguments_raise():
         rotary_triton(qkv[..., :31], cos_sin)
 
 
-@pytest.mark.parametrize("half", [32, 12, 3])
 @pytest.mark.parametrize("lengths", RAGGED, ids=str)
-def test_cos_sin_matches_the_reference_with_frequencies_per_text(lengths, half):
-    inv_freq = torch.rand(len(lengths), half, device=DEVICE)
-    arguments = positions_of(lengths) + 1, inv_freq, packed(lengths)  # at position 0 all frequencies have one angle
-    assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
+def test_cos_sin_of_texts_with_their_own_frequencies(lengths):
+    inv_freq = torch.rand(len(lengths), 12, device=DEVICE)
+    positions = positions_of(lengths) + 1  # at position 0 all frequencies have one angle
+    actual = rotary_cos_sin(positions, inv_freq, packed(lengths))
+    for part, own, text in zip(actual.split(lengths), positions.split(lengths), inv_freq, strict=True):
+        assert torch.equal(part, rotary_cos_sin(own, text[None], packed([len(own)])))
 
 
-def test_cos_sin_matches_the_reference_with_common_frequencies():
-    lengths = [300, 5, 77]
-    inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
-    arguments = positions_of(lengths), inv_freq, packed(lengths)
-    assert_matches(rotary_cos_sin_triton(*arguments), rotary_cos_sin_reference(*arguments))
+def test_cos_sin_of_rows_after_the_last_text():
+    """The rows of a CUDA graph that no text of the batch fills."""
+    cos_sin = rotary_cos_sin(positions_of([9]), torch.rand(2, 12, device=DEVICE), packed([2, 3]))
+    assert cos_sin.shape == (9, 24) and cos_sin.isfinite().all()
 
 
 def test_cos_sin_is_accurate_at_every_position():
@@ -109,16 +107,8 @@ def test_cos_sin_is_accurate_at_every_position():
     inv_freq = 1000.0 ** -(torch.arange(32, device=DEVICE) / 32)[None]
     angle = (positions.float()[:, None] * inv_freq).double()
     exact = torch.cat((angle.cos(), angle.sin()), dim=-1).float()
-    actual = rotary_cos_sin_triton(positions, inv_freq, packed([len(positions)]))
+    actual = rotary_cos_sin(positions, inv_freq, packed([len(positions)]))
     torch.testing.assert_close(actual, exact, atol=2.5e-7, rtol=0)
-
-
-def test_cos_sin_invalid_arguments_raise():
-    positions, cu_seqlens = positions_of([2, 3, 4]), packed([2, 3, 4])
-    with pytest.raises(ValueError, match="one row, or one per text, got 2 rows for 3 texts"):
-        rotary_cos_sin_triton(positions, torch.rand(2, 16, device=DEVICE), cu_seqlens)
-    with pytest.raises(ValueError, match="must be fp32 with contiguous rows"):
-        rotary_cos_sin_triton(positions, torch.rand(1, 16, device=DEVICE).half(), cu_seqlens)
 
 
 def test_op_contract(monkeypatch):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from unpadded.model.layer import MLP, QKV, Layer, LayerNorm, QKNorm
-from unpadded.model.linear import Float8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
+from unpadded.model.linear import Float8Linear, Int8Linear, InvariantLinear, Linear, PrepackedLinear
 from unpadded_kernels.activation import KINDS, activation_reference
-from unpadded_kernels.linear_cpu import can_prepack
-from unpadded_kernels.qk_norm import qk_norm_reference
+from unpadded_kernels.layer_norm import qk_norm_reference
+from unpadded_kernels.linear_cpu import can_prepack, onednn_supports
+from unpadded_kernels.linear_int8 import int8_is_supported
 from unpadded_kernels.rotary import rotary_reference
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -17,8 +18,9 @@ CONVERT = {
     "invariant": lambda plain: InvariantLinear(**vars(plain)),
     "prepacked": PrepackedLinear.from_linear,
     "fp8": Float8Linear.from_linear,
+    "int8": lambda plain: Int8Linear.from_linear(plain, attended=False),
 }
-ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "fp8": 0.06}  # relative, Frobenius
+ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "fp8": 0.06, "int8": 0.012}  # relative, Frobenius
 
 
 def draw(rows, activation=None, bias=True):
@@ -40,6 +42,8 @@ def assert_close(actual, expected, error):
 def kind(request):
     if request.param == "prepacked" and not can_prepack(torch.empty(1)):
         pytest.skip("oneDNN does not run on this processor")
+    if request.param == "int8" and not int8_is_supported():
+        pytest.skip("needs VNNI or AMX")
     return request.param
 
 
@@ -54,10 +58,10 @@ def test_every_kind_computes_the_same_linear(kind, activation, bias):
 @pytest.mark.parametrize("rotary", [True, False])
 def test_qkv_is_normalized_and_rotated(kind, norm, rotary):
     plain, x, cos_sin = draw(3 * HIDDEN), torch.randn(7, HIDDEN), torch.randn(7, HIDDEN // HEADS)
-    qk_norm = QKNorm(weight=torch.randn(2 * HIDDEN), bias=torch.randn(2 * HIDDEN), eps=1e-5) if norm else None
+    qk_norm = (torch.randn(2 * HIDDEN), torch.randn(2 * HIDDEN), 1e-5) if norm else None
     qkv = expected(plain, x).float().view(7, 3, HEADS, -1)
     if qk_norm is not None:
-        qk_norm_reference(qkv, qk_norm.weight, qk_norm.bias, qk_norm.eps)
+        qk_norm_reference(qkv, *qk_norm)
     if rotary:
         rotary_reference(qkv, cos_sin)
     actual = QKV(linear=CONVERT[kind](plain), norm=qk_norm, heads=HEADS)(x, cos_sin if rotary else None)
@@ -74,6 +78,16 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
     assert (again.bias is plain.bias) and again.activation == "swiglu"
 
 
+@pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
+def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
+    plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
+    fast = torch.bfloat16 if onednn_supports(torch.bfloat16) else torch.float32
+    exact, attended = (Int8Linear.from_linear(plain, attended=attended)(x) for attended in (False, True))
+    assert exact.dtype == torch.float32 and torch.equal(attended, exact.to(fast))
+    monkeypatch.setattr("unpadded.model.linear.onednn_supports", lambda dtype: False)
+    assert torch.equal(Int8Linear.from_linear(plain, attended=True)(x), exact)
+
+
 def test_linears_are_changed_by_name():
     norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5)
     linears = {"qkv": draw(3 * HIDDEN), "out": draw(HIDDEN), "up": draw(128, "gelu"), "down": draw(HIDDEN)}
@@ -81,5 +95,5 @@ def test_linears_are_changed_by_name():
     layer = Layer(qkv=qkv, out=linears["out"], attention_norm=norm, mlp=mlp, mlp_norm=norm)
     assert all(layer.linears[name] is linears[name] for name in linears)
     changed = {name: InvariantLinear(**vars(linear)) for name, linear in linears.items()}
-    found = layer.map_linears(lambda name, linear: changed[name]).linears
+    found = layer.map_linears("", lambda name, linear: changed[name]).linears
     assert all(found[name] is changed[name] for name in linears)

@@ -202,7 +202,6 @@ def test_a_pickled_adapter_raises(folder):
         ("peft_type", "LOHA"),
         ("bias", "lora_only"),
         ("init_lora_weights", "pissa"),
-        ("use_rslora", True),
         ("use_dora", True),
         ("lora_bias", True),
         ("fan_in_fan_out", True),

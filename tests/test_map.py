@@ -15,6 +15,7 @@ import pytest
 import unpadded
 from unpadded.cli.main import main
 from unpadded.cli.topic_map import find_clusters, project, read_points, topic_words
+from unpadded.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--no-sandbox", "--disable-quic", "--disable-background-networking", "--enable-unsafe-swiftshader")
@@ -57,6 +58,16 @@ def test_a_sample_is_random_and_the_same_at_each_call(folder: Path) -> None:
     assert (points.texts != every.texts[:10]).any() and set(points.texts) <= set(every.texts)
     rows = [list(every.texts).index(text) for text in points.texts]
     np.testing.assert_array_equal(points.vectors, every.vectors[rows])
+
+
+def test_a_damaged_page_is_an_error(folder: Path) -> None:
+    path = Path("vectors/part-000000.parquet")
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[pq.read_metadata(path).row_group(0).column(0).data_page_offset + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="the vectors cannot be read: 'vectors'"):
+        read_points("vectors", "embedding", "text", None, 1000)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "uint8", "binary", "ubinary"])

@@ -28,21 +28,22 @@ def arguments(tokens):
     qkv, cos_sin = randn(tokens, 3, HEADS, HEAD_DIM), randn(tokens, HEAD_DIM)
     cu_seqlens = packed([2, tokens - 2])
     positions = torch.arange(tokens, device=DEVICE, dtype=torch.int32)
-    experts = randn(4, HIDDEN), randn(4, 96, HIDDEN), randn(4, HIDDEN, 48), row
+    experts = randn(4, HIDDEN), randn(4, 48, HIDDEN), randn(4, HIDDEN, 48), row
     mask = torch.ones(2, tokens, device=DEVICE, dtype=torch.int64)
     return {
         "activation": (randn(tokens, 96), "swiglu"),
         "add_layer_norm": (x, x, row, row, EPS),
         "attention": (qkv, cu_seqlens, tokens, 0.25),
         "embedding": (positions, positions, positions, *randn(3, 100, HIDDEN), row, row, EPS),
-        "expert_mlp": (x, *experts, 2, "swiglu"),
+        "expert_mlp": (x, *experts, 2, "gelu"),
         "linear": (x, weight, randn(96)),
         "linear_activation": (x, weight, None, "geglu"),
         "linear_fp8": (*quantize_rows_reference(x), *quantize_rows_reference(weight), None, "gelu", torch.float16),
         "linear_invariant": (x, weight, None, "swiglu"),
         "linear_rotary": (x, weight, None, cos_sin, HEADS),
+        "matryoshka": (x, True, 24, True),
         "masked_mean_pool": (randn(2, tokens, HIDDEN), mask, True),
-        "pool": (x, cu_seqlens, "mean", True, 24, True),
+        "mean_pool": (x, cu_seqlens),
         "pre_layer_norm": (x, x, row, row, EPS),
         "qk_norm_": (qkv, randn(2 * HIDDEN), randn(2 * HIDDEN), EPS),
         "quantize_rows": (x,),
@@ -88,7 +89,7 @@ def layer(ids, positions, cu_seqlens, longest, inv_freq, word, row, qkv_weight, 
     x = kernels.add_layer_norm(kernels.linear(attended, out_weight, None), x, row, row, EPS)
     up = kernels.linear_activation(x, up_weight, None, "swiglu")
     x = kernels.add_layer_norm(kernels.linear(up, down_weight, None), x, row, row, EPS)
-    return kernels.pool(x, cu_seqlens, "mean", False, HIDDEN, True)
+    return kernels.matryoshka(kernels.mean_pool(x, cu_seqlens), False, HIDDEN, True)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's own imports

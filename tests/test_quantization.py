@@ -11,7 +11,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 from unpadded.errors import OptionError
 from unpadded.options import Precision
 from unpadded.quantization import quantize
-from unpadded_kernels.pooling import matryoshka
+from unpadded_kernels import matryoshka
 
 
 @pytest.fixture

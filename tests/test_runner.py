@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import weakref
 from dataclasses import replace
 
@@ -15,13 +16,13 @@ import unpadded
 from unpadded.execution.cuda_graphs import TEXT_BUCKETS, TOKEN_BUCKETS, Bucket, bucket_of, fill
 from unpadded.execution.memory import bytes_per_token
 from unpadded.execution.runner import Runner
-from unpadded.execution.transfer import TENSORS, from_words, to_words
+from unpadded.execution.transfer import from_words, to_words
 from unpadded.model.batch import pack
 from unpadded.model.heads import select_pooled_tokens
 from unpadded.model.weights import plain_weights
 from unpadded.options import VectorOptions
-from unpadded_kernels import activation
-from unpadded_kernels.attention import make_tile_map
+from unpadded_kernels import activation, matryoshka
+from unpadded_kernels.attention_kernels import make_tile_map
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def draw(lengths):
 
 
 @pytest.mark.parametrize("lengths", [(1,), (7, 3, 40), (130, 5, 99)])
-def test_a_batch_is_unchanged_after_the_transfer(runner, lengths):
+def test_a_batch_is_unchanged_after_the_transfer(runner, lengths, cuda):
     batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
     assert from_words(to_words(batch), batch).token_types is None
     batch = replace(batch, token_types=batch.positions % 2)
     words = to_words(batch)
     arrived = from_words(words, batch)
-    for name in TENSORS:
+    for name in ("input_ids", "positions", "token_types", "cu_seqlens", "inv_freq", "tile_map"):
         assert torch.equal(getattr(arrived, name), getattr(batch, name)), name
         assert (getattr(arrived, name).data_ptr() - words.data_ptr()) % 16 == 0, name
 
@@ -60,8 +61,8 @@ def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
     assert (len(filled.input_ids), len(filled.cu_seqlens)) == (bucket.tokens, bucket.texts + 1)
     options = VectorOptions(layer_norm=False, dimensions=128, normalize=True)
     with torch.inference_mode():
-        rows = runner.vectors(filled, options)[: len(texts)]
-    alone = np.concatenate([runner.launch([ids], options).wait() for ids in texts])
+        rows = matryoshka(runner._run(filled, None, pooled=True), False, 128, True)[: len(texts)]
+    alone = np.concatenate([runner.launch([ids], options)() for ids in texts])
     assert np.array_equal(rows.numpy(), alone)
 
 
@@ -96,13 +97,25 @@ def test_the_last_layer_computes_only_the_pooled_tokens(runner, pooling, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "attention", replace(attention, attend=attend))
         patch.setattr(encoder, "weights", replace(encoder.weights, layers=tuple(map(counted, encoder.weights.layers))))
-        rows = runner.launch(draw(lengths), options).wait()
+        rows = runner.launch(draw(lengths), options)()
     *earlier, last = rows_of_out
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
     assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
-    for row, hidden in zip(rows, runner.hidden_states(draw(lengths)), strict=True):
+    states = np.split(runner.launch(draw(lengths), options, pooled=False)(), np.cumsum(lengths)[:-1])
+    for row, hidden in zip(rows, states, strict=True):
         assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
-    assert not runner.launch(draw((0, 0)), options).wait().any()
+    assert not runner.launch(draw((0, 0)), options)().any()
+
+
+def test_tiles_are_the_blocks_of_all_texts_longest_first():
+    ids = np.random.default_rng(0)
+    for texts in (0, 1, 2, 7, 300):
+        lengths = ids.integers(0, 400, texts).tolist()
+        texts = zip(itertools.accumulate(lengths, initial=0), lengths, strict=False)
+        for block_m in (64, 128):
+            texts = sorted(texts, key=lambda text: -text[1])  # equal lengths stay in order
+            expected = [(*text, block) for text in texts for block in range(-(-text[1] // block_m))]
+            assert make_tile_map(lengths, block_m).tolist() == list(map(list, expected))
 
 
 def test_added_tiles_belong_to_no_tokens(runner):
@@ -130,11 +143,14 @@ def test_batches_without_a_bucket(runner):
     assert bucket_of(batch) == (64, 1) and bucket_of(replace(batch, token_types=batch.positions)) is None
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+
 class Small:
     """An encoder on a device whose memory holds `tokens` at a time."""
 
-    def __init__(self, encoder, tokens):
-        self.tokens, self.ran = tokens, []
+    def __init__(self, encoder, tokens, error=OUT_OF_MEMORY):
+        self.tokens, self.error, self.ran = tokens, error, []
         self._encoder = encoder
 
     def __getattr__(self, name):
@@ -143,13 +159,17 @@ class Small:
     def __call__(self, batch, **options):
         self.ran.append(batch.lengths)
         if sum(batch.lengths) > self.tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+            raise self.error
         return self._encoder(batch, **options)
 
 
 @pytest.fixture
 def engine(tmp_path):
-    return unpadded.load(write_nomic(tmp_path, scaling_factor=2.0, trained_length=100), device="cpu", token_budget=800)
+    """Return an engine that computes each batch on one core, so as a whole."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield unpadded.load(write_nomic(tmp_path, scaling_factor=2.0, trained_length=100), device="cpu", token_budget=800)
+    torch.set_num_threads(threads)
 
 
 def test_a_batch_that_does_not_fit_is_split(engine, caplog):
@@ -165,6 +185,32 @@ def test_a_batch_that_does_not_fit_is_split(engine, caplog):
     assert max(map(sum, small.ran)) <= 400, "later batches of this size are split at once"
     assert len(caplog.messages) == 1
     assert "a batch of 800 tokens does not fit the memory of cpu" in caplog.text
+
+
+def test_of_other_errors_those_of_memory_split_a_batch(engine):
+    texts = draw([5, 300, 80])
+    expected = engine.encode(texts)
+    encoder = engine._pipeline.runner.encoder
+    engine._pipeline.runner.encoder = Small(encoder, 320, torch.AcceleratorError("CUDA error: out of memory"))
+    assert np.array_equal(engine.encode(texts), expected)
+    engine._pipeline.runner.encoder = Small(encoder, 320, torch.AcceleratorError("CUDA error: an illegal address"))
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        engine.encode(draw([400]))
+
+
+def test_batches_grow_again_when_memory_is_free(engine):
+    texts = draw([100] * 8)
+    engine._pipeline.runner.encoder = small = Small(engine._pipeline.runner.encoder, 320)
+    engine.encode(texts)
+    small.tokens = math.inf
+    for _ in range(80):
+        engine.encode(draw([3]))
+    small.ran.clear()
+    engine.encode(texts)
+    assert max(map(sum, small.ran)) == 200, "short batches do not show that there is memory"
+    for _ in range(60):
+        engine.encode(texts)
+    assert sum(small.ran[-1]) == 800
 
 
 def test_the_error_names_a_text_that_does_not_fit_alone(engine):

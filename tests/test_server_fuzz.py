@@ -6,8 +6,11 @@
 import contextlib
 import gzip
 import json
+import os
 import random
 import re
+import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,14 +20,14 @@ import numpy as np
 import pytest
 import schemathesis
 from schemathesis import GenerationMode
-from support.checkpoints import add_sentence_transformers_files, write_nomic
+from support.checkpoints import MINILM_NAME, add_sentence_transformers_files, write_nomic
 from support.corpus import PARAGRAPHS
-from support.serving import serving
+from support.serving import serving, wait_until
 
 import unpadded
 
 VALID = {
-    "/v1/embeddings": {"input": ["a", "b"], "model": "model", "encoding_format": "float", "dimensions": 5},
+    "/v1/embeddings": {"input": ["a", "b"], "model": MINILM_NAME, "encoding_format": "float", "dimensions": 5},
     "/embeddings": {"input": [[101, 102], [101, 2054, 102]], "encoding_format": "base64", "user": "u"},
     "/v1/embedding/text": {"texts": ["a"], "task_type": "clustering", "dimensionality": 3, "long_text_mode": "mean"},
     "/": {"inputs": ["a"], "normalize": True},
@@ -163,3 +166,96 @@ def test_fuzzed_requests_never_break_the_server(tmp_path, request):
             assert not label.startswith("POST") or {400, 422} & found, label
         assert server.metric("unpadded_queued_tokens") == 0
         assert server.request("GET", "/health")[0] == 200 and server.stop() == 0
+
+
+HEAD_LINES = (
+    b"Connection: close|Connection: keep-alive|Connection: Upgrade\r\nUpgrade: h2c|Upgrade: websocket|Expect: 1|Host:|"
+    b"Connection: upgrade\r\nUpgrade: websocket|Expect: 100-continue|Host: b|Transfer-Encoding: chunked|Origin: a|"
+    b"Transfer-Encoding: gzip, chunked|Transfer-Encoding: identity|Content-Length: 3|Content-Length: 00|x| x: y|"
+    b"Content-Length: -1|Content-Length: 9999999999|x: \xff\x01|: x|\r\nx|Accept: application/octet-stream|"
+    b"Content-Encoding: gzip|x-request-id: \xe9|x: " + b"v" * 9000 + b"|x: " + b"v" * 90_000
+).split(b"|")
+RAW_STATUSES = STATUSES | {405, 408, 417, 429, 431, 501}
+
+
+def raw_request(draw):
+    """Return a request that is valid, or almost."""
+    body = draw.choice([b"", b'{"inputs": "a"}', b'{"inputs": ["a b", "c"]}', b"{", b"x" * 70_000, b" " * 500_000])
+    path = draw.choice([b"/embed", b"/embed", b"/info", b"/", b"/nowhere", b"/v1/embeddings", b"*", b"a:1", b"//?#"])
+    head = [b"%s %s HTTP/%s" % (draw.choice([b"POST", b"POST", b"GET", b"HEAD", b"CONNECT"]), path, b"1.1"), b"Host: a"]
+    head += draw.sample(HEAD_LINES, draw.choice([0, 0, 1, 1, 2, 3]))
+    if draw.random() < 0.2:
+        size = draw.choice([1, 7, 5000])
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(body[i : i + size]), body[i : i + size]) for i in range(0, 9000, size))
+        head, body = (
+            [*head, b"Transfer-Encoding: chunked"],
+            chunks + draw.choice([b"0\r\n\r\n", b"0\r\na: b\r\n\r\n", b""]),
+        )
+    elif draw.random() < 0.9:
+        head.append(b"Content-Length: %d" % len(body))
+    data = b"\r\n".join([*head, b"", body])
+    if draw.random() < 0.2:
+        place = draw.randrange(len(data))
+        data = (
+            data[:place] + draw.choice([b"", b"\r\n", b"\0", draw.randbytes(20)]) + data[place + draw.randrange(20) :]
+        )
+    return data
+
+
+def fuzz_connection(server, seed):
+    """Send requests in pieces, then read, half-close, leave or reset. Return the statuses that were received."""
+    draw = random.Random(seed)
+    data, received = b"".join(raw_request(draw) for _ in range(draw.choice([1, 1, 2, 5]))), []
+    with socket.create_connection(("127.0.0.1", server.port), timeout=1) as client:
+        try:
+            converse(client, draw, data, received)
+        except TimeoutError as error:
+            raise AssertionError(f"seed {seed}: the connection stays open after {b''.join(received)}") from error
+        except OSError:  # the server closed the connection
+            pass
+    statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d{3}) ", b"".join(received))]
+    assert RAW_STATUSES.union([100]).issuperset(statuses), (seed, statuses)
+    return statuses
+
+
+def converse(client, draw, data, received):
+    while data:
+        size = draw.choice([1, 10, 1000, 100_000, len(data)])
+        client.sendall(data[:size])
+        data = data[size:] if size >= 1000 or len(data) < 5000 else data[-5000:]
+        data = data if draw.random() < 0.95 else b""
+    end = draw.choice(["read", "half-close", "half-close", "leave", "reset"])
+    if end == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if end in ("leave", "reset"):
+        return
+    if end == "read":
+        with contextlib.suppress(TimeoutError):  # of an idle connection
+            while part := client.recv(draw.choice([10, 65_536])):
+                received.append(part)
+    client.settimeout(10)
+    client.shutdown(socket.SHUT_WR)
+    while part := client.recv(65_536):
+        received.append(part)
+
+
+def test_fuzzed_connections_never_break_the_server(tmp_path, request):
+    """No 500, no connection that stays open, no error in the log, no memory growth, and the same vectors as before."""
+    count = request.config.getoption("fuzz")
+    folder = add_sentence_transformers_files(write_nomic(tmp_path / "model"))
+    expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="")
+    flags = "--max-body 400000 --read-timeout 0.5 --send-timeout 0.5 --deadline 5"
+    with serving(folder, *flags.split()) as server, ThreadPoolExecutor(8) as pool:
+        found, sizes = set(), []
+        for start in range(0, count, -(-count // 4)):
+            for statuses in pool.map(partial(fuzz_connection, server), range(start, start + -(-count // 4))):
+                found.update(statuses)
+            assert np.array_equal(np.array(server.post("/embed", {"inputs": CANARY}), np.float32), expected)
+            sizes.append(resident(server))
+        wait_until(lambda: server.metric("unpadded_active_requests") == 1 and server.metric("unpadded_body_bytes") == 0)
+        sockets = [os.readlink(path) for path in Path(f"/proc/{server.process.pid}/fd").iterdir() if path.is_symlink()]
+        print(f"{count} connections: statuses {found}, {[size // MIB for size in sizes]} MiB resident")
+        assert {200, 400, 501} <= found and sizes[-1] - sizes[1] < 48 * MIB
+        assert sum(link.startswith("socket:") for link in sockets) < 20
+        assert not [line for line in server.log if line["level"] == "error"]
+        assert server.stop() == 0

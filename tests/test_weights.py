@@ -27,7 +27,14 @@ from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.errors import WeightsError
 from unpadded.model import tensor_loader
-from unpadded.model.weights import EncoderWeights, load_dense, load_weights, plain_weights, prepacked_weights
+from unpadded.model.weights import (
+    EncoderWeights,
+    load_dense,
+    load_weights,
+    plain_weights,
+    prepacked_linear,
+    prepacked_weights,
+)
 from unpadded_kernels.linear_cpu import can_prepack
 
 CPU = torch.device("cpu")
@@ -124,7 +131,7 @@ def test_prepacked_matrices_are_the_same_matrices(dtype: torch.dtype, tmp_path: 
     if not can_prepack(whole.word):
         pytest.skip("oneDNN does not run")
     for weights in (
-        load_weights(open_checkpoint(folder), device=CPU, dtype=dtype, prepack=True),
+        load_weights(open_checkpoint(folder), device=CPU, dtype=dtype, change=prepacked_linear),
         prepacked_weights(spec, whole),
     ):
         for layer in weights.layers:

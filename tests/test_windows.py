@@ -89,10 +89,41 @@ def test_aembed_reads_every_window(engine, expected, monkeypatch, texts):
 
 def test_token_embeddings(engine, monkeypatch):
     expected = [engine.token_embeddings([text], prompt="")[0] for text in TEXTS]
-    backend, _ = record(engine, monkeypatch, "hidden_states")
+    backend, _ = record(engine, monkeypatch, "launch")
     found = engine.token_embeddings(TEXTS, prompt="")
     assert all(np.array_equal(rows, one) for rows, one in zip(found, expected, strict=True))
     assert len(backend.inputs) == DISTINCT
+
+
+def test_windows_are_cut_by_tokens_and_the_first_ones_are_small(engine):
+    def sizes(texts, **options):
+        plan = engine._pipeline.plan(prompt="", long_text=options.pop("long_text", "truncate"))
+        groups = list(engine._pipeline.reader.groups(texts, plan, **options))
+        assert all(map(np.array_equal, [text for group in groups for text in group.texts], texts))
+        assert [group.first_index for group in groups] == [
+            sum(len(g.texts) for g in groups[:i]) for i in range(len(groups))
+        ]
+        assert [group.last for group in groups[:-1]] == [False] * (len(groups) - 1)
+        return [len(group.texts) for group in groups]
+
+    short = ["x" * 392] * 40  # 100 tokens by estimate
+    assert sizes(short) == [40]
+    assert sizes(short, max_tokens=800) == [1, 2, 4, 8, 8, 8, 8, 1]
+    assert sizes(short, max_tokens=800, first=2) == [1, 1, 2, 2, 4, 4, 7, 5, 4, 3, 2, 2, 1, 1, 1]
+    assert sizes([np.full(100, 7)] * 9, max_tokens=800) == [1, 2, 4, 2]
+    long = ["x" * 4000] * 9  # 256 tokens, or 1002 in chunks
+    assert sizes(long, max_tokens=2048) == [1, 2, 4, 2]
+    assert sizes(long, max_tokens=2048, long_text="mean") == [1, 1, 2, 3, 2]
+
+
+def test_a_device_starts_while_the_next_texts_are_tokenized(engine, expected, monkeypatch):
+    """On a CPU, whose batches are not in flight, a window has as many texts as possible."""
+    engine._pipeline.token_budget = 16
+    assert len(list(engine.stream(TEXTS, prompt=""))) == 1
+    monkeypatch.setattr(engine._pipeline.runner, "depth", 3)
+    check(engine.embed(TEXTS, prompt=""), expected)
+    blocks = list(engine.stream(TEXTS, prompt=""))
+    assert [len(block) for block in blocks] == [3, 1, 4, 3]
 
 
 def test_chunks(nomic, monkeypatch):

@@ -34,6 +34,19 @@ def environment(tmp_path_factory):
     return ENVIRONMENT | {"PYTHONPATH": f"{path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
 
 
+def test_a_cpu_imports_no_compiler(folder):
+    """The first call would take a second longer with torch._dynamo."""
+    code = """
+import sys, unpadded
+unpadded.load(sys.argv[1], device="cpu").encode(["a text"])
+print([name for name in ("triton", "torch._dynamo", "sympy") if name in sys.modules])
+"""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(folder)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == str(["triton"] if torch.backends.cuda.is_built() else [])
+
+
 def test_encodes_to_the_same_vectors(folder, expected, environment, tmp_path):
     code = """
 import sys, numpy, unpadded
@@ -55,5 +68,5 @@ def test_serves_the_same_vectors(folder, expected, environment):
 
 def test_a_cuda_tensor_without_triton_raises(cuda, monkeypatch):
     monkeypatch.setattr(_triton, "import_error", ImportError("No module named 'triton'"))
-    with pytest.raises(ImportError, match=r"No module named 'triton'.* cuda:\d.*pip install 'unpadded\[cuda\]'"):
+    with pytest.raises(ImportError, match=r"No module named 'triton'.* cuda:\d.*pip install 'triton>=3.6'"):
         activation(torch.ones(2, 4, device=cuda), "gelu")

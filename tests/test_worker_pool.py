@@ -4,12 +4,15 @@ import asyncio
 import logging
 import os
 import pydoc_data.topics
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +22,11 @@ from support.checkpoints import write_nomic
 
 import unpadded
 from unpadded.cli.main import main
-from unpadded.execution.backend import PendingVectors
-from unpadded.execution.worker_pool import WorkerPool
+from unpadded.execution import worker_process
+from unpadded.execution.worker_pool import WorkerPool, _Job, _Pool
+from unpadded.execution.worker_process import _run_jobs
 from unpadded.options import VectorOptions
+from unpadded.tokenization.windows import TextGroup
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -46,6 +51,30 @@ def engine(minilm):
         yield engine
 
 
+@pytest.fixture(scope="module")
+def nomics(tmp_path_factory):
+    """The same model in this process and in two."""
+    folder = write_nomic(tmp_path_factory.mktemp("nomic"))
+    options = {"max_length": 64, "token_budget": 64}
+    with unpadded.load(folder, device="cpu,cpu", **options) as two:
+        yield unpadded.load(folder, device="cpu", **options), two
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    monkeypatch.setattr("unpadded.execution.pipeline.MIN_GROUP_TOKENS", 0)
+
+
+def random_texts(count):
+    """Return strings of 0 to 100 words and token ids, some of them equal."""
+    draw, texts = random.Random(0), []
+    for _ in range(count):
+        words = " ".join(draw.choices(["tide", "bread", "coroutine", "of", "7"], k=draw.randrange(100)))
+        ids = [draw.randrange(1000, 3000) for _ in range(draw.randrange(1, 64))]
+        texts.append(draw.choice([words, words, np.str_(words), ids, np.array(ids), *texts[-1:]]))
+    return texts
+
+
 class Echo:
     """A runner whose vectors are the first id and the length of each sequence. Some first ids cause errors; for SLEEP
     the vector has the process id instead of the length.
@@ -65,7 +94,7 @@ class Echo:
     def max_batch_tokens(self):
         return 101
 
-    def launch(self, sequences, options):
+    def launch(self, sequences, options, pooled):
         for ids in sequences:
             match ids[0]:
                 case Echo.KILL:
@@ -84,12 +113,22 @@ class Echo:
                 case Echo.HANG:
                     time.sleep(600)
         rows = [[ids[0], os.getpid() if ids[0] == Echo.SLEEP else len(ids)] for ids in sequences]
-        return PendingVectors(lambda: np.array(rows, np.float32))
+        return lambda: np.array(rows, np.float32)
+
+
+def echo_pipeline(device):
+    return SimpleNamespace(backend=Echo(device), embed_group=echo_group)
+
+
+def echo_group(group, plan, token_budget):
+    if "kill" in group.texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda: group.texts
 
 
 @pytest.fixture(scope="module")
 def echoes():
-    workers = WorkerPool(Echo, [CPU, CPU])
+    workers = WorkerPool(echo_pipeline, [CPU, CPU])
     yield workers
     workers.close()
 
@@ -99,7 +138,11 @@ def ids(first, length=3):
 
 
 def pids(engine):
-    return engine._pipeline.backend.process_ids
+    return process_ids(engine._pipeline.backend)
+
+
+def process_ids(workers):
+    return [worker.process.pid for worker in workers._pool.workers]
 
 
 def gone(pid):
@@ -142,6 +185,35 @@ def test_vectors_equal_those_of_one_device(engine, expected, monkeypatch):
     check(asyncio.run(engine.aembed(PARAGRAPHS)), expected)
 
 
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": ""},
+        {"prompt": "search_query: ", "truncation": "left", "precision": "ubinary"},
+        {"task": "clustering", "long_text": "mean", "dimensions": 64},
+    ],
+)
+def test_random_inputs_give_the_bits_of_one_device(nomics, options):
+    one, two = nomics
+    texts, advanced = random_texts(150), []
+    check(two.embed(texts, **options), one.embed(texts, **options))
+    blocks = list(two.stream(iter(texts), show_progress=lambda *counts: advanced.append(counts), **options))
+    assert len(blocks) > 9 and advanced == [(len(block), block.token_counts.sum()) for block in blocks]
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("text", [None, "\ud800", "many " * 99, [10**6], threading.Lock()])
+def test_errors_name_the_same_text_as_on_one_device(nomics, text):
+    texts = [*(paragraph[:40] for paragraph in PARAGRAPHS[:60]), text, "end"]
+    raised = []
+    for engine in nomics:
+        with pytest.raises(unpadded.InputError, match="text 60 ") as found:
+            engine.encode(texts, prompt="", truncation="error")
+        raised.append((str(found.value), getattr(found.value, "__notes__", [])))
+    assert raised[0] == raised[1]
+
+
 def test_token_embeddings(engine, minilm):
     alone = unpadded.load(minilm, device="cpu").token_embeddings(PARAGRAPHS[:9])
     for rows, one in zip(engine.token_embeddings(PARAGRAPHS[:9]), alone, strict=True):
@@ -150,12 +222,18 @@ def test_token_embeddings(engine, minilm):
 
 def test_both_processes_run_batches(echoes):
     pending = [echoes.launch([ids(Echo.SLEEP)], OPTIONS) for _ in range(4)]
-    processes = [vectors.wait()[0][1] for vectors in pending]
-    assert sorted(processes) == sorted(2 * echoes.process_ids)
+    processes = [vectors()[0][1] for vectors in pending]
+    assert sorted(processes) == sorted(2 * process_ids(echoes))
 
 
 def test_processes_on_the_cpu_share_its_memory(echoes):
     assert echoes.max_batch_tokens() == 50
+
+
+def test_threads_of_torch_in_a_process():
+    """On CUDA one, which leaves the cores to the tokenizer."""
+    assert _Pool(Echo, [CPU, CPU])._threads == max(1, torch.get_num_threads() // 2)
+    assert _Pool(Echo, [torch.device("cuda", 0), torch.device("cuda", 1)])._threads == 1
 
 
 @pytest.mark.parametrize("killed", [1, 2])
@@ -210,22 +288,46 @@ def test_the_runner_is_not_available(engine):
 def test_errors_in_a_worker_are_raised(echoes):
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match="a negative id") as raised:
-            echoes.launch([ids(5), ids(Echo.RAISE)], OPTIONS).wait()
+            echoes.launch([ids(5), ids(Echo.RAISE)], OPTIONS)()
         assert "in the worker on cpu" in raised.value.__notes__[0]
     with pytest.raises(RuntimeError, match="cannot be pickled"):
-        echoes.launch([ids(Echo.RAISE_UNPICKLABLE)], OPTIONS).wait()
-    assert echoes.launch([ids(5)], OPTIONS).wait().tolist() == [[5, 3]]
+        echoes.launch([ids(Echo.RAISE_UNPICKLABLE)], OPTIONS)()
+    assert echoes.launch([ids(5)], OPTIONS)().tolist() == [[5, 3]]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_worker_exits_if_its_cuda_context_is_broken(monkeypatch, caplog, broken):
+    """It would fail every later batch, and get more of them than the other workers."""
+
+    def fail(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def exit(code):
+        raise SystemExit(code)
+
+    stream = SimpleNamespace(query=fail if broken else lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(os, "_exit", exit)
+    cuda = torch.device("cuda", 1)
+    if broken:
+        with pytest.raises(SystemExit, match="1"):
+            worker_process._attempt(fail, cuda)
+        assert "cuda:1 cannot be used any longer by this process: CUDA error: an illegal memory" in caplog.text
+    else:
+        assert worker_process._attempt(fail, cuda)[0] == "failed"
+    assert worker_process._attempt(fail, CPU)[0] == "failed"
 
 
 def test_log_messages_of_a_worker_are_forwarded(echoes, caplog):
-    assert echoes.launch([ids(Echo.PRINT)], OPTIONS).wait().tolist() == [[Echo.PRINT, 3]]
-    assert "logged by a worker" in caplog.messages
+    for vectors in [echoes.launch([ids(Echo.PRINT)], OPTIONS) for _ in range(4)]:
+        assert vectors().tolist() == [[Echo.PRINT, 3]]
+    assert caplog.messages == ["logged by a worker"]  # once, although both processes log it
 
 
 def test_every_batch_gets_its_own_vectors(echoes):
     pending = [echoes.launch([ids(i, 1 + i % 5)] * (1 + i % 3), OPTIONS) for i in range(1, 200)]
     for i, vectors in reversed(list(enumerate(pending, 1))):
-        assert vectors.wait().tolist() == [[i, 1 + i % 5]] * (1 + i % 3)
+        assert vectors().tolist() == [[i, 1 + i % 5]] * (1 + i % 3)
 
 
 def test_a_batch_that_crashes_two_workers_raises(echoes, caplog):
@@ -234,19 +336,92 @@ def test_a_batch_that_crashes_two_workers_raises(echoes, caplog):
     others += [echoes.launch([ids(i)], OPTIONS) for i in range(3, 9)]
     named = r"a batch of 2 texts and 7 tokens crashed 2 workers in a row: (cpu \(process \d+, exit code -9\)(, )?){2};"
     with pytest.raises(unpadded.WorkerError, match=named):
-        crashing.wait()
-    assert [other.wait()[0][0] for other in others] == [Echo.SLEEP, 2, 3, 4, 5, 6, 7, 8]
+        crashing()
+    assert [other()[0][0] for other in others] == [Echo.SLEEP, 2, 3, 4, 5, 6, 7, 8]
     assert len([line for line in caplog.messages if "a worker crashed" in line]) == 2
+
+
+def test_texts_that_crash_two_workers_are_named(echoes):
+    groups = [TextGroup(10 * i, ["a", "kill" if i == 3 else str(i)], 9, False) for i in range(6)]
+    pending = [echoes.embed(group, None, 0) for group in groups]
+    with pytest.raises(unpadded.WorkerError, match=r"a batch of 2 texts \(30 to 31\) crashed 2 workers in a row"):
+        pending.pop(3)()
+    assert [texts()[1] for texts in pending] == ["0", "1", "2", "4", "5"]
+
+
+def test_a_worker_tokenizes_while_the_device_computes():
+    second, sent, jobs = threading.Event(), SimpleQueue(), SimpleQueue()
+
+    def embed_group(group):
+        if group.first_index == 1:
+            second.set()
+        return lambda: second.wait(30)
+
+    for number in range(2):
+        jobs.put((number, (TextGroup(number, ["a"], 1, False), {})))
+    pipeline = SimpleNamespace(backend=SimpleNamespace(depth=1), embed_group=embed_group)
+    send = lambda *message: sent.put(message)  # noqa: E731
+    threading.Thread(target=_run_jobs, args=(pipeline, CPU, jobs, send), daemon=True).start()
+    assert [sent.get(timeout=60) for _ in range(2)] == [("done", (0, True)), ("done", (1, True))]
+
+
+def test_a_hang_is_noticed_while_other_jobs_finish():
+    pool = _Pool(echo_pipeline, [CPU])
+    (worker,) = pool.workers
+    worker.jobs, worker.running = {number: _Job(number, "a job", 1, ()) for number in (4, 5, 6)}, 7
+    pool._finish_job(worker, "done", 5, None)
+    assert worker.running == 7
+    pool._finish_job(worker, "done", 4, None)
+    assert worker.running == 0 and list(worker.jobs) == [6]
+
+
+def test_processes_share_the_cores(echoes):
+    cores = max(1, os.cpu_count() // 2)
+    for pid in process_ids(echoes):
+        assert f"RAYON_NUM_THREADS={cores}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert _Pool(echo_pipeline, [CPU, CPU])._threads == max(1, torch.get_num_threads() // 2)
+    assert _Pool(echo_pipeline, [torch.device("cuda", 0)])._threads == 1  # its batches run on the GPU
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_raises_and_its_parent_goes_on(engine, expected):
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.encode(["a"])
+        except unpadded.WorkerError as error:
+            engine.close()
+            os._exit(3 if "load models after the fork" in str(error) else 4)
+        os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    check(engine.embed(PARAGRAPHS[:50]), type(expected)(*(part[:50] for part in vars(expected).values())))
+
+
+def test_processes_that_hang_are_replaced(echoes, monkeypatch, caplog):
+    """One is stopped, with more to read than a pipe holds; the other runs a batch that does not finish."""
+    wait_until(lambda: echoes.ready_devices == 2)
+    monkeypatch.setattr("unpadded.execution.worker_pool.SILENT_SECONDS", 2)
+    stopped, other = process_ids(echoes)
+    os.kill(stopped, signal.SIGSTOP)
+    large = [echoes.launch([ids(3, 100_000)], OPTIONS) for _ in range(6)]
+    assert all(vectors().tolist() == [[3, 100_000]] for vectors in large)
+    assert f"a worker crashed: cpu (process {stopped}, killed after 3 s without an answer)" in caplog.text
+    monkeypatch.setattr("unpadded.execution.worker_pool.JOB_SECONDS", {"cpu": 1})
+    monkeypatch.setattr("unpadded.execution.worker_pool.MAX_CRASHES_PER_JOB", 1)
+    hanging = echoes.launch([ids(Echo.HANG)], OPTIONS)
+    with pytest.raises(unpadded.WorkerError, match=rf"\(process {other}, killed after 2 s in a batch of 1 texts"):
+        hanging()
+    assert echoes.launch([ids(5)], OPTIONS)().tolist() == [[5, 3]]
 
 
 def test_a_worker_that_cannot_restart_raises(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("UNPADDED_TEST_FLAG", str(tmp_path / "flag"))
-    workers = WorkerPool(Echo, [CPU])
+    workers = WorkerPool(echo_pipeline, [CPU])
     (tmp_path / "flag").touch()
-    os.kill(workers.process_ids[0], signal.SIGKILL)
+    os.kill(process_ids(workers)[0], signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(unpadded.WorkerError, match=r"no worker is left for a batch of 1 texts .* crashed 3 times"):
-            workers.launch([ids(1)], OPTIONS).wait()
+            workers.launch([ids(1)], OPTIONS)()
     assert "could not be loaded again on cpu" in caplog.text and "not restarted" in caplog.text
     workers.close()
 
@@ -262,20 +437,23 @@ def test_errors_while_loading_are_raised(tmp_path):
     wait_until(lambda: threading.active_count() == before)
 
 
-def test_close_drops_pending_batches(minilm, caplog):
-    workers = WorkerPool(Echo, [CPU])
+def test_close_drops_pending_batches(minilm, caplog, monkeypatch):
+    """Also if one of the processes is stopped, which is killed."""
+    workers = WorkerPool(echo_pipeline, [CPU, CPU])
+    os.kill(process_ids(workers)[0], signal.SIGSTOP)
+    monkeypatch.setattr("unpadded.execution.worker_pool.EXIT_SECONDS", 3)
     for i in range(1, 100):
         workers.launch([ids(i)], OPTIONS)  # some finish while the pool closes, which logs nothing
     dropped = [workers.launch([ids(Echo.HANG)], OPTIONS), workers.launch([ids(2)], OPTIONS)]
-    process = workers._pool.workers[0].process
+    processes = [worker.process for worker in workers._pool.workers]
     workers.close()
     workers.close()
-    assert process.returncode == 0 and not caplog.messages
+    assert [process.wait(60) for process in processes] == [-signal.SIGKILL, 0] and not caplog.messages
     for vectors in dropped:
         with pytest.raises(unpadded.WorkerError, match="the engine was closed: a batch of 1 texts"):
-            vectors.wait()
+            vectors()
     with pytest.raises(unpadded.WorkerError, match="the engine is closed: a batch of 1 texts"):
-        workers.launch([ids(1)], OPTIONS).wait()
+        workers.launch([ids(1)], OPTIONS)()
     with unpadded.load(minilm, device="cpu") as plain:
         pass
     assert plain.encode("an engine of one device can still be used").shape == (384,)
@@ -289,7 +467,7 @@ unpadded.tokenization.windows.WindowReader.max_texts = 50
 engine = unpadded.load({str(minilm)!r}, device="cpu,cpu", token_budget=64)
 blocks = engine.stream(f"text {{i}}" for i in range(100_000))
 next(blocks)
-print(*engine._pipeline.backend.process_ids)
+print(*(worker.process.pid for worker in engine._pipeline.backend._pool.workers))
 """
     if end == "killed":
         code += "os.kill(os.getpid(), signal.SIGKILL)"
@@ -316,7 +494,9 @@ def test_wrong_devices_raise(minilm):
     if not torch.cuda.is_available():
         assert unpadded.load(minilm, device="all")._pipeline.runner.device == CPU
     for device, message in [
-        (["cpu", "meta"], "of different types"),
+        ("mps", "not supported: 'mps'; use auto"),
+        ("xpu:1", "not supported: 'xpu:1'"),
+        (torch.device("meta"), r"not supported: device\(type='meta'\)"),
         ("cpu,tpu-9", "unknown: 'tpu-9'"),
         ([], "no device"),
     ]:

@@ -5,8 +5,6 @@
 >>> engine.encode(["What is TSNE?"], task="search_query")
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +52,7 @@ __all__ = [
 ]
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
-_LAZY = {
-    "Embeddings": "unpadded.execution.pipeline",
-    "Engine": "unpadded.engine",
-    "load": "unpadded.loading",
-}
+_LAZY = {"Embeddings": "unpadded.execution.pipeline", "Engine": "unpadded.engine", "load": "unpadded.loading"}
 
 
 def __getattr__(name: str) -> Any:

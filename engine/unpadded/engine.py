@@ -1,30 +1,33 @@
 """Engine: embeds texts with a loaded model."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import operator
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Unpack, get_args
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Self, TypeAlias, Unpack, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from unpadded.checkpoint.reader import Checkpoint
-from unpadded.errors import DeadlineError, OptionError
+from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, join
-from unpadded.options import EncodeKeywords, Plan, check_choice
+from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Tokenizer
 from unpadded.tokenization.windows import Text
 
 Output = Literal["numpy", "torch", "list"]
+NARROW_COLUMNS = 70
+NARROW_BAR = "{percentage:3.0f}%|{bar}|{remaining}{postfix}"  # fits 40 columns
+Texts: TypeAlias = str | Iterable[Text]
 
 
 class Engine:
@@ -34,9 +37,11 @@ class Engine:
     `unpadded.options.EncodeOptions`. Texts are strings, or sequences of token ids, which are embedded unchanged.
     """
 
-    def __init__(self, pipeline: EmbeddingPipeline) -> None:
+    def __init__(self, pipeline: EmbeddingPipeline, reload: Callable[[], Self] | None = None) -> None:
         self._pipeline = pipeline  # for the other packages of this project
-        self._batcher: Batcher | None = None  # set by the first call of aembed
+        self._reload = reload
+        self._batcher: Batcher | None = None  # set by the first call of aembed, as is the next
+        self._batcher_process = 0
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -54,41 +59,61 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """Return the model's configuration and how it runs, as plain values."""
-        pipeline = self._pipeline
-        running = {"dimensions": self.dimensions, "token_budget": pipeline.token_budget, **pipeline.backend.describe()}
-        return self.checkpoint.describe() | running
+        running = {"dimensions": self.dimensions, "token_budget": self._pipeline.token_budget}
+        return self.checkpoint.describe() | running | self._pipeline.backend.describe()
 
     def close(self) -> None:
         """Stop the threads of `aembed` and the worker processes. An engine of one device can still be used."""
-        if self._batcher is not None:
-            self._batcher.close()
-            self._batcher = None
+        batcher, self._batcher = self._batcher, None
+        if batcher is not None and self._batcher_process == os.getpid():
+            batcher.close()
         self._pipeline.backend.close()
 
-    def __enter__(self) -> Engine:
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        """Pickle how the model was loaded: from which folder or hub id, with which options."""
+        if self._reload is None:
+            raise OptionError(f"the engine of a module cannot be pickled: {self.checkpoint.name}; pickle the module")
+        return self._reload, ()
+
+    def __deepcopy__(self, memo: object = None) -> Self:
+        return type(self)(self._pipeline, self._reload)  # the weights are shared
+
+    __copy__ = __deepcopy__
+
+    def __repr__(self) -> str:
+        checkpoint, running = self.checkpoint, self._pipeline.backend.describe()
+        return (
+            f"Engine({checkpoint.name!r}, {checkpoint.spec.family}, {self.dimensions} dimensions, "
+            f"{checkpoint.max_length} tokens, {running['device']} {running['dtype']})"
+        )
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @overload
     def encode(
-        self,
-        texts: str | Iterable[Text],
-        *,
-        output: Output = "numpy",
-        show_progress: bool | None = None,
-        **options: Unpack[EncodeKeywords],
+        self, texts: Texts, *, output: Literal["numpy"] = ..., **options: Unpack[EmbedKeywords]
+    ) -> np.ndarray: ...
+    @overload
+    def encode(self, texts: Texts, *, output: Literal["torch"], **options: Unpack[EmbedKeywords]) -> Tensor: ...
+    @overload
+    def encode(self, texts: Texts, *, output: Literal["list"], **options: Unpack[EmbedKeywords]) -> list[Any]: ...
+    def encode(
+        self, texts: Texts, *, output: Output = "numpy", **options: Unpack[EmbedKeywords]
     ) -> np.ndarray | Tensor | list[Any]:
         """Return the vectors of `embed`, as numpy, torch or list: [n, dimensions], or [dimensions] for one string."""
         check_choice("output", output, get_args(Output))
-        vectors: np.ndarray = self.embed(texts, show_progress=show_progress, **options).vectors
+        vectors: np.ndarray = self.embed(texts, **options).vectors
         vectors = vectors[0] if isinstance(texts, str) else vectors
         if output == "numpy":
             return vectors
         return torch.from_numpy(vectors) if output == "torch" else list(vectors.tolist())
 
     def embed(
-        self, texts: str | Iterable[Text], *, show_progress: bool | None = None, **options: Unpack[EncodeKeywords]
+        self, texts: Texts, *, show_progress: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> Embeddings:
         """Embed a string or any iterable of texts.
 
@@ -97,18 +122,21 @@ class Engine:
         Raises InputError, with the index of the text, for a text that cannot be embedded.
         """
         plan = self._pipeline.plan(**options)
-        with _progress_bar(texts, show_progress) as advance:
-            return join(self._pipeline.blocks(_as_texts(texts), plan, advance), plan)
+        try:
+            with _progress_bar(texts, show_progress) as advance:
+                return join(self._pipeline.blocks(_as_texts(texts), plan, advance), plan)
+        except InputError as error:
+            raise error.with_traceback(None) from None  # without the frames of generators
 
     async def aencode(
-        self, texts: str | Iterable[Text], *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
+        self, texts: Texts, *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
     ) -> np.ndarray:
         """Return the vectors of `aembed`: [n, dimensions], or [dimensions] for one string."""
         vectors: np.ndarray = (await self.aembed(texts, deadline=deadline, **options)).vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def aembed(
-        self, texts: str | Iterable[Text], *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
+        self, texts: Texts, *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
     ) -> Embeddings:
         """Embed texts as `embed` does, in batches shared with all concurrent calls.
 
@@ -116,21 +144,26 @@ class Engine:
         what has not run. deadline: seconds after which DeadlineError is raised and the rest is dropped.
         """
         plan = self._pipeline.plan(**options)
-        windows = self._pipeline.windows(_as_texts(texts), plan)
-        self._batcher = self._batcher or self._pipeline.batcher()
+        windows = self._pipeline.reader.windows(_as_texts(texts), plan)
+        if self._batcher is None or self._batcher_process != os.getpid():  # a fork has none of its threads
+            self._batcher, self._batcher_process = self._pipeline.batcher(), os.getpid()
         try:
             async with asyncio.timeout(deadline):
-                done = await run_windows(self._batcher, windows, self._pipeline.vector_work(plan))
+                size = len(texts) if isinstance(texts, str) else None
+                done = await run_windows(self._batcher, windows, self._pipeline.work(plan), size=size)
+        except InputError as error:
+            raise error.with_traceback(None) from None
         except TimeoutError as error:
             raise DeadlineError(f"the deadline passed: {deadline} s; send fewer texts or allow more time") from error
         return self._pipeline.collect(done, plan)
 
     def stream(
-        self, texts: Iterable[Text], *, show_progress: bool | None = False, **options: Unpack[EncodeKeywords]
+        self, texts: Iterable[Text], *, show_progress: bool | Advance | None = False, **options: Unpack[EncodeKeywords]
     ) -> Iterator[Embeddings]:
         """Embed an iterable of any length lazily: yield blocks of consecutive texts, in order.
 
-        int8 and uint8 require `ranges`, because a vector would otherwise depend on its block.
+        int8 and uint8 require `ranges`, because a vector would otherwise depend on its block. show_progress: as in
+        `embed`, or a function that is called with the texts and tokens of each batch where no bar can be drawn.
         """
         plan = self._pipeline.plan(**options)
         if plan.precision in ("int8", "uint8") and plan.ranges is None:
@@ -140,36 +173,38 @@ class Engine:
             )
         return self._stream(texts, plan, show_progress)
 
-    def _stream(self, texts: Iterable[Text], plan: Plan, show_progress: bool | None) -> Iterator[Embeddings]:
+    def _stream(self, texts: Iterable[Text], plan: Plan, show_progress: bool | Advance | None) -> Iterator[Embeddings]:
         with _progress_bar(texts, show_progress) as advance:
             for block in self._pipeline.blocks(texts, plan, advance):
                 vectors = quantize(block.vectors, plan.precision, plan.ranges)
                 yield Embeddings(vectors, block.token_counts, block.truncated)
 
-    def token_embeddings(self, texts: str | Iterable[Text], **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
-        """Return the last hidden state of every token of each text, prompt and special tokens included.
-
-        Each array is [tokens, hidden] fp32.
-        """
+    def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
+        """Return the last hidden states of each text, prompt and special tokens included: [tokens, hidden] fp32."""
         plan = self._pipeline.plan(**options)
         if plan.long_text == "mean":
             raise OptionError("long_text is 'mean', which averages the token vectors; use long_text='truncate'")
         return self._pipeline.token_embeddings(_as_texts(texts), plan)
 
 
-def _as_texts(texts: str | Iterable[Text]) -> Iterable[Text]:
+def _as_texts(texts: Texts) -> Iterable[Text]:
     return [texts] if isinstance(texts, str) else texts
 
 
 @contextlib.contextmanager
-def _progress_bar(texts: object, show: bool | None) -> Iterator[Advance]:
-    """Draw a bar over texts that also shows tokens per second; `show` None draws it on a terminal only."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    if not (terminal if show is None else show):
-        yield lambda done_texts, done_tokens: None
+def _progress_bar(texts: object, show: bool | Advance | None) -> Iterator[Advance]:
+    """Draw a bar with tokens per second. show: None draws it on a terminal or in a notebook only.
+
+    A function draws it there too, and is called elsewhere.
+    """
+    notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+    terminal = notebook or (sys.stderr is not None and sys.stderr.isatty())
+    if not (terminal if show is None or callable(show) else show):
+        yield show if callable(show) else lambda done_texts, done_tokens: None
         return
     tokens, start = 0, time.perf_counter()
-    with tqdm(total=_expected_texts(texts), unit="text", leave=False) as bar:
+    narrow = NARROW_BAR if shutil.get_terminal_size().columns < NARROW_COLUMNS else None
+    with tqdm(total=_expected_texts(texts), unit="text", leave=False, bar_format=narrow, postfix="first batch") as bar:
 
         def advance(done_texts: int, done_tokens: int) -> None:
             nonlocal tokens

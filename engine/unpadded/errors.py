@@ -1,22 +1,28 @@
 """Exception hierarchy, grouped by who can fix the problem.
 
-UnpaddedError
-├── CheckpointError      a model's files are missing, broken or not supported
-│   ├── ConfigError      a configuration is contradictory or not implemented
-│   └── WeightsError     tensors are missing, unexpected, misshaped, truncated or pickled
-├── OptionError          an argument or flag has a value that is not supported
-├── InputError           a text cannot be embedded; the message has its index
-│   └── TooLargeError    a single text does not fit the device's memory
-├── OutputError          a result is not finite, or its file cannot be written
-│   └── WorkerError      the processes that run a model on several devices crashed or were closed
-└── BusyError            work was not done for lack of time or capacity
-    ├── OverloadedError  the queue is full
-    └── DeadlineError    the caller's deadline passed
+    UnpaddedError
+    ├── CheckpointError      a model's files are missing, broken or not supported
+    │   ├── ConfigError      a configuration is contradictory or not implemented
+    │   └── WeightsError     tensors are missing, unexpected, misshaped, truncated or pickled
+    ├── OptionError          an argument or flag has a value that is not supported
+    ├── InputError           a text cannot be embedded; the message has its index
+    │   └── TooLargeError    a single text does not fit the device's memory
+    ├── OutputError          a result is not finite, or its file cannot be written
+    │   └── WorkerError      processes that run a model crashed, hung, were closed, or belong to a parent
+    └── BusyError            work was not done for lack of time or capacity
+        ├── OverloadedError  the queue is full
+        └── DeadlineError    the caller's deadline passed
 
 Every message has three parts: what is wrong, the value received, what to do.
 """
 
-from __future__ import annotations
+import os
+from typing import Self
+
+
+def install_command(extra: str) -> str:
+    """Return how to install an extra: from a checkout, because the package is not on PyPI."""
+    return f"run pip install '.[{extra}]' in a checkout of unpadded"
 
 
 class UnpaddedError(Exception):
@@ -24,7 +30,13 @@ class UnpaddedError(Exception):
 
 
 class CheckpointError(UnpaddedError):
-    """A model's files are missing, broken or not supported."""
+    """A model's files are missing, broken or not supported. A message longer than a screen lacks its middle."""
+
+    def __init__(self, message: str) -> None:
+        lines = message.split("\n")
+        if len(lines) > 24:
+            message = "\n".join([*lines[:22], f"  ... ({len(lines)} lines)", lines[-1]])
+        super().__init__(message if len(message) <= 2000 else f"{message[:1600]} ... {message[-300:]}")
 
 
 class ConfigError(CheckpointError):
@@ -56,9 +68,9 @@ class TooLargeError(InputError):
             f"a max_length below {self.tokens}, or use float16 or bfloat16"
         )
 
-    def at(self, index: int) -> TooLargeError:
+    def at(self, index: int) -> Self:
         """Return the same error with another index."""
-        return TooLargeError(index, self.tokens, self.device)
+        return type(self)(index, self.tokens, self.device)
 
 
 class OutputError(UnpaddedError):
@@ -66,7 +78,7 @@ class OutputError(UnpaddedError):
 
 
 class WorkerError(OutputError):
-    """The processes that run a model on several devices crashed or were closed."""
+    """The processes that run a model crashed, hung or were closed, or belong to the parent of a fork."""
 
 
 class BusyError(UnpaddedError):
@@ -79,3 +91,11 @@ class OverloadedError(BusyError):
 
 class DeadlineError(BusyError, TimeoutError):
     """The caller's deadline passed; its work was dropped."""
+
+
+def forked_error(used: str) -> WorkerError:
+    """Return the error of a forked process that cannot use what its parent uses."""
+    return WorkerError(
+        f"a forked process cannot use {used} of its parent: process {os.getpid()}; load models after the fork only, or "
+        "start processes with multiprocessing's 'spawn'"
+    )

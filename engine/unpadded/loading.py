@@ -1,10 +1,9 @@
 """Load a model from a folder or the Hugging Face hub into an `Engine`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias, Unpack, cast
 
 import torch
@@ -13,15 +12,16 @@ from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
-from unpadded.execution.backend import Backend
-from unpadded.execution.pipeline import EmbeddingPipeline
-from unpadded.execution.runner import Runner
+from unpadded.execution.pipeline import Backend, EmbeddingPipeline
+from unpadded.execution.runner import Runner, check_fork, in_thread
 from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
-from unpadded.model.weights import EncoderWeights, float8_weights, load_dense, load_weights
-from unpadded.options import LoadKeywords, LoadOptions
+from unpadded.model.linear import Int8Linear
+from unpadded.model.weights import LINEARS, EncoderWeights, load_dense, load_weights, prepacked_linear
+from unpadded.options import LoadKeywords, LoadOptions, check_keywords
 from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded_kernels.linear_int8 import INT8_BLOCK, int8_is_supported
 
 Device: TypeAlias = str | torch.device
 
@@ -45,11 +45,20 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
     The keyword arguments are described in `unpadded.options.LoadOptions`.
     Raises CheckpointError (ConfigError, WeightsError) or OptionError.
     """
+    check_keywords(keywords, LoadOptions)
     options = LoadOptions(**keywords)
     devices = _devices(options.device)
     kind = devices[0].type
-    if options.dtype == "float8":
-        _check_float8(devices)
+    if options.dtype == "float8" and kind == "cuda":
+        for device in devices:
+            major, minor = torch.cuda.get_device_capability(device)
+            if (major, minor) < (8, 9):
+                raise OptionError(
+                    f"dtype='float8' needs compute capability 8.9: {device} has {major}.{minor}; use dtype='float16'"
+                )
+    if options.dtype == "int8" and (kind == "cuda" or not int8_is_supported()):
+        reason, other = ("runs on a CPU only", "float8") if kind == "cuda" else ("needs VNNI or AMX", "float32")
+        raise OptionError(f"dtype='int8' {reason}: the device is {devices[0]}; use dtype={other!r}")
     attention_backend(options.attention, devices[0], _dtype(options.dtype, kind))  # checked before anything is read
     checkpoint = open_checkpoint(
         model,
@@ -57,26 +66,42 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
         max_length=options.max_length,
         rotary_scaling_factor=options.rotary_scaling_factor,
     )
-    if options.dtype == "float8" and checkpoint.spec.lora is not None:
+    if options.dtype in ("float8", "int8") and checkpoint.spec.lora is not None:
         raise OptionError(
-            f"dtype='float8' is not supported with LoRA adapters, and {checkpoint.name} has some for "
-            f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='float16'"
+            f"dtype={options.dtype!r} is not supported with LoRA adapters, and {checkpoint.name} has some for "
+            f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='auto'"
         )
     # On a CPU torch needs the cores; the tokenizer gets the few that keep up with it.
-    cores = max(1, torch.get_num_threads() // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None
+    threads = torch.get_num_threads() // len(devices)
+    cores = max(1, threads // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None
     tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
     make = partial(make_runner, checkpoint, options)
-    backend = make(devices[0]) if len(devices) == 1 else WorkerPool(make, devices)
-    token_budget = _token_budget(options.token_budget, kind, backend)
-    return Engine(EmbeddingPipeline(checkpoint, tokenizer, backend, token_budget))
+    if len(devices) > 1:
+        backend: Backend = WorkerPool(partial(make_pipeline, checkpoint, tokenizer, options), devices)
+    else:
+        backend = in_thread(partial(make, devices[0])) if kind == "cpu" else make(devices[0])
+    token_budget = options.token_budget
+    if not isinstance(token_budget, int):
+        fitting = backend.max_batch_tokens() if token_budget == "auto" or kind == "cuda" else None
+        token_budget = TOKEN_BUDGET[kind] if fitting is None else min(TOKEN_BUDGET[kind], fitting)
+    path = Path(model).expanduser()
+    reload = partial(load, path.resolve() if path.is_dir() else model, **vars(options))
+    return Engine(EmbeddingPipeline(checkpoint, tokenizer, backend, token_budget), reload)
+
+
+def make_pipeline(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, options: LoadOptions, device: torch.device
+) -> EmbeddingPipeline:
+    """Load a model in the process of a device, whose parent passes the token budget."""
+    return EmbeddingPipeline(checkpoint, tokenizer, make_runner(checkpoint, options, device), TOKEN_BUDGET[device.type])
 
 
 def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> Runner:
     """Load a checkpoint's weights onto a device."""
-    float8, dtype = options.dtype == "float8", _dtype(options.dtype, device.type)
+    dtype = _dtype(options.dtype, device.type)
     attention = attention_backend(options.attention, device, dtype)
-    weights = load_weights(checkpoint, device=device, dtype=dtype, prepack=not float8)
-    weights = float8_weights(weights) if float8 else weights
+    change = LINEARS.get(str(options.dtype), prepacked_linear)
+    weights = load_weights(checkpoint, device=device, dtype=dtype, change=change)
     encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
 
@@ -88,7 +113,8 @@ def make_encoder(
     row_block = None
     if weights.word.device.type == "cpu":
         rows = CPU_BLOCK_BYTES // (spec.intermediate * weights.word.dtype.itemsize)
-        row_block = max(128, rows // 128 * 128)
+        int8 = isinstance(weights.layers[0].qkv.linear, Int8Linear)
+        row_block = INT8_BLOCK if int8 else max(128, rows // 128 * 128)
     return Encoder(spec, weights, attention=attention, row_block=row_block, batch_invariant=batch_invariant)
 
 
@@ -107,40 +133,29 @@ def _devices(device: Device | Sequence[Device]) -> list[torch.device]:
 
 def _device(device: Device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(f"device is unknown: {device!r}; use auto, all, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type not in ("cpu", "cuda"):
+        raise OptionError(f"device is not supported: {device!r}; use auto, all, cpu, cuda or cuda:N")
+    check_fork(found)
+    if found.type == "cpu":
+        return found
+    if (found.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"device does not exist: {device!r}, there are {torch.cuda.device_count()} CUDA devices; use auto or cpu"
         )
-    return found
-
-
-def _token_budget(requested: int | str | None, kind: str, backend: Backend) -> int:
-    if isinstance(requested, int):
-        return requested
-    usual = TOKEN_BUDGET.get(kind, 8192)
-    fitting = backend.max_batch_tokens() if requested == "auto" or kind == "cuda" else None
-    return usual if fitting is None else min(usual, fitting)
+    # With its index, because another thread may have another current device.
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def _dtype(dtype: str | torch.dtype, kind: str) -> torch.dtype:
-    if dtype in ("auto", "float8"):  # float8 applies to some linear layers only
+    if dtype == "auto" or dtype in LINEARS:  # what is not a linear layer
         return torch.float16 if kind == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return cast(torch.dtype, dtype)
     if dtype not in DTYPES:
-        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join(DTYPES)}, float8")
+        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join((*DTYPES, *LINEARS))}")
     return DTYPES[dtype]
-
-
-def _check_float8(devices: list[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            major, minor = torch.cuda.get_device_capability(device)
-            raise OptionError(
-                f"dtype='float8' needs compute capability 8.9: {device} has {major}.{minor}; use dtype='float16'"
-            )

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -37,13 +37,13 @@ class Option(NamedTuple):
     choices: tuple[str, ...] | None  # None if the type is not a Literal
 
 
-def describe(options: type[Any]) -> list[Option]:
+def describe(options: type[Any]) -> tuple[Option, ...]:
     """Return the options of a dataclass: its fields made by `option`, in their order."""
-    return [
+    return tuple(
         Option(field.name, str(field.type), field.default, **field.metadata)
         for field in fields(options)
         if field.metadata
-    ]
+    )
 
 
 def option(default: Any, help: str, *, metavar: str | None = None, literal: Any = None) -> Any:
@@ -99,9 +99,9 @@ class LoadOptions:
     )
     dtype: str | torch.dtype = option(
         "auto",
-        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16 or float8, which runs the linear layers "
-        "that follow a LayerNorm in e4m3 with one scale per row: less accurate, needs compute capability 8.9, slow on "
-        "a CPU",
+        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16, or with linear layers quantized at load "
+        "and a scale per row, less accurate: int8 on a CPU with VNNI or AMX; float8 (e4m3) on CUDA from compute "
+        "capability 8.9, for the layers that follow a LayerNorm",
     )
     attention: str = option("auto", "attention backend: auto, unpadded, torch or flash-attn")
     rotary_scaling_factor: float | Literal["config"] | None = option(
@@ -142,6 +142,12 @@ class EncodeKeywords(TypedDict, total=False):
     ranges: np.ndarray | None
     truncation: Truncation
     long_text: LongText
+
+
+class EmbedKeywords(EncodeKeywords, total=False):
+    """The keyword arguments of `embed`."""
+
+    show_progress: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +192,14 @@ class EncodeOptions:
     )
 
     def __post_init__(self) -> None:
-        for option in describe(EncodeOptions):
-            if option.choices is not None:
-                check_choice(option.name, getattr(self, option.name), option.choices)
+        check_choice("precision", self.precision, get_args(Precision))
+        check_choice("truncation", self.truncation, get_args(Truncation))
+        check_choice("long_text", self.long_text, get_args(LongText))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorOptions:
-    """Options for turning hidden states into vectors. Sequences with equal ones can share a batch and a CUDA graph."""
+    """Options for turning hidden states into vectors. Sequences with equal ones can share a batch."""
 
     layer_norm: bool
     dimensions: int
@@ -202,15 +208,37 @@ class VectorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The options of one call, checked against a checkpoint and with their defaults filled in."""
+class Plan(EncodeOptions):
+    """The options of one call, checked against a checkpoint: prompt is that of the task, if it has one."""
 
-    prompt: str
     vector_options: VectorOptions
-    precision: Precision
-    ranges: np.ndarray | None
-    truncation: Truncation
-    long_text: LongText
+    prompt: str
+
+
+# Keyword arguments of sentence-transformers -> what to do here.
+REPLACEMENTS = {
+    "batch_size": "omit it, or pass token_budget= to load",
+    "convert_to_numpy": "pass output='numpy' or output='list' to encode",
+    "convert_to_tensor": "pass output='torch' to encode",
+    "device": "pass it to load",
+    "model_kwargs": "pass dtype= and attention=",
+    "normalize_embeddings": "pass normalize=",
+    "output_value": "call token_embeddings",
+    "prompt_name": "pass task=",
+    "show_progress_bar": "pass show_progress=",
+    "token": "set HF_TOKEN in the environment",
+    "tokenizer_kwargs": "pass max_length=",
+    "truncate_dim": "pass dimensions= to encode",
+    "trust_remote_code": "omit it: no code of a checkpoint is ever run",
+}
+
+
+def check_keywords(keywords: Mapping[str, Any], options: type[Any]) -> None:
+    """Raise OptionError, with what to do, for a keyword argument that is not a field of the options."""
+    known = options.__dataclass_fields__
+    for name in keywords.keys() - known.keys():
+        action = REPLACEMENTS.get(name, f"use one of {', '.join(known)}")
+        raise OptionError(f"{name} is not an option; {action}")
 
 
 def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptions) -> Plan:
@@ -221,11 +249,8 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
             f"dimensions are out of range: {dimensions}; {checkpoint.name} supports 1 to {full_dimensions}"
         )
     if dimensions is not None and dimensions < full_dimensions and not checkpoint.matryoshka:
-        logger.warning(
-            "%s is not known to be trained for matryoshka; cutting its vectors to %d dimensions costs quality",
-            checkpoint.name,
-            dimensions,
-        )
+        message = "%s is not known to be trained for matryoshka; cutting its vectors to %d dimensions costs quality"
+        logger.warning(message, checkpoint.name, dimensions)
     lora = checkpoint.spec.lora
     adapter = options.task if lora is not None and options.task in lora.tasks else None
     if lora is not None and adapter is not None and not lora.rank:
@@ -235,18 +260,15 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
             "prompt= instead of task="
         )
     cut_or_averaged = dimensions is not None or options.long_text == "mean"
+    resolved = vars(options) | {"prompt": _prompt(checkpoint, options, has_adapter=adapter is not None)}
     return Plan(
-        prompt=_prompt(checkpoint, options, has_adapter=adapter is not None),
+        **resolved,
         vector_options=VectorOptions(
             layer_norm=cut_or_averaged and checkpoint.matryoshka_layer_norm,
             dimensions=dimensions or full_dimensions,
             normalize=(checkpoint.normalize or cut_or_averaged) if options.normalize is None else options.normalize,
             adapter=adapter,
         ),
-        precision=options.precision,
-        ranges=options.ranges,
-        truncation=options.truncation,
-        long_text=options.long_text,
     )
 
 

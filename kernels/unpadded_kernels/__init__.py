@@ -1,6 +1,6 @@
 """Triton kernels for encoders over packed tokens: texts are concatenated, without padding.
 
-Every op is a `torch.library.custom_op`. Its reference defines it and runs on any device; its Triton kernel runs on
+Every op is one of PyTorch's dispatcher. Its reference defines it and runs on any device; its Triton kernel runs on
 CUDA; an op whose reference is slow on a CPU has a separate CPU body.
 """
 
@@ -8,15 +8,14 @@ from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.fp8 import quantize_rows
-from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm
+from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, qk_norm_, rms_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
 from unpadded_kernels.linear_fp8 import linear_fp8
 from unpadded_kernels.linear_rotary import linear_rotary
+from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
 from unpadded_kernels.padded_pooling import masked_mean_pool
-from unpadded_kernels.pooling import pool
-from unpadded_kernels.qk_norm import qk_norm_
-from unpadded_kernels.rms_norm import rms_norm
+from unpadded_kernels.pooling import mean_pool
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 
 __all__ = [
@@ -31,7 +30,8 @@ __all__ = [
     "linear_invariant",
     "linear_rotary",
     "masked_mean_pool",
-    "pool",
+    "matryoshka",
+    "mean_pool",
     "pre_layer_norm",
     "qk_norm_",
     "quantize_rows",

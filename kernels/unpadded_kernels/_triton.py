@@ -1,11 +1,13 @@
 """Triton, which is optional: CUDA kernels need it, the CPU bodies do not.
 
-Without it a kernel is defined as a plain Python function, and an op raises ImportError when it receives a CUDA tensor.
+A build of PyTorch without CUDA does not import it (72 MB, 2026-11), unless its interpreter is requested or it is there
+already. Then a kernel is defined as a plain Python function, and an op raises ImportError for a CUDA tensor. Triton
+skips a launch whose grid is empty, so that launchers need no case for a batch without tokens.
 """
 
-from __future__ import annotations
-
 import functools
+import os
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TypeVar
@@ -15,6 +17,8 @@ from torch import Tensor
 
 import_error: ImportError | None = None
 try:
+    if not (torch.backends.cuda.is_built() or "triton" in sys.modules or "TRITON_INTERPRET" in os.environ):
+        raise ImportError("this build of PyTorch has no CUDA")
     import triton
     import triton.language as tl
     from triton.language.extra.libdevice import fast_dividef
@@ -32,9 +36,20 @@ except ImportError as error:
     tl = SimpleNamespace(constexpr=None)
     TensorDescriptor = fast_divide = None
 
-__all__ = ["TensorDescriptor", "device_guard", "fast_divide", "tl", "triton"]
+__all__ = ["TensorDescriptor", "check_rows", "device_guard", "fast_divide", "tl", "triton"]
 
 Result = TypeVar("Result")
+
+
+def check_rows(name: str, tensor: Tensor | None, *shape: int) -> None:
+    """Raise ValueError unless a tensor, if there is one, has this shape, -1 for any size, and contiguous rows."""
+    if tensor is None:
+        return
+    fits = len(shape) == tensor.ndim and all(want in (-1, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if not fits or tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be {shape} with contiguous rows, got {tuple(tensor.shape)}, strides {tensor.stride()}"
+        )
 
 
 def device_guard(launcher: Callable[..., Result]) -> Callable[..., Result]:
@@ -45,7 +60,7 @@ def device_guard(launcher: Callable[..., Result]) -> Callable[..., Result]:
         if import_error is not None:
             raise ImportError(
                 f"the kernels for CUDA need triton 3.6 or later, which cannot be imported ({import_error}), and got a "
-                f"tensor on {first.device}: run pip install 'unpadded[cuda]', or keep the tensors on the CPU"
+                f"tensor on {first.device}: run pip install 'triton>=3.6', or keep the tensors on the CPU"
             ) from import_error
         if first.device.index == torch.cuda.current_device():
             return launcher(first, *rest, **options)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard, fast_divide, tl, triton
+from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import fast_divide, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 GATED = ("swiglu", "geglu")
@@ -79,14 +80,7 @@ def activate(gate, up, KIND: tl.constexpr):
 
 @triton.jit
 def _activation_kernel(
-    x_ptr,
-    y_ptr,
-    stride_xt,
-    stride_yt,
-    INTERMEDIATE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
+    x_ptr, y_ptr, stride_xt, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -95,7 +89,7 @@ def _activation_kernel(
     up = gate
     if GATED:
         up = tl.load(x_ptr + token * stride_xt + INTERMEDIATE + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * stride_yt + i, activate(gate, up, KIND), mask=mask)
+    tl.store(y_ptr + token * INTERMEDIATE + i, activate(gate, up, KIND), mask=mask)
 
 
 def activation_triton(x: Tensor, kind: str) -> Tensor:
@@ -110,14 +104,11 @@ def activation_triton(x: Tensor, kind: str) -> Tensor:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
     intermediate = width // 2 if gated else width
     y = torch.empty((total_tokens, intermediate), dtype=x.dtype, device=x.device)
-    if total_tokens == 0:
-        return y
     block_i = min(_BLOCK_I, triton.next_power_of_2(intermediate))
     _activation_kernel[(total_tokens, triton.cdiv(intermediate, block_i))](
         x,
         y,
         stride_xt=x.stride(0),
-        stride_yt=y.stride(0),
         INTERMEDIATE=intermediate,
         BLOCK_I=block_i,
         KIND=kind,
@@ -127,10 +118,4 @@ def activation_triton(x: Tensor, kind: str) -> Tensor:
     return y
 
 
-activation = torch.library.custom_op("unpadded::activation", activation_reference, mutates_args=())
-activation.register_kernel("cuda", device_guard(activation_triton))
-
-
-@activation.register_fake
-def _(x: Tensor, kind: str) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] // 2 if kind in GATED else x.shape[1])
+activation = operation(activation_reference, cuda=activation_triton)

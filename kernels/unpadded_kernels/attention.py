@@ -7,18 +7,16 @@ Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length *
 """
 
 import itertools
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import TensorDescriptor, device_guard, triton
+from unpadded_kernels._operation import operation
 from unpadded_kernels.attention_cpu import attention_cpu
-from unpadded_kernels.attention_kernels import _attention_kernel
+from unpadded_kernels.attention_kernels import launch_attention, make_tile_map
+from unpadded_kernels.choices import chosen
+from unpadded_kernels.hopper import is_supported
 from unpadded_kernels.tiles import attention_tile, generation
-
-_LOG2_E = math.log2(math.e)
 
 # Queries per block of the reference, which bounds its memory.
 _REFERENCE_BLOCK_Q = 512
@@ -56,22 +54,6 @@ def attention_reference(
     return out.view(total_tokens, heads * head_dim)
 
 
-def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
-    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32.
-
-    A row is (first token of the text, number of its tokens, index of a block of block_m queries). block_m: from
-    `attention_block_m`.
-    """
-    tokens = torch.tensor(lengths, dtype=torch.int64)
-    starts = tokens.cumsum(0) - tokens
-    tokens, order = torch.sort(tokens, descending=True, stable=True)
-    blocks = (tokens + block_m - 1) // block_m
-    blocks_before = blocks.cumsum(0) - blocks
-    text = torch.arange(len(blocks)).repeat_interleave(blocks)
-    block = torch.arange(len(text)) - blocks_before[text]
-    return torch.stack((starts[order][text], tokens[text], block), dim=1).to(torch.int32)
-
-
 def _takes_descriptors(qkv: Tensor, head_dim: int) -> bool:
     """Return whether one tensor descriptor can address every head of packed qkv."""
     packed = qkv.stride(1) == qkv.shape[2] * head_dim and qkv.stride(2) == head_dim
@@ -88,7 +70,7 @@ def attention_triton(
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
 ) -> Tensor:
-    """Launch one program per tile and head. Without tile_map it is built here, which waits for the GPU."""
+    """Launch the kernel that `choices` has. Without tile_map it is built here, which waits for the GPU."""
     total_tokens, _, heads, head_dim = qkv.shape
     if qkv.stride(3) != 1:
         raise ValueError(f"the rows of a head must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
@@ -97,58 +79,24 @@ def attention_triton(
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 tokens or more, got {window}: use None for full attention")
     tile = attention_tile(qkv.dtype, head_dim, generation(qkv.device))
-    out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     if total_tokens == 0:
-        return out
+        return qkv.new_empty(0, heads * head_dim)
     if tile.tma and not _takes_descriptors(qkv, head_dim):
         tile = attention_tile(qkv.dtype, head_dim, 80)
     if tile_map is None:
         tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
-    q_source = kv_source = qkv
-    if tile.tma:
-        shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]
-        q_source = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
-        kv_source = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
-    _attention_kernel[(tile_map.shape[0] * heads,)](
-        q_source,
-        kv_source,
-        tile_map,
-        alibi_slopes,
-        out,
-        stride_qt=qkv.stride(0),
-        stride_qs=qkv.stride(1),
-        stride_qh=qkv.stride(2),
-        stride_ot=out.stride(0),
-        scale=scale * _LOG2_E,
-        window=window or 0,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        TMA=tile.tma,
-        # with a window or ALiBi its registers would spill
-        OVERLAP=tile.overlap and window is None and alibi_slopes is None,
-        HAS_WINDOW=window is not None,
-        HAS_ALIBI=alibi_slopes is not None,
-        **tile.launch,
-    )
-    return out
+    # a tile with a window has too few blocks of keys for the loop of the other kernel
+    if tile.tma and window is None and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
+        from unpadded_kernels.hopper import attention as hopper  # needs Gluon
+
+        if head_dim in hopper.SLOTS:
+            return hopper.attention_hopper(qkv, tile_map, scale, alibi_slopes)
+    return launch_attention(qkv, scale, window, alibi_slopes, tile_map, tile)
 
 
-attention = torch.library.custom_op("unpadded::attention", attention_reference, mutates_args=())
-attention.register_kernel("cpu", attention_cpu)
-attention.register_kernel("cuda", device_guard(attention_triton))
-
-
-@attention.register_fake
-def _(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    tile_map: Tensor | None = None,
-) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
+attention = operation(
+    attention_reference,
+    fake=lambda qkv, *_: qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
+    cpu=attention_cpu,
+    cuda=attention_triton,
+)

@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels.linear_cpu import linear_cpu
+from unpadded_kernels.linear_cpu import linear_cpu, onednn_supports
 from unpadded_kernels.tiles import attention_block_m
 
 # Texts longer than this go head by head through oneDNN (EPYC, 2026-11, head_dim 64: from 320 tokens in fp32, where
 # scaled_dot_product_attention stays at 170 GFLOP/s and this reaches 300; from 1024 in bf16).
-_LONG = {torch.float32: 384, torch.bfloat16: 768}
+_LONG = {torch.float32: 320, torch.bfloat16: 768}
+# Shorter texts are computed in fp32 even in bf16: scaled_dot_product_attention needs no kernels for each number and
+# length of texts, which oneDNN takes 0.8 ms to make (EPYC, 2026-11).
+_SHORT = 64
 # Queries per block there: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
 _BLOCK_Q = 512
-# Scores per batched matmul of short texts: beyond 32 MiB every allocation is mapped and faulted anew.
-_MAX_SCORES = 2**22
-# Elements of the mask of one block, 16 MiB in fp32, at any length.
-_MAX_MASK = 2**22
+_ONEDNN_SOFTMAX = 128  # scores per row
+_MAX_SCORES = 2**19  # per batched matmul: 1 MiB in bf16, which a core's cache holds
+_MAX_MASK = 2**22  # elements of the mask of one block, 16 MiB in fp32, at any length
 
 
 def attention_cpu(
@@ -56,22 +58,23 @@ def attention_cpu(
             for first, text, out_text in zip(firsts, group, out_group, strict=True):
                 for queries in [slice(0, length)] if tile_map is None else queries_by_text.get(first, []):
                     _attend_head_by_head(text, out_text, scale, queries=queries)
-        elif qkv.dtype == torch.bfloat16:
-            block_texts = max(1, _MAX_SCORES // (heads * length * length))
-            for text_block, out_block in zip(group.split(block_texts), out_group.split(block_texts), strict=True):
-                _attend_batched(text_block, out_block, scale)
+        elif qkv.dtype == torch.bfloat16 and length >= _SHORT:
+            _attend_batched(group, out_group, scale)
         else:
-            q, k, v = group.permute(2, 0, 3, 1, 4)
+            q, k, v = (group.float() if qkv.dtype == torch.bfloat16 else group).permute(2, 0, 3, 1, 4)
             out_group.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
     return out.view(total_tokens, heads * head_dim)
 
 
 def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
-    """Attend in two batched matmuls over all texts and heads. qkv: [texts, length, 3, heads, head_dim]; writes out."""
+    """Attend in batched matmuls over several texts and heads. qkv: [texts, length, 3, heads, head_dim]; writes out."""
     texts, length, _, heads, head_dim = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, texts * heads, length, head_dim)
-    weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
-    out.copy_(torch.bmm(weights, v).view(texts, heads, length, head_dim).transpose(1, 2))
+    attended = torch.empty_like(q)
+    blocks = (rows.split(max(1, _MAX_SCORES // length**2)) for rows in (q * scale, k.transpose(1, 2), v, attended))
+    for q_block, k_block, v_block, block in zip(*blocks, strict=True):
+        torch.bmm(_softmax(torch.bmm(q_block, k_block)), v_block, out=block)
+    out.copy_(attended.view(texts, heads, length, head_dim).transpose(1, 2))
 
 
 def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
@@ -85,8 +88,19 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: sli
     out = out[queries]
     for head in range(q.shape[0]):
         for q_block, out_block in zip(q[head].split(_BLOCK_Q), out[:, head].split(_BLOCK_Q), strict=True):
-            weights = linear_cpu(q_block, k[head], None).softmax(-1)
+            weights = _softmax(linear_cpu(q_block, k[head], None))
             out_block.copy_(linear_cpu(weights, v_transposed[head], None))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last dimension: of long rows in bf16 by oneDNN.
+
+    torch's takes 0.5 to 0.9 ns per score, oneDNN's 0.35 with the copies around it (EPYC, one core, 2026-11). In shorter
+    rows the kernels that oneDNN makes for each shape take longer than that saves.
+    """
+    if scores.dtype == torch.bfloat16 and scores.shape[-1] >= _ONEDNN_SOFTMAX and onednn_supports(scores.dtype):
+        return torch.softmax(scores.to_mkldnn(), -1).to_dense()
+    return scores.softmax(-1)
 
 
 def _attend_biased(qkv: Tensor, out: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None) -> None:

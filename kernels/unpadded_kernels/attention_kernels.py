@@ -1,27 +1,22 @@
-"""The attention kernel. It loads through pointers or, on sm_90 and later, through tensor descriptors (TMA).
+"""The attention kernel and its launcher. Loads go through pointers or, from sm_90 on, tensor descriptors (TMA).
 
 One program computes one head of one tile of queries: it loops over the keys of the text with an online softmax
 (Milakov and Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; a partial block at the
 end of the text follows after the loop.
 """
 
-from unpadded_kernels._triton import fast_divide, tl, triton
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unpadded_kernels._triton import TensorDescriptor, fast_divide, tl, triton
+from unpadded_kernels.tiles import Tile
 
 
 @triton.jit
-def _load(
-    source,
-    text_start,
-    row,
-    column,
-    length,
-    stride_qt,
-    MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _load(source, text_start, row, column, length, stride_qt, MASKED, TMA, HEAD_DIM, BLOCK_R, BLOCK_D):
     """Load BLOCK_R rows of a text from `row` on, at one column of packed qkv.
 
     source: a tensor descriptor if TMA, else a pointer. MASKED: rows may exceed the text; a pointer load returns
@@ -39,20 +34,7 @@ def _load(
 
 
 @triton.jit
-def _softmax(
-    scores,
-    highest,
-    total,
-    query,
-    key,
-    length,
-    scale,
-    slope,
-    window,
-    IS_TAIL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-):
+def _softmax(scores, highest, total, query, key, length, scale, slope, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI):
     """Add one block of keys to an online softmax. Return the new (highest, total, weights, decay), all fp32.
 
     highest: maximum score; total: sum of the weights; weights: exp2(score - highest) of this block; decay: the factor
@@ -74,25 +56,6 @@ def _softmax(
     return new_highest, total * decay + tl.sum(weights, axis=1), weights, decay
 
 
-@triton.jit
-def _add_values(acc, weights, decay, v):
-    return tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-
-
-@triton.jit
-def _key_range(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Return the keys of one tile of queries: whole blocks from `start` to `whole`, then a partial one if `tail`."""
-    start = 0
-    whole = length // BLOCK_N * BLOCK_N
-    tail = whole < length
-    if HAS_WINDOW:
-        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
-        window_end = first + BLOCK_M + window
-        tail = tail & (whole < window_end)
-        whole = tl.minimum(whole, tl.cdiv(window_end, BLOCK_N) * BLOCK_N)
-    return start, whole, tail
-
-
 @triton.jit(do_not_specialize=["window"])
 def _attention_kernel(
     q_source,
@@ -112,11 +75,9 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
-    OVERLAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
 ):
-    """OVERLAP: add the values of a block during the softmax of the next block, not after its own."""
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     text_start = tl.load(tile_map_ptr + 3 * tile)
     length = tl.load(tile_map_ptr + 3 * tile + 1)
@@ -136,26 +97,24 @@ def _attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    start, whole, tail = _key_range(first, length, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    weights, decay = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.full([BLOCK_M], 1.0, tl.float32)
+    # the keys: whole blocks from `start` to `whole`, then a partial one if `tail`
+    start = 0
+    whole = length // BLOCK_N * BLOCK_N
+    tail = whole < length
+    if HAS_WINDOW:
+        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
+        window_end = first + BLOCK_M + window
+        tail = tail & (whole < window_end)
+        whole = tl.minimum(whole, tl.cdiv(window_end, BLOCK_N) * BLOCK_N)
     for block in range(start, whole, BLOCK_N):
         k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        v_block = tl.maximum(block - BLOCK_N, start) if OVERLAP else block
-        v = _load(kv_source, text_start, v_block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
-        if OVERLAP:
-            # this iteration does not read acc, so the compiler schedules the softmax between its wgmmas
-            acc = _add_values(acc, weights, decay, v)
+        v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         highest, total, weights, decay = _softmax(
             *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, window),
             *(False, HAS_WINDOW, HAS_ALIBI),
         )
-        if not OVERLAP:
-            acc = _add_values(acc, weights, decay, v)
-    if OVERLAP and whole > start:
-        last = whole - BLOCK_N
-        v = _load(kv_source, text_start, last, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
-        acc = _add_values(acc, weights, decay, v)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     if tail:
         k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -167,8 +126,62 @@ def _attention_kernel(
             *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, window),
             *(True, HAS_WINDOW, HAS_ALIBI),
         )
-        acc = _add_values(acc, weights, decay, v)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     d = tl.arange(0, BLOCK_D)
     out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
     y = acc * fast_divide(1.0, total)[:, None]
     tl.store(out_ptrs, y, mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])
+
+
+def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
+    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32.
+
+    A row is (first token of the text, number of its tokens, index of a block of block_m queries). block_m: from
+    `attention_block_m`.
+    """
+    # By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
+    tokens = torch.empty(len(lengths), dtype=torch.int32).numpy()
+    tokens[:] = lengths
+    starts = tokens.cumsum() - tokens
+    order = (-tokens).argsort(kind="stable")
+    blocks = -(-tokens[order] // block_m)
+    text = order.repeat(blocks)
+    tile_map = torch.empty(len(text), 3, dtype=torch.int32)
+    columns = tile_map.numpy().T
+    columns[0], columns[1] = starts[text], tokens[text]
+    columns[2] = (text >= 0).cumsum() - 1 - (blocks.cumsum() - blocks).repeat(blocks)
+    return tile_map
+
+
+def launch_attention(
+    qkv: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, tile_map: Tensor, tile: Tile
+) -> Tensor:
+    """Launch plain Triton's kernel, one program per tile and head."""
+    total_tokens, _, heads, head_dim = qkv.shape
+    out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    q_source = kv_source = qkv
+    if tile.tma:
+        shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]
+        q_source = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
+        kv_source = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
+    _attention_kernel[(tile_map.shape[0] * heads,)](
+        q_source,
+        kv_source,
+        tile_map,
+        alibi_slopes,
+        out,
+        stride_qt=qkv.stride(0),
+        stride_qs=qkv.stride(1),
+        stride_qh=qkv.stride(2),
+        stride_ot=out.stride(0),
+        scale=scale * math.log2(math.e),
+        window=window or 0,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        TMA=tile.tma,
+        HAS_WINDOW=window is not None,
+        HAS_ALIBI=alibi_slopes is not None,
+        **tile.launch,
+    )
+    return out

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard, tl, triton
+from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.layer_norm import normalized
-from unpadded_kernels.tiles import row_launch
+from unpadded_kernels.tiles import hidden_launch
 
 
 def embedding_reference(
@@ -53,13 +54,9 @@ def _embedding_kernel(
     stride_wv,
     stride_tt,
     stride_pp,
-    stride_yt,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    HAS_TOKEN_TYPE: tl.constexpr,
-    HAS_TOKEN_TYPES: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -68,14 +65,14 @@ def _embedding_kernel(
     # int64: vocabulary * hidden exceeds 2**31 for multilingual vocabularies of wide models
     input_id = tl.load(input_ids_ptr + token).to(tl.int64)
     x = tl.load(word_ptr + input_id * stride_wv + h, mask=mask, other=0.0).to(tl.float32)
-    if HAS_TOKEN_TYPE:
-        token_type = tl.load(token_types_ptr + token).to(tl.int64) if HAS_TOKEN_TYPES else 0
+    if token_type_ptr is not None:
+        token_type = tl.load(token_types_ptr + token).to(tl.int64) if token_types_ptr is not None else 0
         x += tl.load(token_type_ptr + token_type * stride_tt + h, mask=mask, other=0.0).to(tl.float32)
-    if HAS_POSITION:
+    if position_ptr is not None:
         row = tl.load(positions_ptr + token).to(tl.int64)
         x += tl.load(position_ptr + row * stride_pp + h, mask=mask, other=0.0).to(tl.float32)
     y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
-    tl.store(y_ptr + token * stride_yt + h, y, mask=mask)
+    tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
 
 
 def embedding_triton(
@@ -92,24 +89,14 @@ def embedding_triton(
     """Launch one program per token. The tables may be strided by row; their rows must be contiguous."""
     total_tokens, hidden = input_ids.shape[0], word.shape[1]
     for name, ids in {"input_ids": input_ids, "positions": positions, "token_types": token_types}.items():
-        if ids is not None and (ids.shape != input_ids.shape or not ids.is_contiguous()):
-            raise ValueError(
-                f"input_ids, positions and token_types must be contiguous and of one length, got {name} of "
-                f"{tuple(ids.shape)}, strides {ids.stride()}, and input_ids of {tuple(input_ids.shape)}"
-            )
-    if (token_types is not None and token_type is None) or (token_type is not None and token_type.ndim != 2):
-        got = None if token_type is None else tuple(token_type.shape)
-        raise ValueError(f"token_type must be a table of [types, {hidden}], got {got}")
-    for name, tensor in {"word": word, "token_type": token_type, "position": position, "weight": weight}.items():
-        if tensor is not None and (tensor.shape[-1] != hidden or tensor.stride(-1) != 1):
-            raise ValueError(
-                f"rows must be contiguous and {hidden} wide, got {name} of {tuple(tensor.shape)}, "
-                f"strides {tensor.stride()}: pass .contiguous()"
-            )
+        check_rows(name, ids, total_tokens)
+    for name, table in {"word": word, "token_type": token_type, "position": position}.items():
+        check_rows(name, table, -1, hidden)
+    check_rows("weight", weight, hidden)
+    check_rows("bias", bias, hidden)
+    if token_types is not None and token_type is None:
+        raise ValueError(f"token_types need token_type, a table of [types, {hidden}], got None")
     y = torch.empty((total_tokens, hidden), dtype=word.dtype, device=word.device)
-    if total_tokens == 0:
-        return y
-    block_h = triton.next_power_of_2(hidden)
     _embedding_kernel[(total_tokens,)](
         input_ids,
         positions,
@@ -123,32 +110,10 @@ def embedding_triton(
         stride_wv=word.stride(0),
         stride_tt=0 if token_type is None else token_type.stride(0),
         stride_pp=0 if position is None else position.stride(0),
-        stride_yt=y.stride(0),
         eps=eps,
-        HIDDEN=hidden,
-        BLOCK_H=block_h,
-        HAS_TOKEN_TYPE=token_type is not None,
-        HAS_TOKEN_TYPES=token_types is not None,
-        HAS_POSITION=position is not None,
-        **row_launch(block_h),
+        **hidden_launch(hidden),
     )
     return y
 
 
-embedding = torch.library.custom_op("unpadded::embedding", embedding_reference, mutates_args=())
-embedding.register_kernel("cuda", device_guard(embedding_triton))
-
-
-@embedding.register_fake
-def _(
-    input_ids: Tensor,
-    positions: Tensor,
-    token_types: Tensor | None,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    return word.new_empty(input_ids.shape[0], word.shape[1])
+embedding = operation(embedding_reference, cuda=embedding_triton)

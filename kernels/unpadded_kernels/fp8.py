@@ -9,7 +9,8 @@ Bound by memory: 3 bytes per element of 16 bits.
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard, tl, triton
+from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import tl, triton
 from unpadded_kernels.tiles import row_launch
 
 E4M3 = torch.float8_e4m3fn
@@ -52,19 +53,12 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.stride(1) != 1:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
     rows, scale = _empty_rows(x)
-    if total_tokens:
-        block_w = triton.next_power_of_2(width)
-        launch = row_launch(block_w)
-        _quantize_rows_kernel[(total_tokens,)](
-            x, rows, scale, stride_xt=x.stride(0), WIDTH=width, BLOCK_W=block_w, **launch
-        )
+    block_w = triton.next_power_of_2(width)
+    launch = row_launch(block_w)
+    _quantize_rows_kernel[(total_tokens,)](
+        x, rows, scale, stride_xt=x.stride(0), WIDTH=width, BLOCK_W=block_w, **launch
+    )
     return rows, scale
 
 
-quantize_rows = torch.library.custom_op("unpadded::quantize_rows", quantize_rows_reference, mutates_args=())
-quantize_rows.register_kernel("cuda", device_guard(quantize_rows_triton))
-
-
-@quantize_rows.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x)
+quantize_rows = operation(quantize_rows_reference, cuda=quantize_rows_triton)

@@ -1,17 +1,21 @@
-"""Residual add + LayerNorm, the last step of both halves of a layer.
+"""Residual add + LayerNorm or RMSNorm, the last step of both halves of a layer; LayerNorm of q and k.
 
-    h = x + residual,   y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
+    h = x + residual
+    LayerNorm:  y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
+    RMSNorm:    y = h * rsqrt(mean(h ** 2) + eps) * weight
 
-add_layer_norm returns y; pre_layer_norm also returns h, the residual of a pre-norm layer. Bound by memory: 6 and
-8 * hidden bytes per token in 16 bits.
+add_layer_norm returns y; pre_layer_norm and rms_norm also return h, the residual of a pre-norm layer. qk_norm_ applies
+LayerNorm, without a residual, to q and to k in packed qkv, each over all heads of a token. Bound by memory:
+6 * hidden bytes per token in 16 bits for add_layer_norm, 8 * hidden for the others.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.tiles import row_launch
+from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import tl, triton
+from unpadded_kernels.tiles import hidden_launch
 
 
 def add_layer_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -25,6 +29,23 @@ def pre_layer_norm_reference(
     """x, residual: [total_tokens, hidden]; weight, bias: [hidden]. Returns (y, h), both like x."""
     h = x.float() + residual.float()
     return F.layer_norm(h, weight.shape, weight.float(), bias.float(), eps).to(x.dtype), h.to(x.dtype)
+
+
+def rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual: [total_tokens, hidden], residual None for zeros; weight: [hidden]. Returns (y, h), both like x."""
+    h = x.float() + (0 if residual is None else residual.float())
+    return F.rms_norm(h, weight.shape, weight.float(), eps).to(x.dtype), h.to(x.dtype)
+
+
+def qk_norm_reference(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Normalize q and k in place.
+
+    qkv: [total_tokens, 3, heads, head_dim]; weight, bias: [2 * heads * head_dim], q's then k's.
+    """
+    for rows, row_weight, row_bias in zip(
+        qkv[:, :2].unbind(1), weight.float().chunk(2), bias.float().chunk(2), strict=True
+    ):
+        rows.copy_(F.layer_norm(rows.flatten(1).float(), row_weight.shape, row_weight, row_bias, eps).view(rows.shape))
 
 
 @triton.jit
@@ -41,7 +62,7 @@ def normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _add_layer_norm_kernel(
+def _norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -53,34 +74,49 @@ def _add_layer_norm_kernel(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    HAS_SUM: tl.constexpr,
 ):
     # int64: total_tokens * hidden exceeds 2**31 in one large batch
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < HIDDEN
     x = tl.load(x_ptr + token * stride_xt + h, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SUM:
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + token * stride_rt + h, mask=mask, other=0.0).to(tl.float32)
+    if sum_ptr is not None:
         tl.store(sum_ptr + token * HIDDEN + h, x, mask=mask)
-    y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
+    if bias_ptr is None:
+        weight = tl.load(weight_ptr + h, mask=mask, other=0.0).to(tl.float32)
+        y = x * (1 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)) * weight
+    else:
+        y = normalized(x, mask, weight_ptr, bias_ptr, h, eps, HIDDEN)
     tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
 
 
-def _launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor | None) -> Tensor:
-    """One program per row. The rows of x and residual may be strided, their elements may not."""
-    total_tokens, hidden = x.shape
-    if residual.shape != x.shape:
+@triton.jit
+def _qk_norm_kernel(
+    qkv_ptr, weight_ptr, bias_ptr, stride_qt, stride_qs, eps, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)  # q, then k
+    h = tl.arange(0, BLOCK_H)
+    mask = h < HIDDEN
+    row_ptrs = qkv_ptr + token * stride_qt + part * stride_qs + h
+    x = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
+    y = normalized(x, mask, weight_ptr + part * HIDDEN, bias_ptr + part * HIDDEN, h, eps, HIDDEN)
+    tl.store(row_ptrs, y, mask=mask)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, total: Tensor | None
+) -> Tensor:
+    """Launch one program per row, of RMSNorm if bias is None. x and residual may be strided by token."""
+    if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape, got {tuple(residual.shape)} and {tuple(x.shape)}")
-    if x.stride(1) != 1 or residual.stride(1) != 1 or not weight.is_contiguous() or not bias.is_contiguous():
-        raise ValueError(
-            f"rows must be contiguous, got strides {x.stride()} and {residual.stride()}: pass .contiguous()"
-        )
-    y = torch.empty((total_tokens, hidden), dtype=x.dtype, device=x.device)
-    if total_tokens == 0:
-        return y
-    block_h = triton.next_power_of_2(hidden)
-    _add_layer_norm_kernel[(total_tokens,)](
+    strides = [rows.stride() for rows in (x, residual, weight, bias) if rows is not None]
+    if any(stride[-1] != 1 for stride in strides):
+        raise ValueError(f"rows must be contiguous, got strides {strides}: pass .contiguous()")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _norm_kernel[(x.shape[0],)](
         x,
         residual,
         weight,
@@ -88,12 +124,9 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: floa
         y,
         total,
         stride_xt=x.stride(0),
-        stride_rt=residual.stride(0),
+        stride_rt=0 if residual is None else residual.stride(0),
         eps=eps,
-        HIDDEN=hidden,
-        BLOCK_H=block_h,
-        HAS_SUM=total is not None,
-        **row_launch(block_h),
+        **hidden_launch(x.shape[1]),
     )
     return y
 
@@ -103,23 +136,32 @@ def add_layer_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Ten
 
 
 def pre_layer_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _launch(x, residual, weight, bias, eps, total), total
 
 
-add_layer_norm = torch.library.custom_op("unpadded::add_layer_norm", add_layer_norm_reference, mutates_args=())
-add_layer_norm.register_kernel("cuda", device_guard(add_layer_norm_triton))
-pre_layer_norm = torch.library.custom_op("unpadded::pre_layer_norm", pre_layer_norm_reference, mutates_args=())
-pre_layer_norm.register_kernel("cuda", device_guard(pre_layer_norm_triton))
+def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return pre_layer_norm_triton(x, residual, weight, None, eps)
 
 
-@add_layer_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+def qk_norm_triton(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Launch one program per token for q and one for k. qkv may be strided by token; its heads must be contiguous."""
+    total_tokens, _, heads, head_dim = qkv.shape
+    hidden = heads * head_dim
+    if qkv.stride()[2:] != (head_dim, 1) or not weight.is_contiguous() or not bias.is_contiguous():
+        raise ValueError(f"the heads of a token must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
+    if weight.shape != (2 * hidden,) or bias.shape != (2 * hidden,):
+        raise ValueError(
+            f"weight and bias must be ({2 * hidden},), q's then k's, got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    _qk_norm_kernel[(total_tokens, 2)](
+        qkv, weight, bias, stride_qt=qkv.stride(0), stride_qs=qkv.stride(1), eps=eps, **hidden_launch(hidden)
+    )
 
 
-@pre_layer_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+add_layer_norm = operation(add_layer_norm_reference, cuda=add_layer_norm_triton)
+pre_layer_norm = operation(pre_layer_norm_reference, cuda=pre_layer_norm_triton)
+rms_norm = operation(rms_norm_reference, cuda=rms_norm_triton)
+qk_norm_ = operation(qk_norm_reference, cuda=qk_norm_triton, mutates_args=("qkv",))

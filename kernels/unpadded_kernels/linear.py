@@ -1,10 +1,9 @@
 """Linear layers: y = x @ weight.T + bias, optionally followed by the activation of an MLP.
 
-`linear` and `linear_activation` run the library's matmul, on CUDA with the activation as a second kernel.
-`linear_invariant` runs this project's kernel, which applies the activation in the same pass and always adds in the same
-order: a row's bits do not depend on the number of rows. On a CPU all three have this property; on CUDA cuBLAS chooses
-its kernel by the number of rows. The fused kernel serves `batch_invariant` and fp8 only: whether it is faster than
-cuBLAS has not been measured.
+`linear` runs the library's matmul. `linear_invariant` runs this project's kernel, which applies the activation in the
+same pass and always adds in the same order: a row's bits do not depend on the number of rows. On a CPU both have this
+property; on CUDA cuBLAS chooses its kernel by the number of rows. `linear_activation` runs the one or the other, with
+the activation as a second kernel after the library's matmul: see `choices`.
 
 Bound by arithmetic: 2 * in_features * out_features flops per token.
 """
@@ -13,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard
-from unpadded_kernels.activation import GATED, activation_reference, activation_triton
-from unpadded_kernels.linear_cpu import linear_activation_cpu, linear_cpu, linear_invariant_cpu
+from unpadded_kernels._operation import operation
+from unpadded_kernels.activation import activation_reference, activation_triton
+from unpadded_kernels.choices import chosen
+from unpadded_kernels.hopper import is_supported
+from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.linear_kernels import Epilogue, launch_linear
 
 
@@ -34,7 +35,9 @@ def linear_activation_reference(x: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def linear_activation_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return activation_triton(F.linear(x, weight, bias), kind)
+    if chosen("linear_activation", x) == "library":
+        return activation_triton(F.linear(x, weight, bias), kind)
+    return fused_linear("linear_activation", x, weight, Epilogue(bias=bias, kind=kind), x.dtype)
 
 
 def linear_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
@@ -43,25 +46,24 @@ def linear_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None, k
 
 
 def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    return launch_linear(x, weight, Epilogue(bias=bias, kind=kind), x.dtype)
+    return fused_linear("linear_invariant", x, weight, Epilogue(bias=bias, kind=kind), x.dtype)
 
 
-linear = torch.library.custom_op("unpadded::linear", linear_reference, mutates_args=())
-linear.register_kernel("cpu", linear_cpu)
-linear_activation = torch.library.custom_op("unpadded::linear_activation", linear_activation_reference, mutates_args=())
-linear_activation.register_kernel("cpu", linear_activation_cpu)
-linear_activation.register_kernel("cuda", device_guard(linear_activation_triton))
-linear_invariant = torch.library.custom_op("unpadded::linear_invariant", linear_invariant_reference, mutates_args=())
-linear_invariant.register_kernel("cpu", linear_invariant_cpu)
-linear_invariant.register_kernel("cuda", device_guard(linear_invariant_triton))
+def fused_linear(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """Return epilogue(x @ weight.T) in dtype from the kernel that `choices` has for the op."""
+    y = try_hopper(op, x, weight, epilogue, dtype)
+    return launch_linear(x, weight, epilogue, dtype) if y is None else y
 
 
-@linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def try_hopper(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor | None:
+    """Return the same from the kernel for sm_90, or None where it is not chosen or cannot run."""
+    if chosen(op, x) != "hopper" or not is_supported(x.device):
+        return None
+    from unpadded_kernels.hopper import linear as hopper  # needs Gluon
+
+    return hopper.linear_hopper(x, weight, epilogue, dtype) if hopper.fits(x, weight, epilogue, dtype) else None
 
 
-@linear_activation.register_fake
-@linear_invariant.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2 if kind in GATED else weight.shape[0])
+linear = operation(linear_reference, cpu=linear_cpu)
+linear_activation = operation(linear_activation_reference, cpu=linear_cpu, cuda=linear_activation_triton)
+linear_invariant = operation(linear_invariant_reference, cpu=linear_cpu, cuda=linear_invariant_triton)

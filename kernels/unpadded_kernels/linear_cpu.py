@@ -1,4 +1,4 @@
-"""CPU bodies of `linear` and `linear_activation`, through oneDNN where the processor and the dtype allow it.
+"""The CPU body of all linear layers (see `linear`), through oneDNN where the processor and the dtype allow it.
 
 A row of a result has the same bits whatever the number of rows. oneDNN and MKL choose their kernel by that number, so
 inputs are padded with rows of zeros, or computed in blocks of one size, wherever the choice would change the bits.
@@ -37,24 +37,16 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Prefer oneDNN: F.linear calls MKL in fp32, which is 2.3 times slower on an EPYC (2026-11)."""
     total_tokens = x.shape[0]
+    if total_tokens > 0 and onednn_supports(x.dtype) and (kind is None or kind in _ONEDNN_ACTIVATION):
+        return _onednn_linear(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
+    if kind is not None:
+        return activation_reference(linear_cpu(x, weight, bias), kind)
     if total_tokens == 0:
         return x.new_empty(0, weight.shape[0])
-    if onednn_supports(x.dtype):
-        return _onednn_linear(x, (weight,), bias, None)
-    return F.linear(_pad_rows(x, -(-total_tokens // 8) * 8), weight, bias)[:total_tokens]
-
-
-def linear_activation_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    if kind not in _ONEDNN_ACTIVATION or not onednn_supports(x.dtype) or x.shape[0] == 0:
-        return activation_reference(linear_cpu(x, weight, bias), kind)
-    return _onednn_linear(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
-
-
-def linear_invariant_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    return linear_cpu(x, weight, bias) if kind is None else linear_activation_cpu(x, weight, bias, kind)
+    return F.linear(pad_rows(x), weight, bias)[:total_tokens]
 
 
 def can_prepack(weight: Tensor) -> bool:
@@ -79,7 +71,7 @@ def unpack(parts: Sequence[Tensor]) -> Tensor:
 
 def linear_prepacked(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Return `linear`, or `linear_activation` when kind is not None, of a prepacked weight, with the same bits."""
-    return _onednn_linear(x, parts, bias, kind) if len(x) else x.new_empty(0, len(parts[0]))
+    return _onednn_linear(x, parts, bias, kind) if x.shape[0] else x.new_empty(0, len(parts[0]))
 
 
 def _onednn_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:
@@ -106,13 +98,15 @@ def _onednn_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, ki
 def _in_fixed_blocks(x: Tensor, out_features: int, linear: Callable[[Tensor], Tensor]) -> Tensor:
     """Return linear(x), [total_tokens, out_features], such that a row's bits do not depend on the number of rows."""
     if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
-        return linear(_pad_rows(x, _MIN_ROWS))[: len(x)]
-    y = x.new_empty(len(x), out_features)
+        return linear(pad_rows(x, _MIN_ROWS))[: x.shape[0]]
+    y = x.new_empty(x.shape[0], out_features)
     for rows, y_rows in zip(x.split(_AMX_ROWS), y.split(_AMX_ROWS), strict=True):
-        y_rows.copy_(linear(_pad_rows(rows, _AMX_ROWS))[: len(rows)])
+        y_rows.copy_(linear(pad_rows(rows, _AMX_ROWS))[: rows.shape[0]])
     return y
 
 
-def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    """Append rows of zeros up to `rows` in all."""
-    return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
+def pad_rows(x: Tensor, minimum: int = 0) -> Tensor:
+    """Append rows of zeros, up to one of few numbers, because oneDNN takes 0.2 ms to make a kernel for each."""
+    step = 8 if x.shape[0] < 128 else 32
+    rows = max(minimum, -(-x.shape[0] // step) * step)
+    return F.pad(x, (0, 0, 0, rows - x.shape[0])) if x.shape[0] < rows else x

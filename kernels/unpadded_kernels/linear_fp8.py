@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard
+from unpadded_kernels._operation import operation
 from unpadded_kernels.fp8 import E4M3, dequantize_rows
-from unpadded_kernels.linear import linear_invariant_reference
-from unpadded_kernels.linear_cpu import linear_invariant_cpu
-from unpadded_kernels.linear_kernels import Epilogue, launch_linear
+from unpadded_kernels.linear import fused_linear, linear_invariant_reference
+from unpadded_kernels.linear_cpu import linear_cpu
+from unpadded_kernels.linear_kernels import Epilogue
 
 
 def linear_fp8_reference(
@@ -55,17 +55,15 @@ def linear_fp8_triton(
     for name, scale, rows in (("x_scale", x_scale, x.shape[0]), ("weight_scale", weight_scale, weight.shape[0])):
         if scale.shape != (rows,):
             raise ValueError(f"{name} must be [{rows}], got {tuple(scale.shape)}: pass what quantize_rows returned")
-    return launch_linear(x, weight, Epilogue(scales=(x_scale, weight_scale), bias=bias, kind=kind), dtype)
+    epilogue = Epilogue(scales=(x_scale, weight_scale), bias=bias, kind=kind)
+    return fused_linear("linear_fp8", x, weight, epilogue, dtype)
 
 
-linear_fp8 = torch.library.custom_op(
-    "unpadded::linear_fp8",
+linear_fp8 = operation(
     linear_fp8_reference,
-    mutates_args=(),
+    # slower than fp32, since no CPU multiplies e4m3, but invariant to the batch
+    cpu=partial(linear_fp8_reference, linear=linear_cpu),
+    cuda=linear_fp8_triton,
     schema="(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? kind, ScalarType dtype)"
     " -> Tensor",
 )
-# Slower than fp32, since no CPU multiplies e4m3, but invariant to the batch.
-linear_fp8.register_kernel("cpu", partial(linear_fp8_reference, linear=linear_invariant_cpu))
-linear_fp8.register_kernel("cuda", device_guard(linear_fp8_triton))
-linear_fp8.register_fake(linear_fp8_reference)

@@ -1,36 +1,25 @@
-"""The kernel behind `linear_invariant`, `linear_rotary` and `linear_fp8`, and its launcher.
+"""The kernel behind `linear_invariant` and `linear_fp8`, and its launcher.
 
 As many programs as run at once take one tile of the result after the other. What follows the matmul happens on a tile's
 fp32 sums before they are stored: see `Epilogue`. Loads go through pointers or, from sm_90 on, tensor descriptors (TMA).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unpadded_kernels._triton import TensorDescriptor, tl, triton
 from unpadded_kernels.activation import GATED, KINDS, activate
-from unpadded_kernels.tiles import Tile, generation, linear_tile, multiprocessors
+from unpadded_kernels.tiles import generation, linear_tile, multiprocessors
 
 
 @triton.jit
-def matmul_tile(
-    x_ptrs,
-    weight_ptrs,
-    up_offset,
-    x_mask,
-    weight_mask,
-    IN: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def matmul_tile(x_ptrs, weight_ptrs, up_offset, x_mask, weight_mask, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K):
     """Return x @ weight.T in fp32 and, if GATED, x @ up.T, whose rows follow weight's by up_offset elements.
 
-    x_ptrs, x_mask: [BLOCK_M, 1], rows of x; weight_ptrs, weight_mask: [BLOCK_N, 1], rows of weight.
+    x_ptrs, x_mask: [BLOCK_M, 1], rows of x; weight_ptrs, weight_mask: [BLOCK_N, 1], rows of weight. The names in upper
+    case are constants.
     """
     k = tl.arange(0, BLOCK_K)[None, :]
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -47,17 +36,7 @@ def matmul_tile(
 
 
 @triton.jit
-def _matmul_tile_tma(
-    x_descriptor,
-    weight_descriptor,
-    token,
-    n,
-    IN: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _matmul_tile_tma(x_descriptor, weight_descriptor, token, n, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K):
     """Return the same for x's rows from token on and weight's rows from n on, weight being [1 or 2, OUT, IN].
 
     Gate and up are one tile of one matmul: ptxas serializes the wgmmas of two (C7515), each with its full latency.
@@ -74,24 +53,6 @@ def _matmul_tile_tma(
     return y, up
 
 
-@triton.jit
-def _apply_rotary(y, cos_sin_ptr, token, first_n, total_tokens, ROTARY_COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rotate the heads of a tile of qkv that start before column ROTARY_COLUMNS: those of q and k."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    BLOCK_M: tl.constexpr = y.shape[0]
-    HEADS: tl.constexpr = y.shape[1] // HEAD_DIM
-    # one thread of a tensor core's result holds both halves of a head: only the table moves between threads
-    halves = tl.permute(tl.reshape(y, [BLOCK_M, HEADS, 2, HALF]), [0, 1, 3, 2])
-    first_half, second_half = tl.split(halves)
-    cos_sin_ptrs = cos_sin_ptr + token[:, None] * HEAD_DIM + tl.arange(0, HALF)[None, :]
-    mask = (token < total_tokens)[:, None]
-    is_rotated = (first_n + tl.arange(0, HEADS) * HEAD_DIM < ROTARY_COLUMNS)[None, :, None]
-    cos = tl.where(is_rotated, tl.load(cos_sin_ptrs, mask=mask, other=0.0)[:, None, :], 1.0)
-    sin = tl.where(is_rotated, tl.load(cos_sin_ptrs + HALF, mask=mask, other=0.0)[:, None, :], 0.0)
-    halves = tl.join(first_half * cos - second_half * sin, second_half * cos + first_half * sin)
-    return tl.reshape(tl.permute(halves, [0, 1, 3, 2]), y.shape)
-
-
 @triton.jit(do_not_specialize=["total_tokens"])
 def _linear_kernel(
     x_source,
@@ -99,7 +60,6 @@ def _linear_kernel(
     weight_source,
     weight_scale_ptr,
     bias_ptr,
-    cos_sin_ptr,
     y_target,
     total_tokens,
     stride_xt,
@@ -109,18 +69,12 @@ def _linear_kernel(
     OUT: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x_source, weight_source, y_target: descriptors if TMA, else pointers. HEAD_DIM: 0 without rotary.
-
-    SCALED: whether each row of x and weight has an fp32 scale.
-    """
+    """x_source, weight_source, y_target: descriptors if TMA, else pointers. A pointer that is not used is None."""
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     tiles = tl.cdiv(total_tokens, BLOCK_M) * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -138,19 +92,17 @@ def _linear_kernel(
             y, up = matmul_tile(
                 x_ptrs, weight_ptrs, up_offset, token_mask, weight_mask, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
-        if SCALED:
+        if x_scale_ptr is not None:
             x_scale = tl.load(x_scale_ptr + token[:, None], mask=token_mask, other=0.0)
             y = y * x_scale * tl.load(weight_scale_ptr + n, mask=n_mask, other=0.0)[None, :]
             if GATED:
                 up = up * x_scale * tl.load(weight_scale_ptr + OUT + n, mask=n_mask, other=0.0)[None, :]
-        if HAS_BIAS:
+        if bias_ptr is not None:
             y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 up += tl.load(bias_ptr + OUT + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         if KIND is not None:
             y = activate(y, up, KIND)
-        if HEAD_DIM > 0:
-            y = _apply_rotary(y, cos_sin_ptr, token, first_n, total_tokens, OUT // 3 * 2, HEAD_DIM)
         if TMA:
             y_target.store([first_token, first_n], y.to(y_target.dtype))
         else:
@@ -164,7 +116,8 @@ class Epilogue:
     scales: tuple[Tensor, Tensor] | None = None  # fp32 [total_tokens] and [weight's rows], of operands in e4m3
     bias: Tensor | None = None  # [weight's rows]
     kind: str | None = None  # the activation; a gated one takes gate and up from the two halves of weight's rows
-    cos_sin: Tensor | None = None  # [total_tokens, head_dim] fp32: weight gives qkv, and q and k are rotated
+    # [total_tokens, head_dim] fp32: weight gives qkv, and q and k are rotated; only in the kernel for sm_90
+    cos_sin: Tensor | None = None
 
     @property
     def gated(self) -> bool:
@@ -173,8 +126,6 @@ class Epilogue:
     @property
     def tile_name(self) -> str:
         """The epilogue's name in the tables of `tiles`."""
-        if self.cos_sin is not None:
-            return "rotary"
         return "gated" if self.gated else "activation" if self.kind else "nothing"
 
 
@@ -184,16 +135,23 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
     x: [total_tokens, in_features]; weight: [out_features, in_features], twice as many rows if gated. Rows may be
     strided, their elements may not. The dimensions alone fix the tiles and the order of additions.
     """
-    _check_operands(x, weight, epilogue)
+    check_operands(x, weight, epilogue)
     total_tokens, (rows, in_features) = x.shape[0], weight.shape
     out_features = rows // 2 if epilogue.gated else rows
     y = torch.empty((total_tokens, out_features), dtype=dtype, device=x.device)
     if total_tokens == 0:
         return y
     tile = linear_tile(x.dtype, epilogue.tile_name, generation(x.device))
-    if tile.tma and not all(map(_can_be_described, (x, weight, y))):
+    if tile.tma and not all(map(can_be_described, (x, weight, y))):
         tile = linear_tile(x.dtype, epilogue.tile_name, 80)
-    x_source, weight_source, y_target = _descriptors(x, weight, y, tile) if tile.tma else (x, weight, y)
+    x_source, weight_source, y_target = x, weight, y
+    if tile.tma:
+        parts = rows // out_features  # 2 if gated: one load takes the same rows of gate and up
+        weight_source = TensorDescriptor.from_tensor(
+            weight.view(parts, out_features, in_features), [parts, tile.block_n, tile.block_k]
+        )
+        x_source = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
+        y_target = TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n])
     x_scale, weight_scale = epilogue.scales or (None, None)
     tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     _linear_kernel[(min(tiles, multiprocessors(x.device)),)](
@@ -202,7 +160,6 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
         weight_source,
         weight_scale,
         epilogue.bias,
-        epilogue.cos_sin,
         y_target,
         total_tokens=total_tokens,
         stride_xt=x.stride(0),
@@ -212,19 +169,13 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
         OUT=out_features,
         KIND=epilogue.kind,
         GATED=epilogue.gated,
-        SCALED=epilogue.scales is not None,
-        HAS_BIAS=epilogue.bias is not None,
-        HEAD_DIM=0 if epilogue.cos_sin is None else epilogue.cos_sin.shape[1],
         TMA=tile.tma,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         **tile.launch,
     )
     return y
 
 
-def _check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
+def check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
     if epilogue.kind is not None and epilogue.kind not in KINDS:
         raise ValueError(f"unknown activation {epilogue.kind!r}: use swiglu, geglu, gelu or gelu_tanh")
     bias = epilogue.bias
@@ -238,15 +189,6 @@ def _check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()} and {weight.stride()}: pass .contiguous()")
 
 
-def _can_be_described(tensor: Tensor) -> bool:
+def can_be_described(tensor: Tensor) -> bool:
     """Whether TMA's alignment of 16 bytes is met."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.itemsize % 16 == 0
-
-
-def _descriptors(x: Tensor, weight: Tensor, y: Tensor, tile: Tile) -> tuple[Any, Any, Any]:
-    parts = weight.shape[0] // y.shape[1]  # 2 if gated: one load takes the same rows of gate and up
-    return (
-        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-        TensorDescriptor.from_tensor(weight.view(parts, y.shape[1], x.shape[1]), [parts, tile.block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n]),
-    )

@@ -10,36 +10,25 @@ Bound by arithmetic: 4 * top_k * hidden * intermediate flops per token.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import device_guard, tl, triton
-from unpadded_kernels.activation import GATED, KINDS, activate
-from unpadded_kernels.linear import linear_activation_reference, linear_reference
-from unpadded_kernels.linear_cpu import linear_activation_cpu, linear_cpu
+from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import check_rows, tl, triton
+from unpadded_kernels.activation import activate
+from unpadded_kernels.linear import linear_invariant_reference
+from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.linear_kernels import matmul_tile
-from unpadded_kernels.tiles import expert_tile, generation, row_launch
+from unpadded_kernels.tiles import generation, hidden_launch, linear_tile
 
 # Tokens per program of the router's matmul, and its step along hidden.
 _ROUTE_T, _ROUTE_K = 64, 64
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-LinearActivation = Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
 
-
-def _route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Return token and weight of each choice, sorted by expert, and the number of choices per expert.
-
-    logits: [total_tokens, experts] fp32.
-    """
-    weight, expert = logits.softmax(-1).topk(top_k)
-    order = expert.flatten().argsort(stable=True)
-    counts = expert.flatten().bincount(minlength=logits.shape[1])
-    return order // top_k, weight.flatten()[order, None], counts.tolist()
-
-
-def _mix(
+def expert_mlp_reference(
     x: Tensor,
     router: Tensor,
     up: Tensor,
@@ -47,31 +36,23 @@ def _mix(
     bias: Tensor,
     top_k: int,
     kind: str,
-    linear: Linear,
-    linear_activation: LinearActivation,
+    linear: Callable[..., Tensor] = linear_invariant_reference,
 ) -> Tensor:
-    token, weight, counts = _route(linear(x.float(), router.float(), None), top_k)
+    """x: [total_tokens, hidden]; router: [experts, hidden]; up: [experts, intermediate, hidden]; bias: [hidden].
+
+    down: [experts, hidden, intermediate]; kind: gelu or gelu_tanh. Returns [total_tokens, hidden] in x's dtype.
+    """
+    weight, expert = linear(x.float(), router.float(), None).softmax(-1).topk(top_k)  # [total_tokens, top_k]
+    order = expert.flatten().argsort(stable=True)  # the choices by expert
+    counts = expert.flatten().bincount(minlength=len(router)).tolist()
+    token, weight = order // top_k, weight.flatten()[order, None]
     y = bias.float().repeat(x.shape[0], 1)
     pairs = zip(token.split(counts), weight.split(counts), up, down, strict=True)
     for expert_token, expert_weight, expert_up, expert_down in pairs:
-        hidden = linear_activation(x[expert_token], expert_up, None, kind)
+        hidden = linear(x[expert_token], expert_up, None, kind)
         # in the order of the experts, so that a token's sum has the same bits in any batch
         y.index_add_(0, expert_token, linear(hidden, expert_down, None) * expert_weight)
     return y.to(x.dtype)
-
-
-def expert_mlp_reference(
-    x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str
-) -> Tensor:
-    """x: [total_tokens, hidden]; router: [experts, hidden]; up: [experts, intermediate, hidden], or gate rows then up
-    rows when kind is gated; down: [experts, hidden, intermediate]; bias: [hidden]. Returns [total_tokens, hidden] in
-    x's dtype.
-    """
-    return _mix(x, router, up, down, bias, top_k, kind, linear_reference, linear_activation_reference)
-
-
-def expert_mlp_cpu(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str) -> Tensor:
-    return _mix(x, router, up, down, bias, top_k, kind, linear_cpu, linear_activation_cpu)
 
 
 @triton.jit(do_not_specialize=["total_tokens"])
@@ -119,13 +100,11 @@ def _expert_linear_kernel(
     stride_xt,
     stride_we,
     stride_wn,
-    stride_yc,
     CHOICES: tl.constexpr,
     EXPERTS: tl.constexpr,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     KIND: tl.constexpr,
-    GATED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,23 +128,15 @@ def _expert_linear_kernel(
     choice = tl.load(order_ptr + place, mask=mask, other=0)
     x_ptrs = x_ptr + (choice // CHOICES)[:, None] * stride_xt
     weight_ptrs = weight_ptr + expert.to(tl.int64) * stride_we + n[:, None] * stride_wn
-    y, up = matmul_tile(
-        x_ptrs, weight_ptrs, OUT * stride_wn, mask[:, None], (n < OUT)[:, None], IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    y, _ = matmul_tile(x_ptrs, weight_ptrs, 0, mask[:, None], (n < OUT)[:, None], IN, False, BLOCK_M, BLOCK_N, BLOCK_K)
     if KIND is not None:
-        y = activate(y, up, KIND)
-    tl.store(y_ptr + choice[:, None] * stride_yc + n[None, :], y, mask=mask[:, None] & (n < OUT)[None, :])
+        y = activate(y, y, KIND)
+    tl.store(y_ptr + choice[:, None] * OUT + n[None, :], y, mask=mask[:, None] & (n < OUT)[None, :])
 
 
 @triton.jit
 def _mix_kernel(
-    down_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    HIDDEN: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    down_ptr, weight_ptr, bias_ptr, y_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -181,28 +152,17 @@ def expert_mlp_triton(
     x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str
 ) -> Tensor:
     """Route, run up and down with one launch each for all experts, and mix. The dimensions alone fix the additions."""
-    (total_tokens, hidden), experts = x.shape, router.shape[0]
-    intermediate = down.shape[2]
-    if kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
-    wanted = {
-        "router": (router, (experts, hidden)),
-        "up": (up, (experts, intermediate * (2 if kind in GATED else 1), hidden)),
-        "down": (down, (experts, hidden, intermediate)),
-        "bias": (bias, (hidden,)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor.shape != shape or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} must be {shape} with contiguous rows, got {tuple(tensor.shape)}, strides {tensor.stride()}"
-            )
+    (total_tokens, hidden), (experts, _, intermediate) = x.shape, down.shape
+    if kind not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"activation {kind!r} of experts is not supported: use gelu or gelu_tanh")
+    check_rows("x", x, total_tokens, hidden)
+    check_rows("router", router, experts, hidden)
+    check_rows("up", up, experts, intermediate, hidden)
+    check_rows("down", down, experts, hidden, intermediate)
+    check_rows("bias", bias, hidden)
     if not 0 < top_k <= experts:
         raise ValueError(f"top_k must be in 1..{experts}, got {top_k}")
-    if x.stride(1) != 1:
-        raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
     y = torch.empty((total_tokens, hidden), dtype=x.dtype, device=x.device)
-    if total_tokens == 0:
-        return y
     weight = torch.empty((total_tokens, top_k), dtype=torch.float32, device=x.device)
     expert = torch.empty((total_tokens, top_k), dtype=torch.int16, device=x.device)  # 16 bits: two radix passes
     _route_kernel[(triton.cdiv(total_tokens, _ROUTE_T),)](
@@ -227,10 +187,7 @@ def expert_mlp_triton(
     offsets = torch.searchsorted(sorted_expert, every_expert, out_int32=True)  # of each expert's choices
     hidden_rows = _expert_linear(x, up, order, offsets, top_k, kind)
     down_rows = _expert_linear(hidden_rows, down, order, offsets, 1, None)
-    block_h = triton.next_power_of_2(hidden)
-    _mix_kernel[(total_tokens,)](
-        down_rows, weight, bias, y, HIDDEN=hidden, TOP_K=top_k, BLOCK_H=block_h, **row_launch(block_h)
-    )
+    _mix_kernel[(total_tokens,)](down_rows, weight, bias, y, TOP_K=top_k, **hidden_launch(hidden))
     return y
 
 
@@ -241,11 +198,10 @@ def _expert_linear(
 
     order: the choices sorted by expert; offsets: [experts + 1] int32, where each expert's choices start in order.
     """
-    experts, rows, in_features = weight.shape
-    gated = kind in GATED
-    out_features = rows // 2 if gated else rows
+    experts, out_features, in_features = weight.shape
     y = torch.empty((order.shape[0], out_features), dtype=x.dtype, device=x.device)
-    tile = expert_tile(x.dtype, gated, generation(x.device))
+    tile = linear_tile(x.dtype, "activation", generation(x.device))  # without descriptors, which cannot gather rows
+    tile = replace(tile, num_stages=min(tile.num_stages, 3))  # of 32 KB: two programs fit a multiprocessor of sm_90
     slots = order.shape[0] // tile.block_m + experts
     _expert_linear_kernel[(slots * triton.cdiv(out_features, tile.block_n),)](
         x,
@@ -256,27 +212,21 @@ def _expert_linear(
         stride_xt=x.stride(0),
         stride_we=weight.stride(0),
         stride_wn=weight.stride(1),
-        stride_yc=y.stride(0),
         CHOICES=choices_per_row,
         EXPERTS=experts,
         IN=in_features,
         OUT=out_features,
         KIND=kind,
-        GATED=gated,
         BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         **tile.launch,
     )
     return y
 
 
-expert_mlp = torch.library.custom_op("unpadded::expert_mlp", expert_mlp_reference, mutates_args=())
-expert_mlp.register_kernel("cpu", expert_mlp_cpu)
-expert_mlp.register_kernel("cuda", device_guard(expert_mlp_triton))
-
-
-@expert_mlp.register_fake
-def _(x: Tensor, router: Tensor, up: Tensor, down: Tensor, bias: Tensor, top_k: int, kind: str) -> Tensor:
-    return torch.empty_like(x)
+expert_mlp = operation(
+    expert_mlp_reference,
+    fake=lambda x, *_: torch.empty_like(x),
+    cpu=partial(expert_mlp_reference, linear=linear_cpu),
+    cuda=expert_mlp_triton,
+    schema="(Tensor x, Tensor router, Tensor up, Tensor down, Tensor bias, int top_k, str kind) -> Tensor",
+)

@@ -29,31 +29,28 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool = False  # whether loads go through tensor descriptors
-    # in full attention, whether a block's values are summed during the softmax of the next block, so that tensor cores
-    # and the other units work at the same time (FlashAttention-3, arXiv 2407.08608, 3.2)
-    overlap: bool = False
 
     @property
     def launch(self) -> dict[str, Any]:
+        """The block sizes as a kernel's constants, and the launch options."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        if self.block_k:
+            blocks["BLOCK_K"] = self.block_k
         # explicit, because Triton 3.10 changes the default, which would change the results' bits
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# (is the dtype fp32, head_dim rounded up to a power of two, generation)
+# (is the dtype fp32, head_dim rounded up to a power of two of at least 32, generation)
 ATTENTION = {
-    (False, 16, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (False, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (False, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (False, 128, 80): Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    (False, 16, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
-    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
-    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True, overlap=True),
-    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True, overlap=True),
-    (False, 16, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
     (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
     (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
     (False, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
-    (True, 16, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (True, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (True, 64, 80): Tile(block_m=32, block_n=16, num_warps=8, num_stages=2),
     (True, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
@@ -64,19 +61,15 @@ LINEAR = {
     (False, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
-    (False, "rotary", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (False, "nothing", 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
     (False, "activation", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "gated", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, "rotary", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "nothing", 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
     (False, "activation", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (False, "gated", 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=4, tma=True),
-    (False, "rotary", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
     (True, "nothing", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
     (True, "activation", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
     (True, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
-    (True, "rotary", 80): Tile(block_m=64, block_n=128, block_k=16, num_warps=8, num_stages=2),
 }
 
 # The same for e4m3 operands: (epilogue, generation). sm_80 has no e4m3; its entries are for sm_89.
@@ -92,18 +85,6 @@ LINEAR_FP8 = {
     ("gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
 }
 
-# The linear of each expert, without descriptors, which cannot gather rows: (is the dtype fp32, gated, generation)
-EXPERTS = {
-    (False, False, 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
-    (False, True, 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
-    (False, False, 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    (False, True, 90): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
-    (False, False, 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    (False, True, 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
-    (True, False, 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
-    (True, True, 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
-}
-
 
 def generation(device: torch.device) -> int:
     if device.type != "cuda":
@@ -117,9 +98,15 @@ def row_launch(block_h: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
+def hidden_launch(hidden: int) -> dict[str, Any]:
+    """Return the constants and launch options of a kernel with one program per row of `hidden` elements."""
+    block_h = 1 << (hidden - 1).bit_length()
+    return {"HIDDEN": hidden, "BLOCK_H": block_h, **row_launch(block_h)}
+
+
 def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
     fp32 = dtype == torch.float32
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_d = max(32, 1 << (head_dim - 1).bit_length())
     if (fp32, block_d, 80) not in ATTENTION:
         raise ValueError(f"attention has no kernel for head_dim {head_dim}: use one up to 128")
     return ATTENTION[fp32, block_d, 80 if fp32 else generation]
@@ -137,11 +124,6 @@ def linear_tile(dtype: torch.dtype, epilogue: str, generation: int) -> Tile:
         return LINEAR_FP8[epilogue, generation]
     fp32 = dtype == torch.float32
     return LINEAR[fp32, epilogue, 80 if fp32 else generation]
-
-
-def expert_tile(dtype: torch.dtype, gated: bool, generation: int) -> Tile:
-    fp32 = dtype == torch.float32
-    return EXPERTS[fp32, gated, 80 if fp32 else generation]
 
 
 def multiprocessors(device: torch.device) -> int:

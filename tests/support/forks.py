@@ -18,9 +18,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT 
 # when it runs the first custom operation). A line is [arguments, stdout, FIFO for stderr, setup], answered with a pid;
 # or a pid, answered with its exit status.
 FORK_SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import pyarrow.parquet, torch._dynamo, unpadded.bulk, unpadded.loading, unpadded.server.serve
 from unpadded.cli.main import main
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if the tests run under nohup
 for line in sys.stdin:
     request = json.loads(line)
     if isinstance(request, int):

@@ -38,10 +38,10 @@ class Server:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read_stderr)
         self._reader.start()
-        if not self._ready.wait(START_SECONDS) or not self.log:
+        if not self._ready.wait(START_SECONDS) or not any("url" in line for line in self.log):
             self.stop(signal.SIGKILL)
             raise AssertionError("".join(self.stderr))
-        self.url = self.log[0]["url"]
+        self.url = next(line["url"] for line in self.log if "url" in line)
         self.port = int(self.url.rpartition(":")[2])
 
     def _read_stderr(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from unpadded.bulk.job import Job, Totals, make_job, peak_memory, run_job
-from unpadded.bulk.readers import RejectedRow, Row, read_rows
-from unpadded.quantization import read_ranges
+from unpadded.bulk.job import Job, Totals, make_job, run_job
+from unpadded.bulk.readers import read_ranges, read_rows
+from unpadded.bulk.rows import RejectedRow, Row
 
-__all__ = ["Job", "RejectedRow", "Row", "Totals", "make_job", "peak_memory", "read_ranges", "read_rows", "run_job"]
+__all__ = ["Job", "RejectedRow", "Row", "Totals", "make_job", "read_ranges", "read_rows", "run_job"]

@@ -23,19 +23,18 @@ class AtomicFile:
 
     def commit(self) -> None:
         """Sync the file to disk, then rename it to its final name."""
-        try:
+        with write_errors(self._display_name):
             sync_file(self.file, self._display_name)
             self.file.close()
             os.replace(self._temporary, self._final)
             sync_folder(self._final.parent)
-        except OSError as error:
-            raise write_error(self._display_name, error) from error
 
     def abandon(self) -> None:
         """Remove the file unless it was committed."""
-        with contextlib.suppress(OutputError):  # a failed write fails again when the buffer is flushed
+        with contextlib.suppress(OutputError, OSError):  # a failed write fails again when the buffer is flushed
             self.file.close()
-        self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -51,11 +50,9 @@ def atomic_file(final: Path, temporary: Path, display_name: str) -> Iterator[Bin
 
 def sync_file(file: BinaryIO | io.BufferedWriter, display_name: str) -> None:
     """Flush a file and wait until its contents are on disk."""
-    try:
+    with write_errors(display_name):
         file.flush()
         os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(display_name, error) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,16 +94,21 @@ class OutputFile(io.FileIO):
 
     def __init__(self, path: Path, display_name: str, mode: str = "wb") -> None:
         self._display_name = display_name
-        try:
+        with write_errors(display_name):
             super().__init__(path, mode)
-        except OSError as error:
-            raise write_error(display_name, error) from error
 
     def write(self, data: Any) -> int:
-        try:
+        with write_errors(self._display_name):
             return super().write(data)
-        except OSError as error:
-            raise write_error(self._display_name, error) from error
+
+
+@contextlib.contextmanager
+def write_errors(display_name: str) -> Iterator[None]:
+    """Raise OutputError for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(display_name, error) from error
 
 
 def write_error(display_name: str, error: OSError) -> OutputError:

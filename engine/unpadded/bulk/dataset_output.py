@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unpadded.bulk.atomic_files import AtomicFile, OutputFile, lock_folder, sync_file, sync_folder, write_error
+from unpadded.bulk.atomic_files import AtomicFile, OutputFile, lock_folder, sync_file, sync_folder, write_errors
 from unpadded.bulk.manifest import check_same_run, read_manifest, write_manifest
-from unpadded.bulk.readers import ReadPosition, RejectedRow, Row
+from unpadded.bulk.rows import ReadPosition, RejectedRow, Row
 from unpadded.bulk.writers import Block, OutputColumns, ParquetWriter, reject_line
 from unpadded.errors import OutputError
 
@@ -46,9 +46,10 @@ class DatasetOutput:
         self._rows = self._tokens = self._truncated = 0
         self._last_row: Row | None = None
         self._lock: int | None = None  # a descriptor of the folder
-        self._exists = self._folder.exists()
+        self._exists = os.path.lexists(self._folder)
         try:
-            self._open_folder(resume)
+            with write_errors(name):
+                self._open_folder(resume)
         except OutputError:
             self.abandon()
             raise
@@ -58,11 +59,12 @@ class DatasetOutput:
         parts = self._manifest["parts"]
         if parts:
             check_same_run(self._manifest["run"], run, self._name)
-        for part in parts:
-            path = self._folder / part["file"]
-            if not path.exists() or path.stat().st_size != part["bytes"]:
-                raise OutputError(f"a finished part is missing or changed: {str(path)!r}; write to another folder")
-        self._truncate_rejects()
+        with write_errors(self._name):
+            for part in parts:
+                path = self._folder / part["file"]
+                if not path.exists() or path.stat().st_size != part["bytes"]:
+                    raise OutputError(f"a finished part is missing or changed: {str(path)!r}; write to another folder")
+            self._truncate_rejects()
         self.reject_bytes = self._manifest["rejects"]
         self._manifest["run"] = run
         return ReadPosition(*parts[-1]["next"]) if parts else ReadPosition()
@@ -95,7 +97,8 @@ class DatasetOutput:
         if self._rejects is None:
             self._make_folder()
             self._rejects = io.BufferedWriter(OutputFile(self._folder / REJECTS, self._name, "ab"))
-            sync_folder(self._folder)
+            with write_errors(self._name):
+                sync_folder(self._folder)
         line = reject_line(row)
         self._rejects.write(line)
         self.reject_bytes += len(line)
@@ -115,7 +118,8 @@ class DatasetOutput:
         if self._rejects is not None:
             with contextlib.suppress(OutputError):  # a failed write fails again when the buffer is flushed
                 self._rejects.close()
-            self._truncate_rejects()
+            with write_errors(self._name):
+                self._truncate_rejects()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -163,9 +167,7 @@ class DatasetOutput:
         counts = {"rows": self._rows, "tokens": self._tokens, "truncated": self._truncated}
         size = (self._folder / name).stat().st_size
         last = self._last_row
-        position = (
-            ReadPosition() if last is None else ReadPosition(last.number + 1, last.input_index, last.row_in_input)
-        )
+        position = ReadPosition() if last is None else last.next_position
         self._manifest["parts"].append({"file": name, "bytes": size, **counts, "next": position})
         self._sync_rejects(0 if last is None else last.reject_bytes)
         self._rows = self._tokens = self._truncated = 0
@@ -191,12 +193,10 @@ class DatasetOutput:
     def _make_folder(self) -> None:
         if self._exists:
             return
-        try:
+        with write_errors(self._name):
             self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise write_error(self._name, error) from error
-        self._exists = True
-        self._lock = lock_folder(self._folder, self._name)
+            self._exists = True
+            self._lock = lock_folder(self._folder, self._name)
 
     def _write_manifest(self) -> None:
         self._make_folder()

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from unpadded.bulk.atomic_files import write_error
 from unpadded.bulk.dataset_output import PART_ROWS, DatasetOutput, open_dataset_output
 from unpadded.bulk.file_output import (
+    DESCRIPTION_ENDING,
     OUTPUT_EXTENSIONS,
+    REJECTS_ENDING,
     FileOutput,
     import_pyarrow,
     open_file_output,
     output_extension,
 )
-from unpadded.bulk.manifest import describe_run
-from unpadded.bulk.progress import EstimatedTexts, ReadProgress
-from unpadded.bulk.readers import (
-    DEFAULT_COLUMN,
-    STDIN,
-    TABLE_EXTENSIONS,
-    ReadPosition,
-    Row,
-    column_types,
-    expand_inputs,
-    extension,
-    is_gzip,
-    read_rows,
-)
+from unpadded.bulk.formats import STDIN, TABLE_EXTENSIONS, compression, expand_inputs, extension
+from unpadded.bulk.manifest import describe_input, describe_run, describe_vectors
+from unpadded.bulk.progress import EstimatedTexts, ReadProgress, periodic_reports
+from unpadded.bulk.readers import column_types, read_rows
+from unpadded.bulk.rows import DEFAULT_COLUMN, ReadPosition, Row, check_columns, text_file_columns
 from unpadded.bulk.writers import RESULT_COLUMNS, Block, OutputColumns
 from unpadded.errors import InputError, OptionError
 
@@ -44,8 +36,7 @@ if TYPE_CHECKING:
     from unpadded.engine import Engine
 
 Output: TypeAlias = DatasetOutput | FileOutput
-PROCESS_STATUS = Path("/proc/self/status")
-PADDED_BATCH_TEXTS = 32  # per batch of the padding engine that Totals.padding_avoided compares with
+PADDED_BATCH_TEXTS = 32  # per batch of the padding engine that Totals.padding_factor compares with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +50,7 @@ class Job:
     on_error: Literal["raise", "skip"]
     part_rows: int
     resume: bool
+    overwrite: bool
 
     @property
     def output_name(self) -> str:
@@ -76,6 +68,10 @@ class Job:
     def writes_parquet(self) -> bool:
         return self.writes_dataset or (self.output is not None and output_extension(self.output) == ".parquet")
 
+    @property
+    def writes_npy(self) -> bool:
+        return self.output is not None and not self.writes_dataset and output_extension(self.output) == ".npy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
@@ -84,10 +80,12 @@ class Totals:
     texts: int = 0
     tokens: int = 0
     truncated: int = 0
-    skipped: int = 0
+    skipped: int = 0  # rows that were rejected
+    blank_lines: int = 0  # of the inputs; they are no rows
     resumed: int = 0  # texts embedded by earlier runs of the job
-    padding_avoided: float = 0.0  # fraction of the tokens of padded batches in input order
+    padding_factor: float = 1.0  # tokens of padded batches in input order, per token
     seconds: float = 0.0  # without loading the model
+    tokens_per_second: float | None = None  # after the first block, whose time includes warm-up; None for one block
 
 
 def make_job(
@@ -100,19 +98,21 @@ def make_job(
     on_error: Literal["raise", "skip"] = "raise",
     part_rows: int | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Job:
-    """Return a job whose options are consistent with each other and with its inputs.
+    """Return a job whose options are consistent with each other and with its inputs. The output - is stdout.
 
     Raises OptionError or InputError, before a model is loaded.
     """
     job = Job(
         inputs=tuple(expand_inputs(inputs)),
-        output=output,
+        output=None if output == STDIN else output,
         column=column or DEFAULT_COLUMN,
         columns=OutputColumns(id_column, tuple(carried_columns)),
         on_error=on_error,
         part_rows=PART_ROWS if part_rows is None else part_rows,
         resume=resume,
+        overwrite=overwrite,
     )
     _check_output(job, inputs)
     _check_options(job, column, part_rows)
@@ -133,12 +133,32 @@ def _check_output(job: Job, inputs: Sequence[str]) -> None:
             f"the output has an unknown extension: {output!r}; use one of {', '.join(OUTPUT_EXTENSIONS)}, or a folder "
             f"such as {output + '/'!r}"
         )
+    _check_existing_output(job, output)
     sources = [name for name in (*inputs, *job.inputs) if name != STDIN and os.path.exists(name)]
     if os.path.exists(output) and any(os.path.samefile(name, output) for name in sources):
         raise OptionError(f"the output would replace an input: {output!r}; pass another name")
     for folder in filter(os.path.isdir, inputs):
         if os.path.realpath(output).startswith(os.path.join(os.path.realpath(folder), "")):
             raise OptionError(f"the output is inside an input folder: {output!r} in {folder!r}; pass another folder")
+
+
+def _check_existing_output(job: Job, output: str) -> None:
+    """Raise unless the output is new, a folder, or a file that may be overwritten. A link to itself raises too."""
+    names = [output]
+    if not job.writes_dataset:
+        names += [output + REJECTS_ENDING] * (job.on_error == "skip") + [output + DESCRIPTION_ENDING] * job.writes_npy
+    for name in names:
+        try:
+            mode = os.stat(name).st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise write_error(name, error) from error
+        if not job.writes_dataset and not stat.S_ISDIR(mode):
+            if not stat.S_ISREG(mode):
+                raise OptionError(f"the output is not a regular file: {name!r}; pass -o - and redirect stdout to it")
+            if not job.overwrite:
+                raise OptionError(f"the output exists: {name!r}; pass --overwrite, or another name")
 
 
 def _check_options(job: Job, column: str | None, part_rows: int | None) -> None:
@@ -162,12 +182,16 @@ def _check_options(job: Job, column: str | None, part_rows: int | None) -> None:
             f"--resume cannot read standard input again: {STDIN!r}; pass files",
         ),
         (
+            job.overwrite and (job.writes_dataset or job.output is None),
+            f"--overwrite needs a single file as output: {job.output_name!r}; omit it, or delete the folder first",
+        ),
+        (
             job.on_error == "skip" and job.output is None,
             f"--on-error skip cannot write rejected rows to {job.output_name!r}; pass an output with -o",
         ),
         (
-            column is not None and not tables,
-            f"--column {column!r} applies to .jsonl, .csv and .parquet, and no input is one of these; omit it",
+            column not in (None, DEFAULT_COLUMN) and not tables,
+            f"--column {column!r} applies to {', '.join(TABLE_EXTENSIONS)}, and no input is one of these; omit it",
         ),
     )
     for is_broken, message in rules:
@@ -179,9 +203,7 @@ def _check_parquet(job: Job) -> None:
     if job.writes_parquet:
         import_pyarrow(f"writing {job.output!r}")
     for name in job.inputs:
-        if extension(name) == ".parquet":
-            if is_gzip(name):
-                raise InputError(f"a gzipped Parquet file cannot be read in parts: {name!r}; decompress it")
+        if extension(name) == ".parquet" or compression(name) == ".zst":
             import_pyarrow(f"reading {name!r}")
 
 
@@ -193,29 +215,38 @@ def _check_columns(job: Job) -> None:
         )
     for name in job.inputs:
         if extension(name) not in TABLE_EXTENSIONS:
-            raise OptionError(f"a text file has no columns: {names} of {name!r}; omit --id-column and --carry")
+            check_columns(name, job.columns.extra_columns, text_file_columns(job.column))
     check_carried_columns(job.columns.carried_columns)
 
 
 def check_carried_columns(names: Sequence[str]) -> None:
-    """Raise OptionError for a column that the output would have twice."""
+    """Raise OptionError for a column that the output would have twice, and for a name that is not UTF-8."""
     for name in names:
+        if name.encode(errors="replace").decode() != name:
+            raise OptionError(f"a column's name is not UTF-8: {name!r}; rename it")
         if name in RESULT_COLUMNS or names.count(name) > 1:
             raise OptionError(f"the output would have a column twice: {name!r}; omit it from --carry")
 
 
-def run_job(job: Job, load: Callable[[], Engine], **options: Any) -> Totals:
-    """Load the engine and run the job; `options` are those of `Engine.stream`."""
-    columns = job.columns._replace(precision=options.get("precision", "float32"))
+def run_job(job: Job, load: Callable[[], Engine], *, show_progress: bool | None = None, **options: Any) -> Totals:
+    """Load the engine and run the job; `options` are those of `Engine.stream`.
+
+    show_progress: draw a bar; None draws it on a terminal and in a notebook, and logs a line every 30 s elsewhere.
+    """
+    columns = job.columns._replace(precision=options.get("precision", "float32"), description={})
     with _open_output(job, columns) as output:
         engine = load()
+        if job.writes_parquet or job.writes_npy:
+            columns.description.update(describe_vectors(engine, options), column=job.column)
+        if job.writes_npy and STDIN not in job.inputs:  # where a search finds the texts
+            columns.description["inputs"] = [describe_input(name) for name in job.inputs]
         start, resumed = ReadPosition(), 0
         if isinstance(output, DatasetOutput):
             run = describe_run(engine, job.inputs, job.column, job.columns, job.part_rows, options)
             start, resumed = output.begin(run), output.rows
             if output.finished:
                 return Totals(resumed=resumed)
-        totals = _embed(engine, job, output, start, options)
+        totals = _embed(engine, job, output, start, show_progress, options)
         output.finish()
     return replace(totals, resumed=resumed)
 
@@ -226,12 +257,15 @@ def _open_output(job: Job, columns: OutputColumns) -> AbstractContextManager[Out
     return open_file_output(job.output, columns, rejects=job.on_error == "skip")
 
 
-def _embed(engine: Engine, job: Job, output: Output, start: ReadPosition, options: dict[str, Any]) -> Totals:
+def _embed(
+    engine: Engine, job: Job, output: Output, start: ReadPosition, show: bool | None, options: dict[str, Any]
+) -> Totals:
     pending: deque[Row] = deque()  # rows that were read and are not embedded yet
     count = tokens = truncated = skipped = 0
     padding = _PaddingCounter()
     progress = ReadProgress(job.inputs)
     started = time.perf_counter()
+    first_block = (0, 0.0)  # its tokens, and the time at its end
 
     def texts() -> Iterator[str]:
         nonlocal skipped
@@ -246,24 +280,32 @@ def _embed(engine: Engine, job: Job, output: Output, start: ReadPosition, option
                 output.reject(row)
                 skipped += 1
 
-    for block in engine.stream(EstimatedTexts(texts(), progress), show_progress=None, **options):
-        rows = [pending.popleft() for _ in block.vectors]
-        output.write(Block(rows, block.vectors, block.token_counts, block.truncated))
-        padding.add(block.token_counts)
-        count += len(rows)
-        tokens += int(block.token_counts.sum())
-        truncated += int(block.truncated.sum())
+    estimated = EstimatedTexts(texts(), progress)
+    with periodic_reports(estimated) if show is None else nullcontext(show) as shown:
+        for block in engine.stream(estimated, show_progress=shown, **options):
+            rows = [pending.popleft() for _ in block.vectors]
+            output.write(Block(rows, block.vectors, block.token_counts, block.truncated))
+            padding.add(block.token_counts)
+            count += len(rows)
+            tokens += int(block.token_counts.sum())
+            truncated += int(block.truncated.sum())
+            if not first_block[1]:
+                first_block = tokens, time.perf_counter()
     assert not pending, len(pending)
     if count == 0:
         empty = engine.embed([], show_progress=False, **options)
         output.write_empty(Block([], empty.vectors, empty.token_counts, empty.truncated))
+    ended = time.perf_counter()
+    later_tokens = tokens - first_block[0]
     return Totals(
         texts=count,
         tokens=tokens,
         truncated=truncated,
         skipped=skipped,
-        padding_avoided=padding.fraction(tokens),
-        seconds=time.perf_counter() - started,
+        blank_lines=progress.blank_lines,
+        padding_factor=padding.factor(tokens),
+        seconds=ended - started,
+        tokens_per_second=later_tokens / (ended - first_block[1]) if later_tokens else None,
     )
 
 
@@ -281,19 +323,7 @@ class _PaddingCounter:
         self._padded_tokens += PADDED_BATCH_TEXTS * int(longest.sum())
         self._partial_batch = counts[full:]
 
-    def fraction(self, tokens: int) -> float:
-        """Return the fraction of padding among the padded tokens; `tokens` is the number without padding."""
+    def factor(self, tokens: int) -> float:
+        """Return the padded tokens per token; `tokens` is the number without padding."""
         padded = self._padded_tokens + len(self._partial_batch) * int(self._partial_batch.max(initial=0))
-        return 1 - tokens / padded if padded else 0.0
-
-
-def peak_memory() -> int | None:
-    """Return the peak host memory of this process in bytes, or None if the system does not report it."""
-    if PROCESS_STATUS.exists():  # on Linux, ru_maxrss starts at the parent's value
-        found = re.search(r"VmHWM:\s+(\d+) kB", PROCESS_STATUS.read_text())
-        return int(found[1]) * 1024 if found else None
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return padded / tokens if tokens else 1.0

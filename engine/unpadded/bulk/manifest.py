@@ -17,12 +17,23 @@ from unpadded.bulk.writers import OutputColumns
 from unpadded.errors import InputError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    from unpadded.checkpoint.reader import Checkpoint
     from unpadded.engine import Engine
 
 FORMAT = 1
 SAMPLES = 64  # of a model file, evenly spaced, including its first and last bytes
 SAMPLE_BYTES = 65536
-SMALL_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+SMALL_MODEL_FILES = (
+    "adapter_config.json",
+    "config.json",
+    "tokenizer*.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "*.model",
+)
+MANIFEST_TYPES = {"run": dict, "parts": list, "rejects": int, "finished": bool}
+PART_TYPES = {"file": str, "bytes": int, "rows": int, "next": list}
 FREE_TO_CHANGE = ("token_budget", "defaults")  # entries of Engine.describe that change no vector
 
 
@@ -35,15 +46,12 @@ def describe_run(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what must be the same in a run and in the runs that resume it, as JSON values."""
-    checkpoint = engine.checkpoint
-    weights = [*checkpoint.weight_files, *(dense.weight_file for dense in checkpoint.dense)]
-    small = [path for name in SMALL_MODEL_FILES if (path := checkpoint.folder / name).exists()]
     ranges = options.get("ranges")
     run = {
         "format": FORMAT,
         "unpadded": unpadded.__version__,
         "model": {name: value for name, value in engine.describe().items() if name not in FREE_TO_CHANGE},
-        "model_files": {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]},
+        "model_files": _model_files(engine.checkpoint),
         "settings": options | {"ranges": None if ranges is None else np.asarray(ranges).tolist()},
         "layout": {
             "part_rows": part_rows,
@@ -52,10 +60,31 @@ def describe_run(
             "carry": list(columns.carried_columns),
             "types": [str(kind) for kind in columns.types],
         },
-        "inputs": [_describe_input(name) for name in inputs],
+        "inputs": [describe_input(name) for name in inputs],
     }
     as_json: dict[str, Any] = json.loads(json.dumps(run))
     return as_json
+
+
+def describe_vectors(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what a search must know to embed a question as the texts were embedded, as JSON values."""
+    files = json.dumps(_model_files(engine.checkpoint), sort_keys=True)
+    settings = {name: value for name, value in options.items() if name != "ranges"}
+    dimensions = options.get("dimensions") or engine.dimensions
+    return {
+        "model": engine.checkpoint.name,
+        "model_sha256_of_samples": hashlib.sha256(files.encode()).hexdigest(),
+        "settings": settings | {"dimensions": dimensions},
+        "unpadded": unpadded.__version__,
+    }
+
+
+def _model_files(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a fingerprint of each file of a model that determines its vectors."""
+    weights = [*checkpoint.weight_files, *checkpoint.lora_files, *(dense.weight_file for dense in checkpoint.dense)]
+    weights += [checkpoint.adapter.file] if checkpoint.adapter else []
+    small = [path for pattern in SMALL_MODEL_FILES for path in checkpoint.folder.glob(pattern)]
+    return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]}
 
 
 def check_same_run(previous: dict[str, Any], current: dict[str, Any], display_name: str) -> None:
@@ -71,13 +100,18 @@ def read_manifest(path: Path, display_name: str) -> dict[str, Any]:
     """Read the manifest of a dataset."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(
             f"the manifest cannot be read: {display_name!r} ({error}); write to another folder"
         ) from error
-    if not isinstance(manifest, dict) or not {"run", "parts", "finished", "rejects"} <= manifest.keys():
+    if not _has_types(manifest, MANIFEST_TYPES) or not all(_has_types(part, PART_TYPES) for part in manifest["parts"]):
         raise OutputError(f"the manifest was not written by unpadded: {display_name!r}; write to another folder")
-    return manifest
+    found: dict[str, Any] = manifest
+    return found
+
+
+def _has_types(values: Any, types: dict[str, type]) -> bool:
+    return isinstance(values, dict) and all(type(values.get(name)) is kind for name, kind in types.items())
 
 
 def write_manifest(path: Path, manifest: dict[str, Any], display_name: str) -> None:
@@ -86,7 +120,7 @@ def write_manifest(path: Path, manifest: dict[str, Any], display_name: str) -> N
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
-def _describe_input(name: str) -> dict[str, Any]:
+def describe_input(name: str) -> dict[str, Any]:
     found = os.stat(name)
     return {"path": os.path.abspath(name), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
 

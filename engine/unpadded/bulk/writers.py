@@ -9,10 +9,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from unpadded.bulk.atomic_files import write_error
-from unpadded.bulk.readers import RejectedRow, Row
+from unpadded.bulk.rows import RejectedRow, Row
 from unpadded.errors import OptionError
 
 GROUP_ROWS = 4096  # rows per Parquet row group: small groups make files slow to read
+DESCRIPTION_KEY = "unpadded"  # in the metadata of a Parquet schema
 RESULT_COLUMNS = ("id", "embedding", "tokens", "truncated")
 
 
@@ -48,6 +49,7 @@ class OutputColumns(NamedTuple):
     carried_columns: tuple[str, ...] = ()
     types: tuple[Any, ...] = ()  # Arrow types of `extra_columns`
     precision: str = "float32"
+    description: Any = None  # of the vectors, for a search: a dict that run_job fills when the model is loaded
 
     @property
     def extra_columns(self) -> list[str]:
@@ -148,11 +150,18 @@ class ParquetWriter:
         )
         # The Arrow type does not tell packed bits from int8 and uint8.
         field = table.schema.field("embedding").with_metadata({"precision": columns.precision})
-        table = table.cast(table.schema.set(table.schema.names.index("embedding"), field))
+        schema = table.schema.set(table.schema.names.index("embedding"), field)
+        table = table.cast(schema.with_metadata({DESCRIPTION_KEY: json.dumps(columns.description)}))
         if self._parquet is None:
             # A dictionary for the embedding column would store every vector twice.
             dictionary = ["id", *columns.carried_columns]
-            self._parquet = pq.ParquetWriter(self._file, table.schema, compression="zstd", use_dictionary=dictionary)
+            self._parquet = pq.ParquetWriter(
+                self._file,
+                table.schema,
+                compression="zstd",
+                use_dictionary=dictionary,
+                write_page_checksum=True,
+            )
         self._parquet.write_table(table, row_group_size=GROUP_ROWS)
         self._blocks.clear()
         self._buffered_rows = 0

@@ -1,31 +1,18 @@
 """Download the files of a checkpoint from the Hugging Face hub: only those that are read, no pickles, no Python."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unpadded.errors import CheckpointError
 
-FILES = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "sentence_*_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
-PATTERNS = (
-    *FILES,
-    *(f"[0-9]_*/{name}" for name in FILES),
-    "*/adapter_config.json",
-    "*/adapter_model.safetensors",
-    "modules.json",
-    "config_sentence_transformers.json",
-)
+_FILES = """
+    *.model added_tokens.json config.json merges.txt model.safetensors model.safetensors.index.json
+    model-*-of-*.safetensors sentence_*_config.json special_tokens_map.json tokenizer.json tokenizer_config.json
+    vocab.json vocab.txt
+"""
+FILES = _FILES.split()  # of the encoder and its tokenizer, in the root or in the folder of a module
+PATTERNS = [*FILES, *(f"[0-9]_*/{name}" for name in FILES), "*adapter_config.json", "*adapter_model.safetensors"]
+PATTERNS += ["modules.json", "config_sentence_transformers.json"]
 
 
 def fetch(model: str, revision: str | None, **options: Any) -> Path:
@@ -33,17 +20,17 @@ def fetch(model: str, revision: str | None, **options: Any) -> Path:
 
     options: cache_dir, token and local_files_only of huggingface_hub.snapshot_download.
     """
-    import httpx  # a dependency of huggingface_hub, which lets errors of the connection and of proxies through
     import huggingface_hub  # importing it takes a second, and a local folder does not need it
     from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # of httpx, or of httpx2 from huggingface_hub 2 on, which lets its errors of the connection and of proxies through
+    http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     # without it, snapshot_download asks the hub which files a commit has, even offline
     options["local_files_only"] = options.get("local_files_only") or HF_HUB_OFFLINE
     try:
-        return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS), **options)
-        )
-    except (httpx.HTTPError, OSError, ValueError) as error:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=PATTERNS, **options))
+    except (http_error, OSError, ValueError) as error:
         raise CheckpointError(
             f"model {model!r} (revision {revision!r}) is not a local folder and cannot be fetched from the hub: "
             f"{type(error).__name__}: {str(error).strip()}\n"

@@ -1,98 +1,110 @@
-"""Read values of a JSON configuration by key and type.
-
-Every ConfigError names the key, the value found and what to do.
-"""
-
-from __future__ import annotations
+"""Read values of a JSON configuration by key and type."""
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+import os
+import stat
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
+from unpadded.checkpoint.spec import Rotary
 from unpadded.errors import CheckpointError, ConfigError
 
-T = TypeVar("T")
+T = TypeVar("T", bool, int, float, str)
 Config: TypeAlias = Mapping[str, Any]
 
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+JSON_BYTES, JSON_DEPTH = 2**24, 64  # far above any published configuration
+# Names are made for every layer before they are compared with the weights.
+LAYER_KEYS, MAX_LAYERS = ("num_hidden_layers", "n_layer"), 1000
+
+
+def open_file(path: Path, limit: float = math.inf) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes; CheckpointError for any other, since reading a FIFO would block."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+            return path.open("rb")
+        size, kind = status.st_size, stat.filemode(status.st_mode)
+        reason = f"{size} bytes with mode {kind} are not a regular file of at most {limit:.0f} bytes"
+    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
+        reason = error.strerror or "" if isinstance(error, OSError) else str(error)
+    raise CheckpointError(f"{path} cannot be read: {reason}; check the folder")
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in a file; CheckpointError if it cannot be read, ConfigError if it is not JSON."""
+    """Return the JSON value in a file; CheckpointError if it cannot be read, ConfigError if it is not JSON.
+
+    NaN, infinite numbers, lone surrogates and values nested deeper than JSON_DEPTH are rejected, too.
+    """
+    with open_file(path, JSON_BYTES) as file:
+        content = file.read()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the folder") from error
-    except ValueError as error:
+        value = json.loads(content.decode())
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        level = [value]
+        for _ in range(JSON_DEPTH):
+            groups = [list(outer.values()) if isinstance(outer, dict) else outer for outer in level]
+            level = [inner for group in groups if isinstance(group, list) for inner in group]
+        if level:
+            raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; correct it or download it again") from error
+    return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    value = read_json(path)
+def read_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file; optional: {} if there is none."""
+    value = {} if optional and not os.path.lexists(path) else read_json(path)
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object but {value!r:.80}; correct it or download it again")
     return value
 
 
-def integer(config: Config, key: str, *, minimum: int = 1) -> int:
-    """Return a whole number; 3072.0 is one."""
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value < minimum:
-        raise ConfigError(f"{key} = {value!r} is not a whole number of at least {minimum}; correct the configuration")
-    return int(value)
+def read_value(config: Config, key: str, kind: type[T], *, minimum: int = 1) -> T:
+    """Return a bool, a string, a positive float, or a whole number from `minimum` on; 3072.0 is one."""
+    value, maximum = config[key], MAX_LAYERS if key in LAYER_KEYS else 2**31 - 1
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        valid = is_number and value % 1 == 0 and minimum <= value <= maximum
+        problem = f"not a whole number from {minimum} to {maximum}"
+    elif kind is float:
+        valid, problem = is_number and 0 < value <= sys.float_info.max, "not a positive number"
+    else:
+        valid, problem = isinstance(value, kind), "neither true nor false" if kind is bool else "not a string"
+    if not valid:
+        raise ConfigError(f"{key} = {value!r} is {problem}; correct the configuration")
+    return kind(value)
 
 
-def number(config: Config, key: str) -> float:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} = {value!r} is not a number; correct the configuration")
-    return float(value)
+def optional(config: Config, key: str, default: T, *, minimum: int = 1) -> T:
+    """Return the value of a key, of the default's type; the default if it is absent or null."""
+    return default if config.get(key) is None else read_value(config, key, type(default), minimum=minimum)
 
 
-def positive(config: Config, key: str) -> float:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{key} = {value!r} is not a positive number; correct the configuration")
-    return float(value)
-
-
-def flag(config: Config, key: str) -> bool:
-    value = config[key]
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} = {value!r} is neither true nor false; correct the configuration")
+def section(config: Config, key: str) -> dict[str, Any]:
+    """Return an object, {} if it is absent or null."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise not_implemented(key, value, "an object")
     return value
 
 
-def text(config: Config, key: str) -> str:
-    value = config[key]
-    if not isinstance(value, str):
-        raise ConfigError(f"{key} = {value!r} is not a string; correct the configuration")
-    return value
-
-
-def one_of(config: Config, key: str, supported: Collection[str]) -> str:
-    value = text(config, key)
-    if value not in supported:
-        raise not_implemented(key, value, ", ".join(supported))
-    return value
-
-
-def consistent(config: Config, keys: tuple[str, ...], read: Callable[[Config, str], T]) -> T | None:
+def consistent(config: Config, keys: tuple[str, ...], kind: type[T]) -> T | None:
     """Return the value on which the keys agree; absent and null keys are skipped, None if all of them are."""
-    found = {key: read(config, key) for key in keys if config.get(key) is not None}
+    found = {key: read_value(config, key, kind) for key in keys if config.get(key) is not None}
     if len(set(found.values())) > 1:
         raise contradiction(found)
     return next(iter(found.values()), None)
 
 
-def required(config: Config, keys: tuple[str, ...], read: Callable[[Config, str], T]) -> T:
-    """Return the value on which the keys agree; ConfigError if all are absent or null."""
-    value = consistent(config, keys, read)
+def required(config: Config, keys: tuple[str, ...], kind: type[T], file: object = "config.json") -> T:
+    """Return the value on which the keys agree; ConfigError, which names the file, if all are absent or null."""
+    value = consistent(config, keys, kind)
     if value is None:
-        raise ConfigError(f"config.json lacks {' or '.join(keys)} (found: {', '.join(sorted(config))[:200]}); add it")
+        raise ConfigError(f"{file} lacks {' or '.join(keys)} (found: {', '.join(sorted(config))[:200]}); add it")
     return value
 
 
@@ -107,33 +119,12 @@ def not_implemented(key: str, value: object, supported: object) -> ConfigError:
     )
 
 
-def require_defaults(config: Config, defaults: Config, source: str = "") -> None:
-    """Raise ConfigError if a key has a value other than null and the only one that is implemented.
-
-    source: the key of config.json that contains `config`, for the message.
-    """
-    for key, default in defaults.items():
+def allow_only(config: Config, implemented: Config, file: object = None) -> None:
+    """Raise ConfigError, which names the file, unless each key is absent, null, or has the only implemented value."""
+    for key, supported in implemented.items():
         value = config.get(key)
-        if value is not None and value != default:
-            raise not_implemented(f"{source}.{key}" if source else key, value, default)
-
-
-def hidden_and_heads(
-    config: Config,
-    hidden_keys: tuple[str, ...] = ("hidden_size",),
-    heads_keys: tuple[str, ...] = ("num_attention_heads",),
-    *,
-    rotary: bool = True,
-) -> tuple[int, int]:
-    """Return hidden size and number of heads; ConfigError unless heads are of equal width, an even one if rotary."""
-    hidden, heads = required(config, hidden_keys, integer), required(config, heads_keys, integer)
-    if hidden % heads or (rotary and hidden // heads % 2):
-        raise ConfigError(
-            f"{hidden_keys[0]} = {hidden} does not divide into {heads_keys[0]} = {heads} heads of "
-            f"{'an even' if rotary else 'equal'} width; correct config.json"
-        )
-    require_defaults(config, {"head_dim": hidden // heads})
-    return hidden, heads
+        if value is not None and value != supported:
+            raise not_implemented(f"{key} in {file}" if file else key, value, supported)
 
 
 def rope_keys(*names: str) -> tuple[str, ...]:
@@ -145,16 +136,15 @@ def flatten_rope(config: Config, supported: Collection[str]) -> dict[str, Any]:
     """Add the values inside rope_parameters and rope_scaling to config, under "rope_parameters.factor" and so on."""
     flat = dict(config)
     for source in ROPE_OBJECTS:
-        inside = config.get(source) or {}
-        if not isinstance(inside, dict):
-            raise not_implemented(source, inside, "an object")
-        require_defaults(inside, dict.fromkeys(inside.keys() - set(supported)), source)
-        flat |= {f"{source}.{key}": value for key, value in inside.items()}
+        inside = {f"{source}.{key}": value for key, value in section(config, source).items()}
+        allow_only(inside, dict.fromkeys(inside.keys() - set(rope_keys(*supported))))
+        flat |= inside
     return flat
 
 
-def rope_theta(config: Config, *keys: str) -> float:
-    """Return the base of an unscaled rotary embedding, from one of `keys` or from rope_parameters."""
+def unscaled_rotary(config: Config, *keys: str) -> Rotary:
+    """Return a rotary embedding whose base is stated by one of `keys` or in rope_parameters."""
     flat = flatten_rope(config, ("rope_theta", "rope_type"))
-    require_defaults(flat, dict.fromkeys(rope_keys("rope_type"), "default"))
-    return required(flat, (*keys, *rope_keys("rope_theta")), positive)
+    allow_only(flat, dict.fromkeys(rope_keys("rope_type"), "default"))
+    base = required(flat, (*keys, *rope_keys("rope_theta")), float)
+    return Rotary(base=base, trained_length=optional(config, "max_position_embeddings", 8192))

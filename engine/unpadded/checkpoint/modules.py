@@ -1,12 +1,19 @@
 """Modules after the encoder, read from sentence-transformers' files: a pooling, then Dense modules, then Normalize."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from unpadded.checkpoint.json_config import flag, integer, not_implemented, read_json, read_object
+from unpadded.checkpoint.json_config import (
+    allow_only,
+    not_implemented,
+    read_json,
+    read_object,
+    read_value,
+    required,
+    section,
+)
 from unpadded.errors import ConfigError, WeightsError
 
 Pooling = Literal["mean", "cls", "last"]
@@ -22,6 +29,19 @@ POOLING_FLAGS = {  # one flag per mode, as written before sentence-transformers 
 }
 DENSE_ACTIVATIONS: dict[str, Literal["identity", "tanh"]] = {"Identity": "identity", "Tanh": "tanh"}
 TASK_TRANSFORMER = "custom_st.Transformer"  # of jina-embeddings-v3: a Transformer with an argument `task`
+# Keys of sentence_bert_config.json that are read, that have one supported value, and loading arguments among them.
+TRANSFORMER_KEYS = {"do_lower_case", "max_seq_length", "unpad_inputs"}  # the last one changes no vector
+TRANSFORMER_DEFAULTS = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+    "processing_kwargs": {},
+    **dict.fromkeys(("document_length", "query_expansion", "query_length", "tokenizer_name_or_path")),
+}
+LOADING_ARGUMENTS = ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")
+# those that do not change the vectors
+IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
+MODEL_CONFIG = "config_sentence_transformers.json"
 ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
@@ -46,36 +66,38 @@ class Modules:
     normalize: bool
     defaults: tuple[str, ...]  # one phrase per setting that no file states
     takes_task: bool = False  # the first module is a TASK_TRANSFORMER
+    transformer_config: dict[str, Any] = field(default_factory=dict)  # sentence_bert_config.json
+    model_config: dict[str, Any] = field(default_factory=dict)  # config_sentence_transformers.json
 
 
 def read_modules(folder: Path) -> Modules:
-    """Read modules.json and the files it names.
+    """Read modules.json and the files it names, which must exist, except for those of Normalize.
 
-    Without it, the defaults are those of sentence-transformers: mean pooling, not normalized.
+    Without it, the defaults are those of sentence-transformers, whatever else there is: mean pooling, not normalized.
     """
-    path = folder / "modules.json"
-    if not path.exists():
-        pooling, defaults = _read_pooling(folder / "1_Pooling")
-        not_normalized = "normalize=False: there is no modules.json"
-        return Modules(
-            transformer=folder, pooling=pooling, dense=(), normalize=False, defaults=(*defaults, not_normalized)
-        )
+    modules = folder / "modules.json"
+    if not os.path.lexists(modules):
+        defaults = tuple(f"{default}: there is no {modules.name}" for default in ("pooling='mean'", "normalize=False"))
+        return Modules(transformer=folder, pooling="mean", dense=(), normalize=False, defaults=defaults)
 
-    listed, takes_task = _list_modules(path)
-    kinds = [kind for kind, _ in listed]
+    listed = _list_modules(modules)
+    kinds = [class_name.rpartition(".")[2] for class_name, _ in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=ORDER.index) or kinds.count("Pooling") > 1:
-        raise not_implemented(str(path), ", ".join(kinds), "Transformer, Pooling, Dense (any number), Normalize")
-    pooling, defaults = _read_pooling(listed[1][1])
-    for kind, module in listed:
-        if kind in ("Dense", "Normalize"):
-            _check_input_and_output(module / "config.json")
+        raise not_implemented(str(modules), ", ".join(kinds), "Transformer, Pooling, Dense (any number), Normalize")
+    for _, module in listed[2:]:  # Dense and Normalize, which use only the pooled vector
+        path, keys = module / "config.json", ("module_input_name", "module_output_name")
+        allow_only(read_object(path, optional=True), dict.fromkeys(keys, "sentence_embedding"), path)
+    model_config = read_object(folder / MODEL_CONFIG, optional=True)
+    allow_only(model_config, {"truncate_dim": None, "model_type": "SentenceTransformer"}, MODEL_CONFIG)
     return Modules(
         transformer=listed[0][1],
-        pooling=pooling,
-        dense=tuple(_read_dense(module) for kind, module in listed if kind == "Dense"),
+        pooling=_read_pooling(listed[1][1] / "config.json"),
+        dense=tuple(_read_dense(module) for class_name, module in listed if class_name.endswith(".Dense")),
         normalize="Normalize" in kinds,
-        defaults=defaults,
-        takes_task=takes_task,
+        defaults=(),
+        takes_task=listed[0][0] == TASK_TRANSFORMER,
+        transformer_config=_read_transformer_config(listed[0][1]),
+        model_config=model_config,
     )
 
 
@@ -92,72 +114,65 @@ def output_width(modules: Modules, hidden: int) -> int:
     return width
 
 
-def _list_modules(path: Path) -> tuple[list[tuple[str, Path]], bool]:
-    """Return kind and folder of each module, and whether the first one takes a task."""
-    modules = []
+def _list_modules(path: Path) -> list[tuple[str, Path]]:
+    """Return the class name and the folder of each module."""
     entries = read_json(path)
     try:
-        types_and_paths = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+        types_and_paths = [(read_value(entry, "type", str), read_value(entry, "path", str)) for entry in entries]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
-    takes_task = bool(types_and_paths) and types_and_paths[0][0] == TASK_TRANSFORMER
     for class_name, subfolder in types_and_paths:
-        kind = class_name.rpartition(".")[2]
-        if not class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or kind not in ORDER:
+        known = class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER))
+        if not known or class_name.rpartition(".")[2] not in ORDER:
             raise not_implemented(f"the module type in {path}", class_name, ", ".join(ORDER))
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
             raise ConfigError(f"{path} names {subfolder!r}, outside the checkpoint; correct it")
-        modules.append((kind, path.parent / subfolder))
-    return modules, takes_task
+    return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
 
 
-def _read_pooling(folder: Path) -> tuple[Pooling, tuple[str, ...]]:
-    path = folder / "config.json"
-    if not path.exists():
-        return "mean", (f"pooling='mean': there is no {folder.name}/config.json",)
+def _read_transformer_config(folder: Path) -> dict[str, Any]:
+    """Read sentence_bert_config.json, or the file with another model type in its name."""
+    names = "bert roberta distilbert camembert albert xlm-roberta xlnet"
+    paths = [folder / f"sentence_{name}_config.json" for name in names.split()]
+    path, config = next(((path, found) for path in paths if (found := read_object(path, optional=True))), (folder, {}))
+    for key in LOADING_ARGUMENTS:
+        if unknown := sorted(section(config, key).keys() - IGNORED_ARGUMENTS):
+            raise not_implemented(f"{key} in {path}", unknown, sorted(IGNORED_ARGUMENTS))
+    known = TRANSFORMER_KEYS | TRANSFORMER_DEFAULTS.keys() | {*LOADING_ARGUMENTS}
+    allow_only(config, TRANSFORMER_DEFAULTS | dict.fromkeys(config.keys() - known), path)
+    return config
+
+
+def _read_pooling(path: Path) -> Pooling:
     config = read_object(path)
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in POOLING_FLAGS.items() if config.get(key)] or ["mean"]
-    if isinstance(modes, str):
-        modes = [modes]
-    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+    modes = modes if isinstance(modes, list) else [modes]
+    if modes not in [[mode] for mode in POOLING_MODES]:
         raise not_implemented(f"pooling_mode in {path}", modes, ", ".join(POOLING_MODES))
-    if config.get("include_prompt") is False:
-        raise not_implemented(f"include_prompt in {path}", False, True)
-    return POOLING_MODES[modes[0]], ()
+    allow_only(config, {"include_prompt": True}, path)
+    return POOLING_MODES[modes[0]]
 
 
 def _read_dense(folder: Path) -> Dense:
     path = folder / "config.json"
     config = read_object(path)
-    for key in ("in_features", "out_features"):
-        if key not in config:
-            raise ConfigError(f"{path} lacks {key} (found: {', '.join(sorted(config))}); add it")
-    if config.get("use_residual"):
-        raise not_implemented(f"use_residual in {path}", config["use_residual"], False)
+    allow_only(config, {"use_residual": False}, path)
     class_name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     activation = str(class_name).rpartition(".")[2]
     if not str(class_name).startswith("torch.") or activation not in DENSE_ACTIVATIONS:
         raise not_implemented(f"activation_function in {path}", class_name, ", ".join(DENSE_ACTIVATIONS))
     weight_file = folder / "model.safetensors"
     if not weight_file.exists():
-        present = ", ".join(sorted(entry.name for entry in folder.iterdir()))
+        present = ", ".join(sorted(os.listdir(folder)))
         raise WeightsError(
             f"{weight_file} is absent (found: {present}); pickled weights are never loaded; convert them to safetensors"
         )
     return Dense(
         weight_file=weight_file,
-        in_features=integer(config, "in_features"),
-        out_features=integer(config, "out_features"),
-        bias="bias" not in config or flag(config, "bias"),
+        in_features=required(config, ("in_features",), int, path),
+        out_features=required(config, ("out_features",), int, path),
+        bias="bias" not in config or read_value(config, "bias", bool),
         activation=DENSE_ACTIVATIONS[activation],
     )
-
-
-def _check_input_and_output(path: Path) -> None:
-    """Raise ConfigError for a module that reads or writes anything but the pooled vector."""
-    config: dict[str, Any] = read_object(path) if path.exists() else {}
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise not_implemented(f"{key} in {path}", config[key], "sentence_embedding")

@@ -1,8 +1,7 @@
 """Read and validate a model's files, except for the values of its weights."""
 
-from __future__ import annotations
-
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,31 +10,34 @@ from typing import Any, Literal
 from unpadded.checkpoint.families import FAMILIES
 from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.hub import fetch
-from unpadded.checkpoint.json_config import consistent, integer, not_implemented, positive, read_object
-from unpadded.checkpoint.lora_files import find_lora_files
-from unpadded.checkpoint.modules import TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
+from unpadded.checkpoint.json_config import allow_only, consistent, not_implemented, read_object, read_value
+from unpadded.checkpoint.lora_files import Adapter, find_lora_files, read_adapter
+from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MODEL_CONFIG = "config_sentence_transformers.json"
 WORD_EMBEDDINGS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_tokens.weight")
+# names of folders that do not tell which model they contain, in lower case
+NO_NAME = re.compile(
+    r"[-_/\d]*(v|models?|checkpoints?|best|final|outputs?|weights|(transformer|encoder)s?|snapshots?|data|mnt|srv|tmp|opt|"
+    r"home|app|workspace)?[-_\d]*"
+)
 NO_LIMIT = 1_000_000  # tokenizers without a limit state 1e30
-# loading arguments of sentence-transformers that do not change the vectors
-IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Configuration of a model, complete and validated, and the places of its weights."""
 
-    name: str  # hub id or name of the folder
-    folder: Path  # holds the encoder's config.json, weights and tokenizer
+    name: str  # hub id, or a name from the path or config.json
+    folder: Path  # holds the tokenizer, and config.json and weights if they are not those of an adapter's base model
     config: dict[str, Any]
     spec: EncoderSpec
     weight_files: tuple[Path, ...]
     lora_files: tuple[Path, ...]  # one per task, if not stored with the encoder
+    adapter: Adapter | None  # merged into the weights
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
@@ -58,6 +60,7 @@ class Checkpoint:
             "default_prompt": self.default_prompt,
             "max_length": self.max_length,
             "matryoshka": list(self.matryoshka),
+            "adapter": self.adapter and f"LoRA of rank {self.adapter.rank}, scale {self.adapter.scale:g}",
             "defaults": list(self.defaults),
         }
 
@@ -77,43 +80,49 @@ def open_checkpoint(
     root, name = _locate(model, revision)
     modules = read_modules(root)
     folder = modules.transformer
-    config = read_object(folder / "config.json")
-    weight_files = _weight_files(folder)
+    base, adapter = folder, read_adapter(folder)
+    if adapter and not os.path.exists(folder / "config.json"):  # as in transformers
+        base = _locate(adapter.base_model, None)[0]
+    config = read_object(base / "config.json")
+    allow_only(config, {"quantization_config": None})
+    weight_files = _weight_files(base)
     stored = read_headers(weight_files)
-    family = _family(config, stored, folder)
+    names = [tensor.name for tensor in stored]
+    family = next((family for family in FAMILIES.values() if family.matches(config, names)), None)
+    if family is None:
+        raise not_implemented(f"model_type in {base / 'config.json'}", config.get("model_type"), ", ".join(FAMILIES))
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
-    lora_files: tuple[Path, ...] = ()
-    if spec.lora:
-        lora, lora_files = find_lora_files(spec.lora, folder, config)
-        spec = replace(spec, lora=lora)
-    if modules.takes_task and spec.lora is None:
+    lora, lora_files = find_lora_files(spec.lora, folder, config) if spec.lora else (None, ())
+    spec = replace(spec, lora=lora)
+    if lora and adapter:
+        raise not_implemented(f"{adapter.file} with one adapter per task", adapter.rank, "either of them")
+    if modules.takes_task and not lora:
         raise not_implemented(
             f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "sentence_transformers' Transformer"
         )
     width = output_width(modules, spec.hidden)
 
-    transformer_config = _read_transformer_config(folder)
-    model_config = _read_if_present(root / MODEL_CONFIG)
-    prompts, default_prompt, prompt_defaults = _prompts(model_config, family)
-    if spec.lora:
-        prompts = dict(zip(spec.lora.tasks, spec.lora.prompts, strict=True)) | prompts
-    length, length_defaults = _max_length(max_length, transformer_config, folder, family, spec)
-    merged = {**config, **model_config}
-    matryoshka = _matryoshka(merged, family, name, root, width)
+    prompts, default_prompt, prompt_defaults = _prompts(modules.model_config, family)
+    if lora:
+        prompts = dict(zip(lora.tasks, lora.prompts, strict=True)) | prompts
+    length, length_defaults = _max_length(max_length, modules.transformer_config, folder, family, spec)
+    merged = {**config, **modules.model_config}
+    matryoshka = _matryoshka(merged, family, name, width)
     return Checkpoint(
-        name=name,
+        name=name or Path(str(config.get("_name_or_path") or root.resolve())).name,
         folder=folder,
         config=config,
         spec=spec,
         weight_files=weight_files,
         lora_files=lora_files,
+        adapter=adapter,
         pooling=modules.pooling,
         normalize=modules.normalize,
         dense=modules.dense,
         prompts=prompts,
         default_prompt=default_prompt,
-        lower_case=bool(transformer_config.get("do_lower_case", False)),
+        lower_case=bool(modules.transformer_config.get("do_lower_case", False)),
         max_length=length,
         matryoshka=matryoshka,
         matryoshka_layer_norm=bool(matryoshka and merged.get("matryoshka_layer_norm", family.matryoshka_layer_norm)),
@@ -123,16 +132,23 @@ def open_checkpoint(
 
 def _locate(model: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
     """Return the model's folder, which is downloaded for a hub id, and its name."""
-    path, name = Path(model).expanduser(), os.fspath(model)
-    if path.is_dir() and name:
+    path, name = Path(os.path.expanduser(model)), os.fspath(model)
+    if os.path.isdir(path) and name:  # Path.is_dir raises for names that are too long
         if revision is not None:
             raise OptionError(f"revision = {revision!r} does not apply to a folder, {path}; omit it")
-        return path, path.resolve().name
-    if path.is_file():
+        return path, _telling_name(path.resolve())
+    if os.path.exists(path) and name:
         raise CheckpointError(f"{path} is a file; pass the folder that contains config.json, or a hub id")
     if not isinstance(model, str) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise CheckpointError(f"there is no folder {name!r}; pass an existing folder, or a hub id (owner/name)")
     return fetch(name, revision), name
+
+
+def _telling_name(folder: Path) -> str:
+    """Return the id of a folder in the hub's cache, or the name of the folder or its parent that tells the model."""
+    cached = [part.split("--", 2)[1:] for part in folder.parts if part.startswith("models--")]
+    names = (name for name in folder.parts[:-3:-1] if not NO_NAME.fullmatch(name.lower()))
+    return "/".join(cached[-1]) if cached else next(names, "")
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -145,28 +161,17 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise WeightsError(f"{index} has no weight_map: {weight_map!r}; download it again")
         shards = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in shards if Path(name).name != name]
-        if outside:
+        if outside := [name for name in shards if Path(name).name != name]:
             raise WeightsError(f"{index} names {outside}, outside the checkpoint; correct it")
-        absent = [name for name in shards if not (folder / name).exists()]
-        if absent:
+        if absent := [name for name in shards if not os.path.exists(folder / name)]:
             raise WeightsError(f"{index} names {', '.join(absent)}, absent from {folder}; download them")
         return tuple(folder / name for name in shards)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
         raise WeightsError(
             f"{folder} contains only pickled weights ({', '.join(pickles)}), which are never loaded; "
             "convert them to safetensors, or use a revision with model.safetensors"
         )
     raise WeightsError(f"{folder} contains neither {single.name} nor {index.name}; add the weights")
-
-
-def _family(config: Mapping[str, Any], stored: list[StoredTensor], folder: Path) -> Family:
-    names = [tensor.name for tensor in stored]
-    for family in FAMILIES.values():
-        if family.matches(config, names):
-            return family
-    raise not_implemented(f"model_type in {folder / 'config.json'}", config.get("model_type"), ", ".join(FAMILIES))
 
 
 def _with_stored_vocabulary(spec: EncoderSpec, stored: list[StoredTensor]) -> EncoderSpec:
@@ -177,33 +182,15 @@ def _with_stored_vocabulary(spec: EncoderSpec, stored: list[StoredTensor]) -> En
 
 
 def _with_scaling(spec: EncoderSpec, factor: float | Literal["config"] | None) -> EncoderSpec:
-    if factor == "config":
+    if factor == "config" or (factor is None and spec.rotary is None):
         return spec
     if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6):
         raise OptionError(f"rotary_scaling_factor = {factor!r} is not supported; use 'config', None or a number")
     if spec.rotary is None:
-        if factor is None:
-            return spec
         raise OptionError(
             f"rotary_scaling_factor = {factor!r} does not apply: {spec.family} has no rotary embedding; omit it"
         )
     return replace(spec, rotary=replace(spec.rotary, scaling_factor=None if factor is None else float(factor)))
-
-
-def _read_if_present(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
-
-
-def _read_transformer_config(folder: Path) -> dict[str, Any]:
-    """Read sentence_bert_config.json, or the file with another model type in its name."""
-    paths = sorted(folder.glob("sentence_*_config.json"))
-    config = read_object(paths[0]) if paths else {}
-    for key in ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs"):
-        if unknown := sorted(set(config.get(key) or {}) - IGNORED_ARGUMENTS):
-            raise not_implemented(f"{key} in {paths[0]}", unknown, sorted(IGNORED_ARGUMENTS))
-    if config.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise not_implemented(f"transformer_task in {paths[0]}", config["transformer_task"], "feature-extraction")
-    return config
 
 
 def _prompts(model_config: Mapping[str, Any], family: Family) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
@@ -211,7 +198,7 @@ def _prompts(model_config: Mapping[str, Any], family: Family) -> tuple[dict[str,
     default = model_config.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise ConfigError(f"prompts = {prompts!r:.200} is not an object of strings; correct {MODEL_CONFIG}")
-    if default is not None and default not in prompts:
+    if default is not None and default not in [*prompts]:
         raise ConfigError(
             f"default_prompt_name = {default!r} is not among the prompts {sorted(prompts)}; correct {MODEL_CONFIG}"
         )
@@ -234,28 +221,27 @@ def _max_length(
                 f"use at most {spec.position_limit}"
             )
         return requested, ()
-    tokenizer_config = _read_if_present(folder / "tokenizer_config.json")
-    if transformer_config.get("max_seq_length") is not None:
-        length = integer(transformer_config, "max_seq_length")
-    elif (consistent(tokenizer_config, ("model_max_length",), positive) or NO_LIMIT) < NO_LIMIT:
-        length = integer(tokenizer_config, "model_max_length")
-    else:
+    tokenizer_config = read_object(folder / "tokenizer_config.json", optional=True)
+    key = "model_max_length" if "model_max_length" in tokenizer_config else "max_len"
+    length = consistent(transformer_config, ("max_seq_length",), int)
+    if length is None and (consistent(tokenizer_config, (key,), float) or NO_LIMIT) < NO_LIMIT:
+        length = read_value(tokenizer_config, key, int)
+    if length is None:
         length = family.max_length or spec.position_limit
         return length, (f"max_length={length}: no file states it",)
     return min(length, spec.position_limit or length), ()
 
 
-def _matryoshka(config: Mapping[str, Any], family: Family, name: str, root: Path, width: int) -> tuple[int, ...]:
+def _matryoshka(config: Mapping[str, Any], family: Family, name: str, width: int) -> tuple[int, ...]:
     """Return `matryoshka_dimensions`, else those of the published model of this name, in descending order.
 
-    The name is that of the hub id, of the folder, or of the hub's cache around it. `_name_or_path` is ignored: a model
-    fine-tuned without matryoshka keeps that of its parent.
+    name: of the folder or the hub id, not `_name_or_path`: a model fine-tuned without matryoshka keeps its parent's.
     """
     dimensions = config.get("matryoshka_dimensions")
     if dimensions is None:
-        cached = [part.rpartition("--")[2] for part in root.resolve().parts if part.startswith("models--")]
-        known = (family.matryoshka.get(candidate) for candidate in (name.rpartition("/")[2], *cached))
-        dimensions = next((published for published in known if published and published[0] == width), ())
-    if not isinstance(dimensions, list | tuple) or any(size not in range(1, width + 1) for size in dimensions):
+        published = family.matryoshka.get(name.rpartition("/")[2], ())
+        dimensions = published if published and published[0] == width else ()
+    sizes = dimensions if isinstance(dimensions, list | tuple) else [dimensions]
+    if not all(isinstance(size, int) and 0 < size <= width for size in sizes):
         raise ConfigError(f"matryoshka_dimensions = {dimensions!r} are not whole numbers up to {width}; correct them")
-    return tuple(sorted({int(size) for size in dimensions}, reverse=True))
+    return tuple(sorted({*sizes}, reverse=True))

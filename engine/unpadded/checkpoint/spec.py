@@ -1,12 +1,11 @@
 """Description of an encoder and of its stored tensors, in the same terms for every family."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "geglu"]
 GATED: frozenset[str] = frozenset({"swiglu", "geglu"})
+BIASES = ("qkv", "out", "up", "down", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,8 @@ class LoraSpec:
 
     tasks: tuple[str, ...]  # in the order in which the weights stack them
     prompts: tuple[str, ...]  # per task; a prompt stated in another file takes precedence
-    rank: int  # 0: the checkpoint has no adapter files
-    scale: float
+    rank: int = 0  # 0: the checkpoint has no adapter files
+    scale: float = 0.0
     folders: tuple[str, ...] = ()  # per task, inside the encoder's folder; () if stored with the encoder
     target_modules: tuple[str, ...] = ()  # PEFT's names of the modules that every adapter in a folder changes
 
@@ -70,17 +69,13 @@ class EncoderSpec:
     heads: int
     intermediate: int  # input width of the MLP's second linear
     vocabulary: int  # rows of the word embedding table, including padding of the vocabulary
-    token_types: int
-    position_rows: int  # rows of the learned position table; 0 with rotary
-    rotary: Rotary | None
     activation: Activation
     norm_eps: float
-    qkv_bias: bool
-    out_bias: bool
-    up_bias: bool
-    down_bias: bool
+    token_types: int = 0
+    position_rows: int = 0  # rows of the learned position table; 0 with rotary
+    rotary: Rotary | None = None
+    biases: tuple[str, ...] = BIASES  # the linears and norms that have a bias
     prenorm: bool = False
-    norm_bias: bool = True
     rms_norm: bool = False  # RMSNorm, and none after the embeddings; only with prenorm
     kv_heads: int | None = None  # key and value heads, if fewer than heads
     # learned positions start at the row after this one; tokens with this id use this row
@@ -139,21 +134,5 @@ class TensorSpec:
     shape: tuple[int, ...]
     # Spellings of the same tensor; each is the names of tensors of equal size that are stacked along dim 0.
     alternatives: tuple[tuple[str, ...], ...]
-    up_before_gate: tuple[str, ...] = ()  # those of the names whose tensor has the up half before the gate half
+    up_before_gate: tuple[str, ...] = ()  # endings of names whose tensor has the up half before the gate half
     transposed: bool = False  # the encoder uses the transpose; `shape` is the stored shape
-
-
-def weight_and_bias(
-    name: str, shape: tuple[int, ...], *spellings: str | tuple[str, ...], bias: bool = True
-) -> dict[str, TensorSpec]:
-    """Return the tensors `name` and `name`_bias of a linear or a norm whose weight has this shape.
-
-    spellings: each the module's name in a checkpoint, or the names of several modules that are stacked.
-    """
-    modules = [(names,) if isinstance(names, str) else names for names in spellings]
-
-    def alternatives(parameter: str) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(f"{module}.{parameter}" for module in names) for names in modules)
-
-    weight = {name: TensorSpec(shape, alternatives("weight"))}
-    return weight | {f"{name}_bias": TensorSpec(shape[:1], alternatives("bias"))} if bias else weight

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from unpadded.cli.load_flags import Commands, add_model_arguments, load
+from unpadded.cli.flags import Commands, add_model_arguments, load
 from unpadded.errors import InputError, OptionError
 
 WORKLOADS = ("queries", "paragraphs", "passages", "documents")
@@ -18,9 +18,10 @@ def add_command(commands: Commands) -> None:
         "bench",
         help="measure a model's speed",
         description="Embed the same texts with unpadded and with each of these that is installed: "
-        "sentence-transformers, sentence-transformers-best (in 16 bits), transformers, fastembed and infinity. The "
-        "rounds are interleaved. The texts are English samples of a workload's lengths: queries of 8 to 32 tokens, "
-        "paragraphs of about 40, passages of 512, documents of up to 8192; or the texts of INPUT.",
+        "sentence-transformers, sentence-transformers-best (in 16 bits), sentence-transformers-onnx and -openvino (its "
+        "other backends), transformers, fastembed and infinity. The rounds are interleaved. The texts are English "
+        "samples of a workload's lengths: queries of 8 to 32 tokens, paragraphs of about 40, passages of 512, "
+        "documents of up to 8192; or the texts of INPUT.",
     )
     bench.set_defaults(command=run)
     bench.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     result = {"machine": benchmark.card()} | benchmark.measure(
         args.model, engines, workloads, against=tuple(against), rounds=args.rounds, scaling=args.scaling
     )
+    print(f"\n{benchmark.conclusion(result)}")
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")
     if args.plot:
@@ -76,7 +78,9 @@ def _check_names(flag: str, names: list[str] | None, known: tuple[str, ...]) -> 
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
-    from unpadded.bulk.readers import RejectedRow, expand_inputs, read_rows
+    from unpadded.bulk.formats import expand_inputs
+    from unpadded.bulk.readers import read_rows
+    from unpadded.bulk.rows import RejectedRow
 
     texts: list[str] = []
     for row in read_rows(expand_inputs(args.input), args.column):

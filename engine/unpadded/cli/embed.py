@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unpadded.cli.load_flags import Commands, add_flags, add_model_arguments, flag_values, load
-from unpadded.errors import OptionError
-from unpadded.options import EncodeOptions, LoadOptions
+from unpadded.cli.flags import Commands, add_flags, add_model, add_model_arguments, flag_values, load
+from unpadded.cli.terminal import Stopped, count, say
+from unpadded.errors import OptionError, install_command
+from unpadded.options import EncodeOptions, LoadOptions, describe
+
+if TYPE_CHECKING:
+    from unpadded.bulk import Job, Totals
+
+WORTH_MENTIONING = 1.05  # times the work of padded batches
 
 DESCRIPTION = """\
 Embed the texts of files.
 
-INPUT is a .jsonl, .csv or .parquet file, any other file (one text per line), a folder or a pattern of these, or - for
-lines on standard input. All formats except Parquet can be gzipped (.gz). Several inputs are read in order.
+INPUT is a .txt file (one text per line), a .jsonl, .ndjson, .json (an array or lines), .csv, .tsv or .parquet file, a
+folder or a pattern of these, or - for lines on standard input. All formats except Parquet can be compressed (.gz, .bz2,
+.xz, .zst). Several inputs are read in order. Blank lines are not rows, in any format. Text is UTF-8.
 
 OUT is an .npy, .jsonl or .parquet file, or a folder (vectors/) of Parquet parts, which --resume can continue after an
-interruption. Without it, JSON lines are written to stdout.
+interruption. Without it, or with -, JSON lines are written to stdout.
 """
 EPILOG = """\
 examples:
@@ -39,8 +45,8 @@ def add_command(commands: Commands) -> None:
     )
     embed.set_defaults(command=run)
     embed.add_argument("input", nargs="+", metavar="INPUT", help="a file, a folder, a pattern, or -")
-    embed.add_argument("-m", "--model", required=True, help="a folder or a Hugging Face id")
-    embed.add_argument("-o", "--output", metavar="OUT", help="a file or a folder")
+    add_model(embed, "-m", "--model")
+    embed.add_argument("-o", "--output", metavar="OUT", help="a file, a folder, or - for stdout")
 
     rows = embed.add_argument_group("reading and writing rows")
     rows.add_argument("--column", metavar="NAME", help="the column of the texts (default: text)")
@@ -61,6 +67,7 @@ def add_command(commands: Commands) -> None:
         help="what to do with an invalid row: raise stops, skip writes it to a file of rejected rows (default: raise)",
     )
     rows.add_argument("--part-rows", type=int, metavar="N", help="rows per Parquet part of a folder (default: 65536)")
+    rows.add_argument("--overwrite", action="store_true", help="replace the file OUT if it exists")
     rows.add_argument("--resume", action="store_true", help="continue an interrupted job that writes to a folder")
     rows.add_argument(
         "--ray",
@@ -68,14 +75,15 @@ def add_command(commands: Commands) -> None:
         help="run on a Ray cluster: local, auto, or ray://HOST:PORT; INPUT and OUT are folders or buckets of Parquet",
     )
     add_model_arguments(embed)
-    add_flags(embed.add_argument_group("embedding the texts"), EncodeOptions)
+    add_flags(embed.add_argument_group("embedding the texts"), describe(EncodeOptions))
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the job and print a summary to stderr."""
     from unpadded import bulk
+    from unpadded.bulk.formats import STDIN
 
-    options = flag_values(args, EncodeOptions)
+    options = flag_values(args, describe(EncodeOptions))
     if args.ranges is not None:
         options["ranges"] = bulk.read_ranges(args.ranges)
     if args.ray is not None:
@@ -90,23 +98,42 @@ def run(args: argparse.Namespace) -> None:
         on_error=args.on_error,
         part_rows=args.part_rows,
         resume=args.resume,
+        overwrite=args.overwrite,
     )
-    totals = bulk.run_job(job, lambda: load(args), **options)
-    rate = totals.tokens / totals.seconds if totals.seconds else 0
-    resumed = f" ({totals.resumed:,} embedded by earlier runs)" if args.resume else ""
-    memory = bulk.peak_memory()
-    print(
-        f"unpadded: {totals.texts:,} texts{resumed}, {totals.tokens:,} tokens in {totals.seconds:.2f} s "
-        f"({rate:,.0f} tokens/s), {totals.truncated:,} truncated -> {job.output_name}\n"
-        f"unpadded: {totals.skipped:,} skipped, {totals.padding_avoided:.1%} padding avoided"
-        + ("" if memory is None else f", peak memory {memory / 2**20:,.0f} MiB"),
-        file=sys.stderr,
-    )
+    try:
+        totals = bulk.run_job(job, lambda: load(args), show_progress=False if args.quiet else None, **options)
+    except (KeyboardInterrupt, Stopped) as error:
+        if job.writes_dataset and STDIN not in job.inputs:
+            error.add_note("finished parts are kept; run the same command with --resume to continue")
+        raise
+    say(_summary(job, totals))
+
+
+def _summary(job: Job, totals: Totals) -> str:
+    from unpadded.bulk.job import PADDED_BATCH_TEXTS
+
+    rate = "" if totals.tokens_per_second is None else f" ({totals.tokens_per_second:,.0f} tokens/s)"
+    optional = {
+        f"{totals.resumed:,} embedded by earlier runs": totals.resumed,
+        f"{totals.truncated:,} truncated": totals.truncated,
+        f"{totals.skipped:,} skipped": totals.skipped,
+        f"{count(totals.blank_lines, 'blank line')} left out": totals.blank_lines,
+        f"{totals.padding_factor:.1f}x less work than padded batches of {PADDED_BATCH_TEXTS}": (
+            totals.padding_factor >= WORTH_MENTIONING
+        ),
+    }
+    parts = [
+        count(totals.texts, "text"),
+        f"{count(totals.tokens, 'token')} in {totals.seconds:.2f} s{rate}",
+        *(words for words, is_set in optional.items() if is_set),
+    ]
+    return f"{', '.join(parts)} -> {job.output_name}"
 
 
 def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
     single_machine_flags = {
         "--resume": args.resume,
+        "--overwrite": args.overwrite,
         "--part-rows": args.part_rows is not None,
         "--on-error skip": args.on_error == "skip",
     }
@@ -116,7 +143,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
     try:
         from unpadded.integrations.ray_job import run_on_ray
     except ModuleNotFoundError as error:
-        raise OptionError(f"--ray needs more packages: {error}; pip install 'unpadded[ray]'") from error
+        raise OptionError(f"--ray needs more packages: {error}; {install_command('ray')}") from error
     totals = run_on_ray(
         args.ray,
         args.input,
@@ -125,10 +152,10 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
         column=args.column,
         id_column=args.id_column,
         carried_columns=args.carry,
-        settings=flag_values(args, LoadOptions) | options,
+        settings=flag_values(args, describe(LoadOptions)) | options,
     )
-    print(
-        f"unpadded: {totals.texts:,} texts, {totals.tokens:,} tokens in {totals.seconds:.2f} s including the start of "
-        f"the actors, {totals.truncated:,} truncated -> {args.output}",
-        file=sys.stderr,
+    truncated = f", {totals.truncated:,} truncated" if totals.truncated else ""
+    say(
+        f"{count(totals.texts, 'text')}, {count(totals.tokens, 'token')} in {totals.seconds:.2f} s including the start "
+        f"of the actors{truncated} -> {args.output}"
     )

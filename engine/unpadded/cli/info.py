@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
-from unpadded.cli.load_flags import Commands
+from unpadded.cli.flags import Commands, add_model
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NAME_WIDTH = 22
@@ -17,7 +19,7 @@ def add_command(commands: Commands) -> None:
     """Add the command `unpadded info`."""
     info = commands.add_parser("info", help="describe a model", description="Describe a model without loading it.")
     info.set_defaults(command=run)
-    info.add_argument("model", metavar="MODEL", help="a folder or a Hugging Face id")
+    add_model(info)
     info.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     info.add_argument("--json", action="store_true", help="print JSON")
 
@@ -31,12 +33,33 @@ def run(args: argparse.Namespace) -> None:
     slots = FAMILIES[checkpoint.spec.family].tensors(checkpoint.spec)
     parameters = sum(math.prod(slot.shape) for slot in slots.values())
     memory = {dtype: parameters * item_bytes for dtype, item_bytes in ITEM_BYTES.items()}
-    description = {**checkpoint.describe(), "parameters": parameters, "memory": memory}
+    described = checkpoint.describe()
+    description = {
+        "model": described.pop("model"),
+        "dimensions": checkpoint.dense[-1].out_features if checkpoint.dense else checkpoint.spec.hidden,
+        "matryoshka": described.pop("matryoshka"),
+        "languages": _languages(checkpoint.folder),
+        "max_length": described.pop("max_length"),
+        "prompts": described.pop("prompts"),
+        "parameters": parameters,
+        "memory": memory,
+        **described,
+    }
     if args.json:
         print(json.dumps(description, indent=2))
     else:
         mebibytes = {dtype: f"{size / 2**20:,.1f} MiB" for dtype, size in memory.items()}
         _print_nested({**description, "parameters": f"{parameters:,}", "memory": mebibytes})
+
+
+def _languages(folder: Path) -> list[str] | None:
+    """Return the languages in the header of the model card, as codes; None if there are none or is no card."""
+    try:
+        header = (folder / "README.md").read_text(encoding="utf-8", errors="replace").partition("---")[2]
+    except OSError:
+        return None
+    found = re.search(r"^languages?:(.*(?:\n *- .*)*)", header.partition("\n---")[0], re.MULTILINE)
+    return re.findall(r"[\w-]*\w", found[1]) if found else None
 
 
 def _print_nested(values: dict[str, Any], indent: str = "") -> None:

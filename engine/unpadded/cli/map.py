@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from unpadded.cli.load_flags import Commands
+from unpadded.cli.flags import Commands
+from unpadded.cli.terminal import say
 from unpadded.errors import OptionError
 
 MAX_POINTS = 100_000  # a browser still pans and zooms this many smoothly
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError(f"--sample is not positive: {args.sample}; pass the maximum number of points")
     topic_map.import_umap()
     points = topic_map.read_points(args.input, args.vector_column, args.text_column, args.color_column, args.sample)
-    print(f"unpadded: placing {len(points.texts):,} texts (minutes for 100,000)", file=sys.stderr)
+    say(f"placing {len(points.texts):,} texts (minutes for 100,000)")
     page = topic_map.draw(points, args.title or name, args.color_column)
     final = path.resolve()
     with atomic_file(final, final.with_name(f".{final.name}.tmp"), str(path)) as file:
         file.write(page.encode())
-    print(f"unpadded: {len(points.texts):,} of {points.total_rows:,} texts -> {path}", file=sys.stderr)
+    say(f"{len(points.texts):,} of {points.total_rows:,} texts -> {path}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unpadded.bulk.file_output import import_pyarrow
-from unpadded.errors import InputError, OptionError
+from unpadded.errors import InputError, OptionError, install_command
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -58,7 +58,7 @@ def import_umap() -> Any:
             import sklearn  # noqa: F401
             import umap
     except ImportError as error:
-        raise OptionError(f"{error.name} is not installed and a map needs it; install the extra 'map'") from error
+        raise OptionError(f"{error.name} is not installed: a map needs it; {install_command('map')}") from error
     return umap
 
 
@@ -71,7 +71,9 @@ def read_points(source: str, vectors: str, texts: str, colors: str | None, sampl
     if not os.path.exists(source):
         raise InputError(f"the vectors do not exist: {source!r}; pass a .parquet file or a folder of them")
     try:
-        dataset = pyarrow.dataset.dataset(source, format="parquet")
+        options = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+        parquet = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=options)
+        dataset = pyarrow.dataset.dataset(source, format=parquet)
         names = dataset.schema.names
         if not names:
             raise InputError(f"the folder has no .parquet: {source!r}; pass a folder that unpadded embed wrote")

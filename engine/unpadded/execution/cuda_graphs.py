@@ -6,14 +6,13 @@ texts that have no tokens. The hidden states of the former are computed and neve
 pooling start for the latter return at once, and the buckets of few texts save a single query most of them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded.model.batch import PackedBatch
@@ -22,6 +21,8 @@ from unpadded.model.batch import PackedBatch
 # tokens/s (EPYC, torch 2.11, triton 3.6, 2026-11, without the driver's part; not measured on a GPU).
 TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEXT_BUCKETS = (1, 8, 64, 256)
+
+_one_capture = threading.Lock()  # torch supports one capture at a time per process
 
 
 class Bucket(NamedTuple):
@@ -50,39 +51,64 @@ def fill(batch: PackedBatch, bucket: Bucket, block_m: int) -> PackedBatch:
     block_m: queries per attention tile.
     """
     total_tokens = len(batch.input_ids)
-    tile_map = batch.tile_map
-    if tile_map is not None:
-        tiles = bucket.tokens // block_m + bucket.texts
-        tile_map = F.pad(tile_map, (0, 0, 0, tiles - len(tile_map)))  # tiles of texts without tokens
+    tiles = bucket.tokens // block_m + bucket.texts
     return replace(
         batch,
-        input_ids=F.pad(batch.input_ids, (0, bucket.tokens - total_tokens)),
-        positions=F.pad(batch.positions, (0, bucket.tokens - total_tokens)),
-        cu_seqlens=F.pad(batch.cu_seqlens, (0, bucket.texts - len(batch.lengths)), value=total_tokens),
-        tile_map=tile_map,
+        input_ids=_extend(batch.input_ids, bucket.tokens),
+        positions=_extend(batch.positions, bucket.tokens),
+        cu_seqlens=_extend(batch.cu_seqlens, bucket.texts + 1, total_tokens),
+        tile_map=None if batch.tile_map is None else _extend(batch.tile_map, tiles),  # of texts without tokens
     )
 
 
-class Graph:
-    """One captured forward pass: `run` of a batch on the device whose tensors are views of `buffer`.
+def _extend(tensor: Tensor, rows: int, value: int = 0) -> Tensor:
+    """Return the int32 tensor on the host with so many rows, of which the new ones have this value."""
+    extended = np.full((rows, *tensor.shape[1:]), value, np.int32)
+    extended[: len(tensor)] = tensor.numpy()
+    return torch.from_numpy(extended)
 
-    pool: a `torch.cuda.graph_pool_handle()`. Graphs of one pool share memory, so only one may run at a time.
-    """
 
-    def __init__(self, buffer: Tensor, pool: Any, run: Callable[[], Tensor]) -> None:
-        self._buffer = buffer
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles kernels and initializes libraries, neither of which can be captured
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._rows = run()
+class Graphs:
+    """The captured graphs of one runner, which share memory, so that only one may run at a time."""
 
-    def replay(self, words: Tensor) -> Tensor:
-        """Copy pinned words into the buffer and run. The next replay of any graph of the pool overwrites the rows."""
-        self._buffer.copy_(words, non_blocking=True)
-        self._graph.replay()
-        return self._rows
+    def __init__(self, device: torch.device) -> None:
+        self.by_key: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # graph, its input, its result
+        self._pool: Any = None  # set by each capture that begins without other graphs
+        # Not the stream of the batches: any thread that frees pinned memory records an event there, also in a capture.
+        self._stream = torch.cuda.Stream(device)
+
+    @torch.inference_mode()
+    def replay(self, key: Hashable, words: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return run(words on the device), by the graph that the first call for a key captures.
+
+        words: pinned, of one size per key. The next replay of any graph overwrites the result.
+        """
+        if key not in self.by_key:
+            self.by_key[key] = self._capture(words.to(self._stream.device, non_blocking=True), run)
+        graph, buffer, rows = self.by_key[key]
+        buffer.copy_(words, non_blocking=True)
+        graph.replay()
+        return rows
+
+    def _capture(self, buffer: Tensor, run: Callable[[Tensor], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        if not self.by_key:
+            self._pool = torch.cuda.graph_pool_handle()  # torch rejects the handle of a pool whose graphs are destroyed
+        stream = torch.cuda.current_stream()
+        self._stream.wait_stream(stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # compiles kernels and initializes libraries, neither of which can be captured
+                    run(buffer)
+        finally:
+            stream.wait_stream(self._stream)  # after an error too, since the memory of the buffer is then freed
+        graph = torch.cuda.CUDAGraph()
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            with _one_capture, torch.cuda.graph(graph, **options):
+                rows = run(buffer)
+        except BaseException:
+            # Destroying a graph frees the cuBLAS workspace of its stream, which the other graphs use too.
+            del graph
+            self.by_key.clear()
+            raise
+        return graph, buffer, rows

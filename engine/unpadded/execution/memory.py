@@ -7,8 +7,6 @@ separate tensors:
     bytes = itemsize * max(held + up_rows + intermediate, x + qkv + its copy + attended + its copy) + rotary tables
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,10 +1,9 @@
 """One model on several devices: one process per device (`worker_process`), used like a single `Runner`.
 
-A batch goes to the process with the fewest pending tokens. If a process crashes, it is restarted, and its batches are
-run again one at a time, so that a batch that crashes two workers is identified.
+A job, which is a batch or texts to tokenize and embed, goes to the process with the fewest pending tokens. If a process
+crashes, it is restarted, and its jobs are run again one at a time, so that one that crashes two workers is identified.
+A process that hangs is killed.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging
@@ -13,85 +12,88 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
+from queue import SimpleQueue
 from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from unpadded.errors import WorkerError
-from unpadded.execution.backend import PendingVectors
-from unpadded.execution.runner import Runner
-from unpadded.execution.worker_process import BOOTSTRAP, Job
-from unpadded.options import VectorOptions
+from unpadded.errors import WorkerError, forked_error
+from unpadded.execution.transfer import Wait
+from unpadded.execution.worker_process import BOOTSTRAP, Call
+from unpadded.options import Plan, VectorOptions
+from unpadded.tokenization.windows import TextGroup
 
 logger = logging.getLogger("unpadded")
 
-MakeRunner: TypeAlias = Callable[[torch.device], Runner]  # pickled and called in each process
-Loaded: TypeAlias = tuple[int, dict[str, str], int | None]  # a runner's dimensions, description and max_batch_tokens
+MakePipeline: TypeAlias = Callable[[torch.device], Any]  # returns an EmbeddingPipeline, pickled, called in each process
+# A runner's dimensions, depth, description and max_batch_tokens.
+Loaded: TypeAlias = tuple[int, int, dict[str, str], int | None]
 
-QUEUED_BATCHES = 2  # per process: one runs while the next is already there
-MAX_CRASHES_PER_BATCH = 2
-MAX_CRASHES_PER_WORKER = 3  # in a row, without a finished batch in between
+MAX_CRASHES_PER_JOB = 2
+MAX_CRASHES_PER_WORKER = 3  # in a row, without a finished job in between
 EXIT_SECONDS = 10
+SILENT_SECONDS = 10  # without a message; a process sends one per second, also while it runs a job
+START_SECONDS = 600  # without a message until the model is loaded
+JOB_SECONDS = {"cpu": 4 * 3600, "cuda": 300}  # for one job, which may compile kernels
 
 
 class WorkerPool:
-    """A `Backend` of several devices. Any thread may call it."""
+    """Runs batches on several devices, with the methods of `Runner`. Any thread may call it."""
 
-    def __init__(self, make_runner: MakeRunner, devices: Sequence[torch.device]) -> None:
+    def __init__(self, make_pipeline: MakePipeline, devices: Sequence[torch.device]) -> None:
         """Start all processes and wait until each has loaded the model; raise what one of them raises."""
-        self._pool = pool = _Pool(make_runner, devices)
+        self._pool = pool = _Pool(make_pipeline, devices)
         self._finalizer = weakref.finalize(self, pool.close)  # runs once: by close, when collected, or at exit
-        self.parallelism = len(devices)
-        self.depth = QUEUED_BATCHES * len(devices)
+        self.devices = len(devices)
         loaded = pool.start()
-        self.dimensions, self._description, _ = loaded[0]
-        self._max_batch_tokens = [tokens for _, _, tokens in loaded if tokens is not None]
+        self.dimensions, self.depth, self._description, _ = loaded[0]
+        self._max_batch_tokens = [tokens for *_, tokens in loaded if tokens is not None]
 
     def close(self) -> None:
-        """Stop the processes; pending batches raise WorkerError."""
+        """Stop the processes; pending jobs raise WorkerError."""
         self._finalizer()
 
     @property
     def ready_devices(self) -> int:
+        """Devices that accept batches; less than `devices` while a crashed process restarts."""
         return sum(worker.ready for worker in self._pool.workers)
-
-    @property
-    def process_ids(self) -> list[int]:
-        return [worker.process.pid for worker in self._pool.workers if worker.process is not None]
 
     def describe(self) -> dict[str, str]:
         return self._description | {"device": ",".join(str(worker.device) for worker in self._pool.workers)}
 
     def max_batch_tokens(self) -> int | None:
-        sharing = self.parallelism if self._pool.workers[0].device.type == "cpu" else 1  # one memory for all
+        sharing = self.devices if self._pool.workers[0].device.type == "cpu" else 1  # one memory for all
         return max(1, min(self._max_batch_tokens) // sharing) if self._max_batch_tokens else None
 
-    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions) -> PendingVectors:
-        return PendingVectors(self._pool.submit("launch", sequences, {"options": options}).result)
+    def embed(self, group: TextGroup, plan: Plan, token_budget: int) -> Callable[[], Any]:
+        """Start computing the `Embeddings` of texts, in fp32."""
+        texts = len(group.texts)
+        name = f"a batch of {texts} texts ({group.first_index} to {group.first_index + texts - 1})"
+        return self._pool.submit(name, group.tokens, (group, {"plan": plan, "token_budget": token_budget})).result
 
-    def hidden_states(self, sequences: Sequence[np.ndarray], *, adapter: str | None = None) -> list[np.ndarray]:
-        rows: list[np.ndarray] = self._pool.submit("hidden_states", sequences, {"adapter": adapter}).result()
-        return rows
+    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions, *, pooled: bool = True) -> Wait:
+        lengths = [len(ids) for ids in sequences]
+        name = f"a batch of {len(lengths)} texts and {sum(lengths)} tokens"
+        call: Call = ((np.concatenate(sequences), lengths), {"options": options, "pooled": pooled})
+        return self._pool.submit(name, sum(lengths), call).result
 
 
 @dataclass(eq=False)
-class _Batch:
-    job: Job
+class _Job:
+    number: int
+    name: str  # in errors
+    tokens: int  # of texts, an estimate
+    call: Call
     future: Future[Any] = field(default_factory=Future)
     crashes: list[str] = field(default_factory=list)  # descriptions of the processes that crashed with it
-
-    @property
-    def tokens(self) -> int:
-        return len(self.job[1])
-
-    def __str__(self) -> str:
-        return f"a batch of {len(self.job[2])} texts and {self.tokens} tokens"
 
 
 @dataclass(eq=False)
@@ -100,96 +102,121 @@ class _Worker:
     process: subprocess.Popen[bytes] | None = None  # set by each start
     ready: bool = False  # the process has loaded the model and runs
     given_up: bool = False  # the process is not restarted
-    crashes: int = 0  # since the last finished batch
-    batches: deque[_Batch] = field(default_factory=deque)  # sent to the process, which answers in this order
+    crashes: int = 0  # since the last finished job
+    depth: int = 1  # set when the process is ready
+    jobs: dict[int, _Job] = field(default_factory=dict)  # sent to the process, by number, in this order
     loaded: Future[Loaded] = field(default_factory=Future)  # set by the first start
+    outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)  # messages to the process; None ends them
+    silent: int = 0  # seconds since the last message from the process
+    running: int = 0  # seconds for which the first of `jobs` runs
+    hang: str = ""  # why the process was killed
 
-    def accepts(self, batch: _Batch) -> bool:
-        """Whether the batch can be sent now; a batch that was with a crashed process runs alone."""
-        if batch.crashes:
-            return self.ready and not self.batches
-        return self.ready and len(self.batches) < QUEUED_BATCHES and not any(other.crashes for other in self.batches)
-
-    def send(self, message: Any) -> None:
-        """Write a message. Ignores broken pipes: the thread that reads from the process handles its exit."""
-        assert self.process is not None and self.process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # a broken pipe; a closed file
-            pickle.dump(message, self.process.stdin, protocol=5)
-            self.process.stdin.flush()
+    def accepts(self, job: _Job) -> bool:
+        """Whether the job can be sent now; one that was with a crashed process runs alone."""
+        if job.crashes:
+            return self.ready and not self.jobs
+        # One more than the device has in flight, whose texts are tokenized in the meantime.
+        return self.ready and len(self.jobs) <= self.depth and not any(other.crashes for other in self.jobs.values())
 
 
 class _Pool:
-    """The processes, the batches that wait for one, and one thread per process that starts it and reads its answers.
+    """The processes, the jobs that wait for one, and the threads that start, read, write and watch the processes.
 
-    Separate from `WorkerPool` so that these threads do not keep that from being garbage-collected.
+    Separate from `WorkerPool` so that these threads do not keep that from being garbage-collected. Pipes are written
+    without the lock, because a process that hangs does not read.
     """
 
-    def __init__(self, make_runner: MakeRunner, devices: Sequence[torch.device]) -> None:
+    def __init__(self, make_pipeline: MakePipeline, devices: Sequence[torch.device]) -> None:
         self.workers = [_Worker(device) for device in devices]
-        self._make_runner = make_runner
+        self._make_pipeline = make_pipeline
         self._folder = os.getcwd()  # for the checkpoint's relative paths, because a process can start at any time
         on_cpu = sum(device.type == "cpu" for device in devices)
-        self._threads = max(1, torch.get_num_threads() // on_cpu) if on_cpu else None  # the processes share the cores
+        self._threads = max(1, torch.get_num_threads() // on_cpu) if on_cpu else 1  # the processes share the cores
         self._lock = threading.RLock()  # garbage collection may call close in a thread that holds it
-        self._waiting: deque[_Batch] = deque()
+        self._waiting: deque[_Job] = deque()
+        self._numbers = count()
+        self._warnings: set[str] = set()  # that processes have logged, before their arguments are filled in
         self._closed = False
+        self._process_id = os.getpid()
 
     def start(self) -> list[Loaded]:
         """Start the processes and wait until all have loaded the model."""
         for index, worker in enumerate(self.workers):
             name = f"unpadded-worker-{index}"
             threading.Thread(target=self._supervise, args=(worker,), name=name, daemon=True).start()
+        threading.Thread(target=self._watch, name="unpadded-watch", daemon=True).start()
         try:
             return [worker.loaded.result() for worker in self.workers]
         except BaseException:
             self.close()
             raise
 
-    def submit(self, method: str, sequences: Sequence[np.ndarray], options: dict[str, Any]) -> Future[Any]:
-        """Queue a batch; the future returns what the runner's method returns."""
-        batch = _Batch((method, np.concatenate(sequences), [len(ids) for ids in sequences], options))
+    def submit(self, name: str, tokens: int, call: Call) -> Future[Any]:
+        """Queue a job; the future returns its result in the process."""
+        if os.getpid() != self._process_id:
+            raise forked_error("the worker processes")
         with self._lock:
             if self._closed:
-                raise WorkerError(f"the engine is closed: {batch} was submitted after close(); load the model again")
-            self._waiting.append(batch)
+                raise WorkerError(f"the engine is closed: {name} was submitted after close(); load the model again")
+            self._waiting.append(job := _Job(next(self._numbers), name, tokens, call))
             self._distribute()
-        return batch.future
+        return job.future
 
     def close(self) -> None:
-        """Stop every process; pending batches raise WorkerError."""
+        """Stop every process; pending jobs raise WorkerError."""
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
             self._closed = True
-            dropped = [*self._waiting, *(batch for worker in self.workers for batch in worker.batches)]
+            dropped = [*self._waiting, *(job for worker in self.workers for job in worker.jobs.values())]
             self._waiting.clear()
             for worker in self.workers:
                 worker.ready = False
-                worker.batches.clear()
+                worker.jobs.clear()
+                worker.outbox.put(None)
         processes = [worker.process for worker in self.workers if worker.process is not None]
-        for process in processes:
-            _close(process.stdin)  # makes the process exit
+        end = time.monotonic() + EXIT_SECONDS
         for process in processes:
             try:
-                process.wait(EXIT_SECONDS)
+                process.wait(max(0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-        for batch in dropped:
-            batch.future.set_exception(WorkerError(f"the engine was closed: {batch} was dropped; load the model again"))
+        for job in dropped:
+            error = f"the engine was closed: {job.name} was dropped; load the model again"
+            job.future.set_exception(WorkerError(error))
+
+    def _watch(self) -> None:
+        """Kill processes that hang. Counts seconds, of which a pause of this process is one, and reads no clock."""
+        while not self._closed:
+            time.sleep(1)
+            for worker in self.workers:
+                with self._lock:
+                    worker.silent += 1
+                    worker.running = worker.running + 1 if worker.jobs else 0
+                    if worker.silent > (SILENT_SECONDS if worker.ready else START_SECONDS):
+                        worker.hang = f"killed after {worker.silent} s without an answer"
+                    elif worker.running > JOB_SECONDS[worker.device.type]:
+                        name = next(iter(worker.jobs.values())).name
+                        worker.hang = f"killed after {worker.running} s in {name}"
+                    if worker.hang and worker.process is not None:
+                        worker.process.kill()  # the thread that reads from it handles its exit
 
     def _distribute(self) -> None:
-        """Send waiting batches to workers. The caller holds the lock."""
+        """Send waiting jobs to workers. The caller holds the lock."""
         if all(worker.given_up for worker in self.workers):
             devices = ", ".join(str(worker.device) for worker in self.workers)
-            for batch in self._waiting:
-                error = f"no worker is left for {batch}: {devices} crashed {MAX_CRASHES_PER_WORKER} times in a row"
-                batch.future.set_exception(WorkerError(f"{error}; free memory and load the model again"))
+            for job in self._waiting:
+                error = f"no worker is left for {job.name}: {devices} crashed {MAX_CRASHES_PER_WORKER} times in a row"
+                job.future.set_exception(WorkerError(f"{error}; free memory and load the model again"))
             self._waiting.clear()
         while self._waiting:
             accepting = [worker for worker in self.workers if worker.accepts(self._waiting[0])]
             if not accepting:
                 return
-            worker = min(accepting, key=lambda worker: sum(batch.tokens for batch in worker.batches))
-            worker.batches.append(self._waiting.popleft())
-            worker.send(worker.batches[-1].job)
+            worker = min(accepting, key=lambda worker: sum(job.tokens for job in worker.jobs.values()))
+            job = self._waiting.popleft()
+            worker.jobs[job.number] = job
+            worker.outbox.put((job.number, job.call))
 
     def _supervise(self, worker: _Worker) -> None:
         """Start a process, read its answers until it exits, and repeat."""
@@ -198,21 +225,24 @@ class _Pool:
                 if self._closed:
                     return
                 command, pipe = [sys.executable, "-c", BOOTSTRAP], subprocess.PIPE
+                tokenizer_threads = max(1, (os.cpu_count() or 1) // len(self.workers))
+                environment = {"RAYON_NUM_THREADS": str(tokenizer_threads), **os.environ}
                 try:
-                    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=self._folder)
+                    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=self._folder, env=environment)
                 except OSError as error:
                     self._handle_exit(worker, f"{worker.device} (not started: {error})")
                     continue
-                worker.process = process
-            worker.send(sys.path)
-            worker.send((self._make_runner, worker.device, self._threads))
+                worker.process, worker.outbox, worker.silent, worker.hang = process, SimpleQueue(), 0, ""
+                worker.outbox.put(sys.path)
+                worker.outbox.put((self._make_pipeline, worker.device, self._threads))
+            threading.Thread(target=_write, args=(process.stdin, worker.outbox), daemon=True).start()
             self._read(worker, process)
             code = process.wait()
+            worker.outbox.put(None)
             with self._lock:
-                _close(process.stdin)
-                _close(process.stdout)
                 if not self._closed:
-                    self._handle_exit(worker, f"{worker.device} (process {process.pid}, exit code {code})")
+                    end = worker.hang or f"exit code {code}"
+                    self._handle_exit(worker, f"{worker.device} (process {process.pid}, {end})")
 
     def _read(self, worker: _Worker, process: subprocess.Popen[bytes]) -> None:
         """Handle the messages of a process until it exits."""
@@ -222,39 +252,43 @@ class _Pool:
                 kind, value = pickle.load(process.stdout)
             except Exception:  # unpickling may raise anything; usually it is the EOFError of a process that exited
                 process.kill()
+                process.stdout.close()
                 return
+            worker.silent = 0
             if kind == "log":
-                logger.log(*value)
+                level, message, text = value
+                if level != logging.WARNING or message not in self._warnings:  # every process may give the same one
+                    logger.log(level, "%s", text)
+                self._warnings.add(message)
             elif kind == "ready":
                 with self._lock:
-                    worker.ready = not self._closed
+                    worker.ready, worker.depth = not self._closed, value[1]
                     self._distribute()
                 if not worker.loaded.done():
                     worker.loaded.set_result(value)
-            elif kind != "not loaded":
-                self._finish_batch(worker, kind, value)
-            elif not worker.loaded.done():
+            elif kind in ("done", "failed"):
+                self._finish_job(worker, kind, *value)
+            elif kind == "not loaded" and not worker.loaded.done():
                 worker.loaded.set_exception(value)
-            else:
+            elif kind == "not loaded":
                 logger.warning("the model could not be loaded again on %s: %s", worker.device, value)
 
-    def _finish_batch(self, worker: _Worker, kind: str, value: Any) -> None:
+    def _finish_job(self, worker: _Worker, kind: str, number: int, value: Any) -> None:
         with self._lock:
             if self._closed:
                 return
-            batch = worker.batches.popleft()
+            if number == next(iter(worker.jobs)):  # the others may finish while it hangs
+                worker.running = 0
+            job = worker.jobs.pop(number)
             worker.crashes = 0
             self._distribute()
         if kind == "done":
-            batch.future.set_result(value)
+            job.future.set_result(value)
         else:
-            batch.future.set_exception(value)
+            job.future.set_exception(value)
 
     def _handle_exit(self, worker: _Worker, crash: str) -> None:
-        """Log a crash; queue the worker's batches again, except those that crashed another. The caller holds the lock.
-
-        crash: the device, the process and its exit code.
-        """
+        """Log a crash, as described; queue again the jobs that crashed no other. The caller holds the lock."""
         if not worker.loaded.done():
             error = f"a worker exited while it loaded the model: {crash}; see its output on stderr"
             worker.loaded.set_exception(WorkerError(error))
@@ -264,24 +298,25 @@ class _Pool:
         worker.ready = False
         worker.crashes += 1
         worker.given_up = worker.crashes == MAX_CRASHES_PER_WORKER
-        logger.warning(
-            "a worker crashed: %s; %d of its batches run again, and it is %srestarted",
-            crash,
-            len(worker.batches),
-            "not " if worker.given_up else "",
-        )
-        batches = list(worker.batches)
-        worker.batches.clear()
-        for batch in batches:
-            batch.crashes.append(crash)
-            if len(batch.crashes) == MAX_CRASHES_PER_BATCH:
-                error = f"{batch} crashed {MAX_CRASHES_PER_BATCH} workers in a row: {', '.join(batch.crashes)}"
-                batch.future.set_exception(WorkerError(f"{error}; lower token_budget or omit its texts"))
-        self._waiting.extendleft(batch for batch in reversed(batches) if len(batch.crashes) < MAX_CRASHES_PER_BATCH)
+        message = "a worker crashed: %s; %d of its jobs run again, and it is %srestarted"
+        logger.warning(message, crash, len(worker.jobs), "not " if worker.given_up else "")
+        while worker.jobs:
+            _, job = worker.jobs.popitem()  # the last one first
+            job.crashes.append(crash)
+            if len(job.crashes) < MAX_CRASHES_PER_JOB:
+                self._waiting.appendleft(job)
+            else:
+                error = f"{job.name} crashed {MAX_CRASHES_PER_JOB} workers in a row: {', '.join(job.crashes)}"
+                job.future.set_exception(WorkerError(f"{error}; lower token_budget or omit its texts"))
         self._distribute()
 
 
-def _close(pipe: IO[bytes] | None) -> None:
-    with contextlib.suppress(OSError):  # unsent data for a process that exited
-        assert pipe is not None
-        pipe.close()
+def _write(pipe: IO[bytes], outbox: SimpleQueue[Any]) -> None:
+    """Write messages up to None. Ignores broken pipes: the thread that reads from the process handles its exit."""
+    message: Any = ...
+    with contextlib.suppress(OSError), pipe:
+        while message is not None:
+            message = outbox.get()
+            data = memoryview(pickle.dumps(message, protocol=5))
+            while data:  # without the pipe's buffer, of which a fork would write its copy again
+                data = data[os.write(pipe.fileno(), data) :]

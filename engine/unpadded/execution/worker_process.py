@@ -1,18 +1,19 @@
-"""One device's process: reads batches from stdin and writes vectors to stdout, as pickled messages.
+"""One device's process: reads texts or batches from stdin and writes vectors to stdout, as pickled messages.
 
-`worker_pool` starts it. It exits when its stdin is closed, and so whenever the parent exits; it ignores the signals
-that stop the parent.
+`worker_pool` starts it. It exits when it receives None, and when the parent exits; it ignores the signals that stop the
+parent.
 """
 
-from __future__ import annotations
-
+import contextlib
 import logging
 import os
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -20,12 +21,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from unpadded.execution.backend import PendingVectors
-from unpadded.execution.runner import Runner
+from unpadded.errors import UnpaddedError
+from unpadded.tokenization.windows import TextGroup
 
-# A runner's method ("launch" or "hidden_states"), concatenated ids [total_tokens] int32, lengths, keyword arguments.
-Job: TypeAlias = tuple[str, np.ndarray, list[int], dict[str, Any]]
-Outcome: TypeAlias = tuple[str, Any]  # "done" and a result, or "failed" and an exception
+# The pipeline's `embed_group` with texts, or the runner's `launch` with concatenated ids [total_tokens] int32 and
+# lengths; keyword arguments.
+Call: TypeAlias = tuple[TextGroup | tuple[np.ndarray, list[int]], dict[str, Any]]
+Job: TypeAlias = tuple[int, Call]  # with its number
 Send: TypeAlias = Callable[[str, Any], None]
 
 # For `python -c`. Ignores signals first: Ctrl-C reaches every process of a terminal.
@@ -40,7 +42,7 @@ main()
 
 
 def main() -> None:
-    """Make the runner that the first message describes, send "ready", then answer every job in order."""
+    """Make the pipeline that the first message describes, send "ready", then answer every job, in any order."""
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that a library's prints do not corrupt the messages
     writing = threading.Lock()
@@ -50,65 +52,85 @@ def main() -> None:
             pickle.dump((kind, value), results, protocol=5)
             results.flush()
 
-    logging.getLogger("unpadded").addHandler(_Forward(send))
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            send("log", (record.levelno, record.msg, record.getMessage()))
+
+    logging.getLogger("unpadded").addHandler(Forward())
     logging.getLogger("unpadded").propagate = False
+    threading.Thread(target=_send_alive, args=(send, os.getppid()), daemon=True).start()
     make, device, threads = pickle.load(sys.stdin.buffer)
     jobs: SimpleQueue[Job] = SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    kind, runner = _attempt(partial(make, device), device)
+    kind, pipeline = _attempt(partial(make, device), device)
     if kind == "failed":
-        send("not loaded", runner)
+        send("not loaded", pipeline)
         os._exit(1)
-    send("ready", (runner.dimensions, runner.describe(), runner.max_batch_tokens()))
-    _run_jobs(runner, device, jobs, send)
+    runner = pipeline.backend
+    send("ready", (runner.dimensions, runner.depth, runner.describe(), runner.max_batch_tokens()))
+    _run_jobs(pipeline, device, jobs, send)
+
+
+def _send_alive(send: Send, parent: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        while os.getppid() == parent:  # a fork of the parent may keep stdin open
+            send("alive", None)
+            time.sleep(1)
+    os._exit(0)
 
 
 def _read_jobs(jobs: SimpleQueue[Job]) -> None:
     """Queue jobs from stdin; exit when it is closed. Runs in a thread, so that the parent never waits to send a job."""
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while (job := pickle.load(sys.stdin.buffer)) is not None:
+            jobs.put(job)
+    os._exit(0)
+
+
+def _run_jobs(pipeline: Any, device: torch.device, jobs: SimpleQueue[Job], send: Send) -> None:
+    """Start jobs in order and wait for them in threads: texts are tokenized while the device computes others."""
+
+    def answer(number: int, start: Callable[[], Any]) -> None:
+        kind, value = _attempt(start, device)
+        if callable(value):
+            threads.submit(answer, number, value)
+        else:
+            send(kind, (number, value))
+
+    threads = ThreadPoolExecutor(pipeline.backend.depth)
     while True:
-        try:
-            jobs.put(pickle.load(sys.stdin.buffer))
-        except (EOFError, pickle.UnpicklingError):
-            os._exit(0)
+        number, (inputs, options) = jobs.get()
+        if isinstance(inputs, TextGroup):
+            answer(number, partial(pipeline.embed_group, inputs, **options))
+        else:
+            sequences = np.split(inputs[0], np.cumsum(inputs[1])[:-1])
+            answer(number, partial(pipeline.backend.launch, sequences, **options))
 
 
-def _run_jobs(runner: Runner, device: torch.device, jobs: SimpleQueue[Job], send: Send) -> None:
-    """Run jobs in order; if the device works asynchronously, launch a batch before waiting for the previous one."""
-    previous: Outcome | None = None
-    while True:
-        launched = None
-        if previous is None or (runner.depth > 1 and not jobs.empty()):
-            method, ids, lengths, options = jobs.get()
-            sequences = np.split(ids, np.cumsum(lengths)[:-1])
-            launched = _attempt(partial(getattr(runner, method), sequences, **options), device)
-        if previous is not None:
-            pending = previous[1]
-            send(*(_attempt(pending.wait, device) if isinstance(pending, PendingVectors) else previous))
-        previous = launched
-
-
-def _attempt(run: Callable[[], Any], device: torch.device) -> Outcome:
+def _attempt(run: Callable[[], Any], device: torch.device) -> tuple[str, Any]:
+    """Return "done" and a result, or "failed" and an exception."""
     try:
         return "done", run()
     except Exception as error:  # any error is raised in the caller's thread
-        error.add_note(f"in the worker on {device}:\n{traceback.format_exc()}")
+        if device.type == "cuda":
+            _exit_if_broken(device, error)
+        note = f"in the worker on {device}:\n{traceback.format_exc()}"
+        if not isinstance(error, UnpaddedError):
+            error.add_note(note)
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # pickling an exception may raise anything
-            return "failed", RuntimeError(f"{error!r}\n{error.__notes__[-1]}")
+            return "failed", RuntimeError(f"{error!r}\n{note}")
         return "failed", error
 
 
-class _Forward(logging.Handler):
-    """Sends log messages to the parent."""
-
-    def __init__(self, send: Send) -> None:
-        super().__init__()
-        self._send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send("log", (record.levelno, record.getMessage()))
+def _exit_if_broken(device: torch.device, error: Exception) -> None:
+    """Exit if an error has broken the CUDA context, in which every later batch fails; the parent starts a process."""
+    try:
+        torch.cuda.current_stream(device).query()  # raises the error again; a capture forbids to synchronize
+    except RuntimeError:
+        logging.getLogger("unpadded").error("%s cannot be used any longer by this process: %s", device, error)
+        os._exit(1)

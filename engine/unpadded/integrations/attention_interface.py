@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from unpadded.errors import OptionError
-from unpadded.integrations.padding import pad
+from unpadded.integrations.padding import pad, to_device, to_host
 from unpadded_kernels import attention
-from unpadded_kernels.attention import make_tile_map
+from unpadded_kernels.attention_kernels import make_tile_map
 from unpadded_kernels.tiles import attention_block_m
 
 NAME = "unpadded"
@@ -33,14 +33,15 @@ class PaddingMask:
     """The tokens that an attention mask keeps. A model makes it once per forward pass; its layers share it."""
 
     indices: Tensor | None  # [total_tokens] int64, of the kept tokens in the flattened mask; None: all are kept
-    cu_seqlens: Tensor  # [texts + 1] int32, where texts without a token are left out
+    cu_seqlens: Tensor  # [texts + 1] int32
     lengths: tuple[int, ...]  # tokens of each text; stays on the host
     tile_maps: dict[int, Tensor] = field(default_factory=dict)  # by queries per tile; filled by the first layer
 
     def tile_map(self, block_m: int) -> Tensor:
         """Return what the kernel runs over; see `make_tile_map`."""
         if block_m not in self.tile_maps:
-            self.tile_maps[block_m] = make_tile_map(self.lengths, block_m).to(self.cu_seqlens.device)
+            tile_map = make_tile_map(self.lengths, block_m).numpy()
+            self.tile_maps[block_m] = to_device(tile_map, self.cu_seqlens.device)
         return self.tile_maps[block_m]
 
 
@@ -49,15 +50,15 @@ def padding_mask(
 ) -> PaddingMask:
     """Read a mask of [batch_size, q_length], zeros at padding; None keeps everything.
 
-    transformers calls this once per forward pass with more keywords, and passes the result to every layer.
+    transformers calls this once per forward pass with more keywords, and passes the result to every layer. It waits for
+    the device once, to read the mask.
     """
-    kept = None if attention_mask is None else attention_mask.cpu().bool()
-    if kept is None or bool(kept.all()):
-        indices, lengths = None, torch.full((batch_size,), q_length)
+    (kept,) = to_host(attention_mask)
+    if kept is None or kept.all():
+        indices, lengths = None, np.full(batch_size, q_length)
     else:
-        indices, lengths = kept.flatten().nonzero().flatten().to(device), kept.sum(1)
-        lengths = lengths[lengths > 0]
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        indices, lengths = to_device(np.flatnonzero(kept), device), kept.sum(1, dtype=np.int64)
+    cu_seqlens = to_device(np.concatenate(([0], lengths.cumsum())).astype(np.int32), device)
     return PaddingMask(indices, cu_seqlens, tuple(lengths.tolist()))
 
 
@@ -66,7 +67,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PaddingMask | Tensor | None,
+    attention_mask: PaddingMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -74,14 +75,14 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend in both directions; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim].
 
-    attention_mask: a `PaddingMask`; or [batch, length], zeros at padding; or None.
+    attention_mask: None to keep everything, as models without padding pass.
     OptionError for causal, cross and grouped-query attention, dropout, sliding windows and biases.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     _check(query, key, value, attention_mask, dropout, causal, keywords)
     batch, heads, length, head_dim = query.shape
-    if not isinstance(attention_mask, PaddingMask):
-        attention_mask = padding_mask(batch, length, device=query.device, attention_mask=attention_mask)
+    if attention_mask is None:
+        attention_mask = padding_mask(batch, length, device=query.device)
     qkv = torch.stack((query, key, value)).permute(1, 3, 0, 2, 4).reshape(batch * length, 3, heads, head_dim)
     if attention_mask.indices is not None:
         qkv = qkv[attention_mask.indices]
@@ -108,10 +109,10 @@ def _check(
             f"cross and grouped-query attention are not supported: query has shape {tuple(query.shape)}, key "
             f"{tuple(key.shape)}, value {tuple(value.shape)}; {REMEDY}"
         )
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim != 2:
+    if isinstance(attention_mask, Tensor):
         raise OptionError(
-            f"attention_mask has {attention_mask.ndim} dimensions; only padding masks of [batch, length] are "
-            f"supported; {REMEDY}"
+            f"attention_mask has {attention_mask.ndim} dimensions when it reaches a layer; pass the model a padding "
+            f"mask of [batch, length], or {REMEDY}"
         )
     if causal:
         raise OptionError(f"causal attention is not supported: is_causal = True; {REMEDY}")

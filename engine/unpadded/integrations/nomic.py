@@ -16,7 +16,7 @@ from unpadded.engine import Engine
 from unpadded.errors import InputError, OptionError
 from unpadded.loading import load
 from unpadded.options import LongText
-from unpadded.tokenization.windows import CHUNK_OVERLAP, CHUNK_TOKENS
+from unpadded.tokenization.windows import CHUNK_OVERLAP, CHUNK_TOKENS, iterate
 
 logger = logging.getLogger("unpadded")
 
@@ -61,7 +61,7 @@ def text(
     engine = _engine(model, DEVICES.get(device, device), tuple(sorted(kwargs.items())))
     _check_dimensionality(dimensionality, engine)
     embeddings = engine.embed(
-        [*(PLACEHOLDER if isinstance(one, str) and not one.strip() else one for one in texts), ""],
+        [*(PLACEHOLDER if isinstance(one, str) and not one.strip() else one for one in iterate(texts)), ""],
         task=task_type,
         dimensions=dimensionality or engine.dimensions,
         long_text=long_text_mode,  # type: ignore[arg-type]  # checked above

@@ -1,4 +1,7 @@
-"""Conversion between the padded tensors of transformers and packed batches."""
+"""Conversion between the padded tensors of transformers and packed batches.
+
+A forward pass waits for the device once, to read its padded inputs, and not at all if they are on the host.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def unpad(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
-) -> tuple[PackedBatch | None, Tensor | None, tuple[int, int]]:
-    """Pack the tokens that the mask keeps, on the CPU. Return the batch and the two arguments that `pad` needs.
+) -> tuple[PackedBatch | None, np.ndarray | None, tuple[int, int]]:
+    """Pack the tokens that the mask keeps, on the CPU. Return the batch and the two arguments of `pad`.
 
     input_ids: [batch, length] integers. inputs_embeds: [batch, length, hidden], in place of input_ids; the ids of the
     packed batch are then row indices of inputs_embeds.flatten(0, 1). attention_mask: [batch, length], 0 for padding,
@@ -38,38 +41,61 @@ def unpad(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the tokens have shape {shape}; "
             "pass zeros and ones in the shape of the tokens"
         )
-    ids = None if input_ids is None else input_ids.cpu().numpy()
-    rows = np.arange(math.prod(shape)).reshape(shape) if ids is None else ids
-    kept = np.ones(shape, bool) if attention_mask is None else attention_mask.cpu().numpy() != 0
-    sequences = [row[keep].astype(np.int32) for row, keep in zip(rows, kept, strict=True) if keep.any()]
-    indices = None if kept.all() else torch.from_numpy(np.flatnonzero(kept))
-    if not sequences:
+    if position_ids is not None and spec.alibi:
+        raise InputError(f"position_ids were passed to {spec.family}, which uses ALiBi instead; omit them")
+    token_type_ids = token_type_ids if spec.token_types else None
+    _check_shape("position_ids", position_ids, shape)
+    _check_shape("token_type_ids", token_type_ids, shape)
+    mask = None if attention_mask is None else attention_mask != 0
+    ids, given_mask, given_positions, token_types = to_host(input_ids, mask, position_ids, token_type_ids)
+    kept = np.ones(shape, bool) if given_mask is None else given_mask
+    indices = None if kept.all() else np.flatnonzero(kept)
+    tokens = (np.arange(math.prod(shape)).reshape(shape) if ids is None else ids)[kept]
+    if not tokens.size:
         return None, indices, shape
     if ids is not None:
-        _check_range("input_ids", ids[kept], spec.vocabulary, "use the tokenizer of this checkpoint")
-    batch = pack(sequences, spec)
+        _check_range("input_ids", tokens, spec.vocabulary, "use the tokenizer of this checkpoint")
+    batch = pack(np.split(tokens.astype(np.int32), kept.sum(axis=1).cumsum()[:-1]), spec)
     positions = _positions(ids, kept, spec)
-    if position_ids is not None:
-        if spec.alibi:
-            raise InputError(f"position_ids were passed to {spec.family}, which uses ALiBi instead; omit them")
-        positions = _kept_values("position_ids", position_ids, kept, spec.position_rows or 2**31)
+    if given_positions is not None:
+        positions = _kept_values("position_ids", given_positions, kept, spec.position_rows or 2**31)
     if positions is not None:
         batch = replace(batch, positions=torch.from_numpy(positions))
-    if token_type_ids is not None and spec.token_types and bool(token_type_ids.any()):
-        token_types = _kept_values("token_type_ids", token_type_ids, kept, spec.token_types)
-        batch = replace(batch, token_types=torch.from_numpy(token_types))
+    if token_types is not None and token_types.any():
+        kept_types = _kept_values("token_type_ids", token_types, kept, spec.token_types)
+        batch = replace(batch, token_types=torch.from_numpy(kept_types))
     return batch, indices, shape
 
 
 def pad(rows: Tensor, indices: Tensor | None, shape: tuple[int, int]) -> Tensor:
     """[total_tokens, width] -> [batch, length, width], zeros at padding.
 
-    indices: [total_tokens] int64, the position of each row in the flattened batch; None where nothing is padding.
+    indices: [total_tokens] int64 on the device of the rows, the position of each row in the flattened batch; None where
+    nothing is padding.
     """
     if indices is None:
         return rows.view(*shape, -1)
     padded = rows.new_zeros(shape[0] * shape[1], rows.shape[1])
-    return padded.index_copy_(0, indices.to(rows.device), rows).view(*shape, -1)
+    return padded.index_copy_(0, indices, rows).view(*shape, -1)
+
+
+def to_host(*tensors: Tensor | None) -> list[np.ndarray | None]:
+    """Copy tensors to the host, with one wait for their device."""
+    # With non_blocking, PyTorch copies from CUDA to pinned memory and does not wait.
+    copies = [None if tensor is None else tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}:
+        torch.cuda.current_stream(device).record_event().synchronize()
+    return [None if copy is None else copy.numpy() for copy in copies]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it; on a CPU the tensor shares the array's memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    np.copyto(pinned.numpy(), array)
+    return pinned.to(device, non_blocking=True)
 
 
 def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, spec: EncoderSpec) -> tuple[int, int]:
@@ -92,14 +118,17 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, spec: E
     return inputs_embeds.shape[0], inputs_embeds.shape[1]
 
 
-def _kept_values(name: str, values: Tensor, kept: np.ndarray, limit: int) -> np.ndarray:
-    """Return the values of the kept tokens: [total_tokens] int32."""
-    if values.shape not in (kept.shape, (1, kept.shape[1])) or values.is_floating_point():
+def _check_shape(name: str, values: Tensor | None, shape: tuple[int, int]) -> None:
+    if values is not None and (values.shape not in (shape, (1, shape[1])) or values.is_floating_point()):
         raise InputError(
-            f"{name} are {values.dtype} of shape {tuple(values.shape)}, but the tokens have shape {kept.shape}; pass "
+            f"{name} are {values.dtype} of shape {tuple(values.shape)}, but the tokens have shape {shape}; pass "
             "integers of shape [batch, length] or [1, length]"
         )
-    found: np.ndarray = np.broadcast_to(values.cpu().numpy(), kept.shape)[kept]
+
+
+def _kept_values(name: str, values: np.ndarray, kept: np.ndarray, limit: int) -> np.ndarray:
+    """Return the values of the kept tokens: [total_tokens] int32."""
+    found: np.ndarray = np.broadcast_to(values, kept.shape)[kept]
     _check_range(name, found, limit, "pass values that this model has")
     return found.astype(np.int32)
 

@@ -18,8 +18,9 @@ import unpadded
 from unpadded.bulk.atomic_files import write_error
 from unpadded.bulk.dataset_output import PART_ROWS
 from unpadded.bulk.file_output import OUTPUT_EXTENSIONS, output_extension
+from unpadded.bulk.formats import STDIN, TABLE_EXTENSIONS, extension
 from unpadded.bulk.job import check_carried_columns
-from unpadded.bulk.readers import DEFAULT_COLUMN, STDIN, TABLE_EXTENSIONS, extension
+from unpadded.bulk.rows import DEFAULT_COLUMN
 from unpadded.bulk.writers import GROUP_ROWS, RESULT_COLUMNS
 from unpadded.errors import InputError, OptionError, OutputError, UnpaddedError
 from unpadded.integrations.ray_data import embed
@@ -97,6 +98,7 @@ def _run(
         row_group_size=GROUP_ROWS,
         compression="zstd",
         use_dictionary=["id", *carried_columns],
+        write_page_checksum=True,
     )
     return _count(output)
 

@@ -5,8 +5,9 @@
 
 Loading, saving, prompts, pools and precisions are sentence-transformers' own code. The engine computes sentence and
 token embeddings of plain texts, with the values of sentence-transformers: `truncate_dim` cuts without a layer norm.
-Whatever the engine does not support (other kinds of modules, truncation on the left, pairs of texts ...) runs in the
-modules, around the packed forward pass. A checkpoint of an unsupported family runs as sentence-transformers loads it.
+The engine has a copy of the model's current tokenizer. Whatever the engine does not support (other kinds of modules,
+truncation on the left, pairs of texts ...) runs in the modules, around the packed forward pass. An unsupported
+checkpoint runs as sentence-transformers loads it.
 
 Written for sentence-transformers >= 6.2, < 7, because it overrides methods that are private there: `_inference`,
 `_load_default_modules` and `_load_module_class_from_ref` of the model, `_load_config` and `_load_model` of the module.
@@ -17,34 +18,40 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sentence_transformers
+import tokenizers
 import torch
 from sentence_transformers.base import modules
-from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
+from transformers import TokenizersBackend
 
 from unpadded.checkpoint.hub import fetch
-from unpadded.checkpoint.modules import POOLING_MODES, TASK_TRANSFORMER
+from unpadded.checkpoint.modules import TASK_TRANSFORMER
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
-from unpadded.errors import ConfigError, OptionError
+from unpadded.errors import CheckpointError, ConfigError, OptionError
+from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
+from unpadded.integrations.module_head import SENTENCE, Head, addresses, is_normalize, read_head
 from unpadded.integrations.transformers import UnpaddedModel, make_config
-from unpadded.model.heads import Dense as RunnerDense
+from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
 
-SENTENCE, TOKENS = "sentence_embedding", "token_embeddings"  # values of output_value
-ACTIVATIONS: dict[type, str] = {nn.Identity: "identity", nn.Tanh: "tanh"}
+TOKENS = "token_embeddings"  # a value of output_value, as is SENTENCE
 # Keywords of the hub, which sentence-transformers adds to model_kwargs and others; the folder is already downloaded.
 HUB_KEYWORDS = {"token", "trust_remote_code", "revision", "local_files_only", "cache_dir"}
-# Settings of a saved Transformer module that change the token ids.
+# Attributes of a Transformer module that change the token ids.
 PREPROCESSING = ("processing_kwargs", "query_length", "document_length", "query_expansion")
+# Attributes of the model part of a tokenizer, which a caller may change.
+TOKENIZER_MODEL = ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix", "dropout", "byte_fallback")
+METHODS = ("forward", "preprocess", "tokenize")
 # Keywords of `_inference` that do not keep the engine from running.
 ENGINE_KEYWORDS = {"batch_size", "normalize_embeddings", "save_to_cpu", "show_progress_bar", "task", "truncate_dim"}
 
@@ -123,7 +130,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             inputs,
             prompt=prompt or "",
             task=task,
-            normalize=_is_normalize(self[-1]),
+            normalize=is_normalize(self[-1]),
             show_progress=bool(options["show_progress_bar"]),
         ).vectors
         embeddings: Tensor = torch.from_numpy(vectors).to(self.dtype)
@@ -146,20 +153,19 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     def _engine_for(self, inputs: list[Any], output_value: str | None, options: dict[str, Any]) -> Engine | None:
         """Return an engine that computes what the modules, in their current state, would; None if it cannot."""
         transformer, *rest = self.children()
-        head = _read_head(rest)
+        head = read_head(rest)
         if (
             not inputs
             or not all(isinstance(text, str) for text in inputs)
             or not options.keys() <= ENGINE_KEYWORDS
             or output_value not in (SENTENCE, TOKENS)
-            or (output_value == TOKENS and self.tokenizer.padding_side != "right")
             or head is None
             or not isinstance(transformer, Transformer)
-            or not transformer.tokenizes_as_engine()
-            or _has_hooks(self)
+            or not transformer.tokenizes_as_engine(output_value)
+            or _is_modified(self)
         ):
             return None
-        engine: Engine = transformer.engine_with(head)
+        engine: Engine | None = transformer.engine_with(head)
         return engine
 
     def save(self, path: str, *args: Any, **options: Any) -> None:
@@ -175,50 +181,48 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         file.write_text(json.dumps(entries, indent=2))
 
 
-class Head(NamedTuple):
-    """The modules between a Transformer and a Normalize, as a runner takes them."""
-
-    pooling: str
-    dense: tuple[RunnerDense, ...]  # they share the modules' memory
-
-
 class Transformer(modules.Transformer):
     """sentence-transformers' first module, around an `UnpaddedModel`."""
 
     model: Any  # an UnpaddedModel
-    initial_tokenizer_state: tuple[object, ...] = ()  # set by `from_checkpoint`
+    engine_tokenizer_state: tuple[object, ...] | None = None  # of the tokenizer that the engine has a copy of
 
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> modules.Transformer:  # type: ignore[override]
         """Load a saved module; the base class if the checkpoint is not supported."""
         checkpoint = _open(model_name_or_path, **options)
-        if checkpoint is None:
-            module: modules.Transformer = modules.Transformer.load(model_name_or_path, **options)
-            return module
-        return cls.from_checkpoint(checkpoint, **options)
+        if checkpoint is not None:
+            saved = cls.load_config(str(checkpoint.folder))
+            modality = {name: saved[name] for name in ("modality_config", "module_output_name")}
+            try:
+                return cls.from_checkpoint(checkpoint, modality, **options)
+            except ConfigError as error:
+                _log_unsupported(model_name_or_path, error)
+        module: modules.Transformer = modules.Transformer.load(model_name_or_path, **options)
+        return module
 
     @classmethod
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,
+        modality: dict[str, Any] | None = None,  # None: infer it
         *,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> Transformer:
-        folder = str(checkpoint.folder)
-        saved = cls.load_config(folder)
         transformer: Transformer = cls(
-            folder,
+            str(checkpoint.folder),
             model_kwargs=_without_hub_keywords(model_kwargs) | _without_hub_keywords(config_kwargs),
             processor_kwargs=_without_hub_keywords(processor_kwargs),
             do_lower_case=checkpoint.lower_case,
-            **{name: saved[name] for name in PREPROCESSING if name in saved},
+            **modality or {},
         )
         if "model_max_length" not in (processor_kwargs or {}):
             transformer.max_seq_length = checkpoint.max_length
-        transformer.initial_tokenizer_state = transformer.tokenizer_state()
+        if not _without_hub_keywords(processor_kwargs).keys() - {"model_max_length"}:  # both have read the same files
+            transformer.engine_tokenizer_state = transformer.tokenizer_state()
         return transformer
 
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
@@ -230,36 +234,61 @@ class Transformer(modules.Transformer):
         return UnpaddedModel.from_pretrained(model_name_or_path, **options)
 
     def tokenizer_state(self) -> tuple[object, ...]:
-        """Return the settings of the tokenizer that a caller may change and that the engine's tokenizer lacks."""
+        """Return what makes the tokenizer's token ids of a text; a caller may change it."""
         tokenizer: Any = self.tokenizer
         backend = tokenizer.backend_tokenizer
         steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-        states = (step and step.__getstate__() for step in steps)
-        return len(tokenizer), tokenizer.truncation_side, self.do_lower_case, *states
-
-    def tokenizes_as_engine(self) -> bool:
-        """Return whether the module, in its current state, makes the same token ids of a text as the engine."""
-        checkpoint: Checkpoint = self.model.engine.checkpoint
-        length, limit = self.max_seq_length, checkpoint.spec.position_limit
-        tokenizer: Any = self.tokenizer
         return (
-            isinstance(length, int)
-            and not (limit and length > limit)
-            and not any(getattr(self, name) for name in PREPROCESSING)
-            and self.tokenizer_state() == self.initial_tokenizer_state
-            and Path(tokenizer.name_or_path) == checkpoint.folder
+            tokenizer.name_or_path,
+            len(tokenizer),
+            [getattr(backend.model, name, None) for name in TOKENIZER_MODEL],
+            [step and step.__getstate__() for step in steps],
+            [(index, repr(token)) for index, token in backend.get_added_tokens_decoder().items()],
         )
 
-    def engine_with(self, head: Head) -> Engine:
-        """Return the model's engine with this head and the module's max_seq_length; it is kept for the next call."""
+    def tokenizes_as_engine(self, output_value: str) -> bool:
+        """Return whether the module, in its current state, makes the inputs that the engine makes of its tokenizer."""
+        spec = self.model.engine.checkpoint.spec
+        length, tokenizer = self.max_seq_length, self.tokenizer
+        column_positions = spec.position_rows > 0 and spec.padding_id is None  # they count padding on the left
+        return (
+            isinstance(length, int)
+            and not (spec.position_limit and length > spec.position_limit)
+            and not any(getattr(self, name) for name in PREPROCESSING)
+            and "message" not in self.modality_config
+            and isinstance(tokenizer, TokenizersBackend)
+            and not tokenizer.split_special_tokens
+            and tokenizer.truncation_side == "right"
+            and (tokenizer.padding_side == "right" or not (output_value == TOKENS or column_positions))
+            and "attention_mask" in tokenizer.model_input_names
+        )
+
+    def engine_with(self, head: Head) -> Engine | None:
+        """Return the model's engine with this head and the module's tokenizer and max_seq_length; it is kept.
+
+        None for a tokenizer that the engine does not support.
+        """
         engine: Engine = self.model.engine
-        runner = engine._pipeline.runner
-        same_head = runner.pooling == head.pooling and _addresses(runner.dense) == _addresses(head.dense)
-        if not same_head or self.max_seq_length != engine.checkpoint.max_length:
+        runner, tokenizer, state = engine._pipeline.runner, engine.tokenizer, self.tokenizer_state()
+        if state != self.engine_tokenizer_state:
+            module_tokenizer: Any = self.tokenizer
+            backend = tokenizers.Tokenizer.from_str(module_tokenizer.backend_tokenizer.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+            try:
+                tokenizer = Tokenizer(backend, tokenizer.folder)
+            except CheckpointError:
+                return None
+            self.engine_tokenizer_state = state
+        same_head = runner.pooling == head.pooling and addresses(runner.dense) == addresses(head.dense)
+        same_length = self.max_seq_length == engine.checkpoint.max_length
+        if not (same_head and same_length and tokenizer is engine.tokenizer):
             if not same_head:
                 runner = Runner(runner.encoder, runner.device, pooling=head.pooling, dense=head.dense)
-            engine = Engine(engine._pipeline.with_runner(runner, max_length=self.max_seq_length))
-            self.model.engine = engine
+            max_length = self.max_seq_length or engine.checkpoint.max_length
+            checkpoint = replace(engine.checkpoint, max_length=max_length)
+            budget = engine._pipeline.token_budget
+            self.model.engine = engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
         return engine
 
 
@@ -279,51 +308,21 @@ def _open(
     try:
         return open_checkpoint(folder)
     except ConfigError as error:
-        logger.warning("%s runs as sentence-transformers loads it, without speedup: %s", model, error)
+        _log_unsupported(model, error)
         return None
+
+
+def _log_unsupported(model: str, error: ConfigError) -> None:
+    logger.warning("%s runs as sentence-transformers loads it, without speedup: %s", model, error)
 
 
 def _without_hub_keywords(keywords: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (keywords or {}).items() if name not in HUB_KEYWORDS}
 
 
-def _read_head(following: list[nn.Module]) -> Head | None:
-    """Return the modules that follow the Transformer as a head, without a Normalize; None if one is not supported."""
-    if following and _is_normalize(following[-1]):
-        following = following[:-1]
-    if not following:
-        return None
-    pooling, *dense = following
-    mode: Any = getattr(pooling, "pooling_mode", None)
-    if type(pooling) is not Pooling or not pooling.include_prompt or mode not in POOLING_MODES:
-        return None
-    if not all(map(_is_supported_dense, dense)):
-        return None
-    return Head(POOLING_MODES[mode], tuple(map(_runner_dense, dense)))
-
-
-def _is_normalize(module: nn.Module) -> bool:
-    return type(module) is Normalize and module.module_input_name == module.module_output_name == SENTENCE
-
-
-def _is_supported_dense(module: nn.Module) -> bool:
-    return (
-        type(module) is Dense
-        and module.module_input_name == module.module_output_name == SENTENCE
-        and not module.use_residual
-        and type(module.activation_function) in ACTIVATIONS
+def _is_modified(model: nn.Module) -> bool:
+    """Return whether a module has hooks, or methods that were set on the object."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or not vars(module).keys().isdisjoint(METHODS)
+        for module in model.modules()
     )
-
-
-def _runner_dense(module: Any) -> RunnerDense:
-    linear = module.linear
-    bias = None if linear.bias is None else linear.bias.detach()
-    return linear.weight.detach(), bias, ACTIVATIONS[type(module.activation_function)]
-
-
-def _addresses(dense: tuple[RunnerDense, ...]) -> list[tuple[object, ...]]:
-    return [(weight.data_ptr(), bias is not None and bias.data_ptr(), name) for weight, bias, name in dense]
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

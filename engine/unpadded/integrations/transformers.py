@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,15 +30,14 @@ from unpadded.checkpoint.safetensors_header import read_header
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
-from unpadded.execution.runner import Runner
+from unpadded.execution.runner import Runner, in_thread
 from unpadded.integrations import attention_interface
-from unpadded.integrations.padding import pad, unpad
+from unpadded.integrations.padding import pad, to_device, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
 from unpadded.model.heads import Dense
 from unpadded.model.tensor_loader import STORED_DTYPES
-from unpadded.model.weights import EncoderWeights, plain_weights, prepacked_weights
-from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded.model.weights import LINEARS, EncoderWeights, plain_weights, prepacked_weights
 
 logger = logging.getLogger("unpadded")
 
@@ -70,7 +70,7 @@ class UnpaddedModel(nn.Module):
         super().__init__()
         self.engine = engine
         self.config = make_config(engine.checkpoint)
-        weights = plain_weights(engine._pipeline.runner.encoder.weights)
+        weights = in_thread(partial(plain_weights, engine._pipeline.runner.encoder.weights))
         self._weights = _as_parameters(weights, lambda name, value: self.register_parameter(name, value))
         self.eval()
 
@@ -108,8 +108,8 @@ class UnpaddedModel(nn.Module):
             )
         folder_revision = revision if folder is model and not Path(model).is_dir() else None
         dtype = dtype or torch_dtype or "auto"
-        if dtype == "float8":
-            raise OptionError("dtype='float8' is not supported by a module, which may be cast; use unpadded.load")
+        if dtype in LINEARS:
+            raise OptionError(f"dtype={dtype!r} is not supported by a module, which may be cast; use unpadded.load")
         if dtype == "auto":
             dtype = _stored_dtype(open_checkpoint(folder, revision=folder_revision))
         engine = load(
@@ -185,10 +185,12 @@ class UnpaddedModel(nn.Module):
         if checkpoint.spec != open_checkpoint(checkpoint.folder).spec:
             logger.warning("rotary_scaling_factor is not saved; pass it again when you load %s", folder)
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
-        index = checkpoint.folder / "model.safetensors.index.json"
-        adapters = [path for file in checkpoint.lora_files for path in (file, file.with_name(lora_files.CONFIG))]
+        index = checkpoint.weight_files[0].with_name("model.safetensors.index.json")
+        files = [*checkpoint.lora_files, *([checkpoint.adapter.file] if checkpoint.adapter else [])]
+        adapters = [path for file in files for path in (file, file.with_name(lora_files.CONFIG))]
         for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else []), *adapters):
-            target = folder / path.relative_to(checkpoint.folder)
+            inside = path.is_relative_to(checkpoint.folder)  # not so the weights of an adapter's base model
+            target = folder / (path.relative_to(checkpoint.folder) if inside else path.name)
             if path.resolve() != target.resolve():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
@@ -204,22 +206,28 @@ class UnpaddedModel(nn.Module):
 
     def _move(self) -> None:
         """Make a runner for the parameters as they are after a move, a cast or `load_state_dict`."""
-        old = self.engine._pipeline.runner
+        pipeline = self.engine._pipeline
+        old = pipeline.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
-        runner = _make_runner(self.engine.checkpoint, self._weights, name, old.dense)
-        self.engine = Engine(self.engine._pipeline.with_runner(runner))
+        runner = _make_runner(pipeline.checkpoint, self._weights, name, old.dense)
+        self.engine = Engine(EmbeddingPipeline(pipeline.checkpoint, pipeline.tokenizer, runner, pipeline.token_budget))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the engine, whose kernels cannot be copied; `__setstate__` makes another."""
         pipeline = self.engine._pipeline
         runner = pipeline.runner
-        parts = (pipeline.checkpoint, pipeline.token_budget, runner.encoder.attention.name, runner.dense)
+        parts = (
+            pipeline.checkpoint,
+            pipeline.tokenizer,
+            pipeline.token_budget,
+            runner.encoder.attention.name,
+            runner.dense,
+        )
         return {**self.__dict__, "engine": parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        checkpoint, token_budget, attention, dense = state.pop("engine")
+        checkpoint, tokenizer, token_budget, attention, dense = state.pop("engine")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case)
         runner = _make_runner(checkpoint, self._weights, attention, dense)
         self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, token_budget))
 
@@ -237,7 +245,7 @@ def run_padded(
 ) -> BaseModelOutputWithPooling:
     """Run the packed encoder on padded tensors and pad its results; see `UnpaddedModel.forward`."""
     weights = runner.encoder.weights
-    batch, indices, shape = unpad(
+    batch, kept, shape = unpad(
         input_ids,
         attention_mask,
         runner.encoder.spec,
@@ -251,6 +259,7 @@ def run_padded(
         padded = (last,) * (len(weights.layers) + 1)
     else:
         embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
+        indices = None if kept is None else to_device(kept, runner.device)  # before the pass, so that nothing waits
         last = pad(runner.forward(batch, states, embeds), indices, shape)
         padded = tuple(pad(state, indices, shape) for state in states or ())
     return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=padded if output_hidden_states else None)
@@ -311,7 +320,8 @@ def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str
     """Make a runner on the device of the weights."""
     device = weights.word.device
     backend = attention_backend(attention, device, weights.word.dtype)
-    encoder = make_encoder(checkpoint.spec, prepacked_weights(checkpoint.spec, weights), backend)
+    prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, weights))
+    encoder = make_encoder(checkpoint.spec, prepacked, backend)
     moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
     return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
 

@@ -1,14 +1,12 @@
 """Attention backends by name: this project's op, or a library's variable-length kernel, all over packed qkv."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unpadded.errors import OptionError
+from unpadded.errors import OptionError, install_command
 from unpadded.model.batch import PackedBatch
 from unpadded_kernels import attention
 
@@ -69,7 +67,7 @@ def _flash_attn() -> Attend:
     except ImportError as error:
         raise OptionError(
             "attention='flash-attn' needs the package flash-attn, whose import fails: "
-            f"{error}; install unpadded[flash-attn] or use attention='auto'"
+            f"{error}; {install_command('flash-attn')}, or use attention='auto'"
         ) from error
 
     def attend(

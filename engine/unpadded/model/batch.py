@@ -1,7 +1,5 @@
 """PackedBatch: the encoder's input, and the only data that crosses from the host to the device."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +37,10 @@ class SelectedTokens:
 
 
 def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
-    """Concatenate id sequences, each [tokens] int32, on the CPU."""
+    """Concatenate id sequences, each [tokens] int32, on the CPU.
+
+    By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
+    """
     lengths = tuple(len(ids) for ids in sequences)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -53,7 +54,7 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        inv_freq=torch.stack(torch.broadcast_tensors(*inv_freq)) if inv_freq else None,
+        inv_freq=torch.from_numpy(np.stack(np.broadcast_arrays(*inv_freq))) if inv_freq else None,
         lengths=lengths,
     )
 
@@ -66,7 +67,7 @@ def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padd
     return np.where(counted, count[1:] - before, 0).astype(np.int32) + np.int32(padding_id)
 
 
-def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> Tensor:
+def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -> np.ndarray:
     """Return 1 / base ** (2j / head_dim) for j < head_dim / 2 in fp32: one row, or one per text if any is scaled.
 
     A text longer than the trained length has the dynamic-NTK base for its own length (see `Rotary`), so that its
@@ -75,22 +76,18 @@ def inverse_frequencies(rotary: Rotary, head_dim: int, lengths: Sequence[int]) -
     """
     factor, trained = rotary.scaling_factor, rotary.trained_length
     if factor is None or all(length <= trained for length in lengths):
-        return _unscaled(rotary.base, rotary.frequency_scale, head_dim)
+        return _frequencies((rotary.base,), rotary.frequency_scale, head_dim)
     exponent = head_dim / (head_dim - 2)
-    bases = [
+    bases = tuple(
         rotary.base * (factor * length / trained - (factor - 1)) ** exponent if length > trained else rotary.base
         for length in lengths
-    ]
+    )
     return _frequencies(bases, rotary.frequency_scale, head_dim)
 
 
 @functools.lru_cache(maxsize=16)
-def _unscaled(base: float, frequency_scale: float, head_dim: int) -> Tensor:
-    """Return the one row that nearly every batch uses; shared between batches, so it must not be written to."""
-    return _frequencies([base], frequency_scale, head_dim)
-
-
-def _frequencies(bases: list[float], frequency_scale: float, head_dim: int) -> Tensor:
-    """Return one row per base: [bases, head_dim / 2] fp32."""
+def _frequencies(bases: tuple[float, ...], frequency_scale: float, head_dim: int) -> np.ndarray:
+    """Return one row per base, by torch, whose powers have the bits of the references: [bases, head_dim / 2] fp32."""
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers
+    inverse: np.ndarray = (frequency_scale / torch.tensor(bases, dtype=torch.float32)[:, None] ** powers).numpy()
+    return inverse

@@ -7,8 +7,7 @@ where a norm returns its result and the next residual: the result too in a post-
 pre-norm one. How a linear is computed, and what a family adds to a norm or an MLP, is in the objects of `layer`.
 """
 
-from __future__ import annotations
-
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.layer import Layer, RMSNorm
-from unpadded.model.linear import Float8Linear
+from unpadded.model.linear import Float8Linear, Int8Linear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
@@ -33,6 +32,8 @@ class Encoder:
     row_block: tokens that go through out-projection and MLP together, so that their activations stay in the caches of a
     CPU; None for all at once.
     batch_invariant: a row's bits do not depend on the number of rows, on CUDA too.
+
+    A runner holds `lock` and runs on `stream`, because the next batch overwrites the weights of a LoRA task.
     """
 
     def __init__(
@@ -47,16 +48,18 @@ class Encoder:
         self.spec = spec
         self.weights = invariant_weights(weights) if batch_invariant else weights
         self.linear = linear_invariant if batch_invariant else linear  # for Dense modules after the encoder
-        self.float8 = isinstance(weights.layers[0].qkv.linear, Float8Linear)
+        kinds = {Float8Linear: "float8", Int8Linear: "int8"}  # of linears, by which the dtype is named
+        dtype = str(weights.word.dtype).removeprefix("torch.")
+        self.dtype_name = kinds.get(type(weights.layers[0].qkv.linear), dtype)
         self.attention = attention
         self.row_block = row_block
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora and weights.lora else None
+        # several threads may run it at the same time: no task overwrites weights, and there is no stream
+        self.is_concurrent = not weights.word.is_cuda and self._tasks is None
         self._scale = spec.head_dim**-0.5
+        self.lock = threading.RLock()
+        self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
         self._alibi_slopes = torch.tensor(spec.alibi_slopes, device=weights.word.device) if spec.alibi else None
-
-    def prepare(self, adapter: str | None) -> None:
-        """Compute the weights for a LoRA task, as `__call__` would, outside of a captured CUDA graph."""
-        self.weights_of(adapter)
 
     def weights_of(self, adapter: str | None) -> EncoderWeights:
         """Return the weights for a LoRA task, valid until another task is asked for; None: without LoRA."""
@@ -102,17 +105,8 @@ class Encoder:
         norm = weights.norm
         if isinstance(norm, RMSNorm):
             return norm(F.embedding(batch.input_ids, weights.word), None)
-        x = embedding(
-            batch.input_ids,
-            batch.positions,
-            batch.token_types,
-            weights.word,
-            weights.token_type,
-            weights.position,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-        )
+        tables = (weights.word, weights.token_type, weights.position)
+        x = embedding(batch.input_ids, batch.positions, batch.token_types, *tables, norm.weight, norm.bias, norm.eps)
         return x, x
 
     def _layer(

@@ -1,7 +1,5 @@
 """Pooling heads: the last hidden states of a packed batch -> one vector per text."""
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 import torch
@@ -9,39 +7,27 @@ from torch import Tensor
 
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.encoder import Encoder
-from unpadded.options import VectorOptions
-from unpadded_kernels import pool
-from unpadded_kernels.pooling import matryoshka
+from unpadded_kernels import mean_pool
 from unpadded_kernels.tiles import attention_block_m
 
 # A Dense module of sentence-transformers: weight [out_features, in_features], bias, activation.
 Dense: TypeAlias = tuple[Tensor, Tensor | None, str]
 
 
-def text_vectors(
-    encoder: Encoder, batch: PackedBatch, options: VectorOptions, *, pooling: str, dense: tuple[Dense, ...]
+def pooled_rows(
+    encoder: Encoder, batch: PackedBatch, adapter: str | None, *, pooling: str, dense: tuple[Dense, ...]
 ) -> Tensor:
-    """Encode and pool a batch on the device: [batch, dimensions] fp32."""
-    hidden, cu_seqlens = _hidden_to_pool(encoder, batch, pooling, options.adapter)
-    matryoshka_options = (options.layer_norm, options.dimensions, options.normalize)
-    if not dense:
-        vectors: Tensor = pool(hidden, cu_seqlens, pooling, *matryoshka_options)
-        return vectors
-    vectors = pool(hidden, cu_seqlens, pooling, False, hidden.shape[1], False)
-    for weight, bias, activation in dense:
-        vectors = encoder.linear(vectors.to(weight.dtype), weight, bias)
-        vectors = vectors.tanh() if activation == "tanh" else vectors
-    return matryoshka(vectors.float(), *matryoshka_options)
-
-
-def _hidden_to_pool(encoder: Encoder, batch: PackedBatch, pooling: str, adapter: str | None) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states that pooling reads and their cu_seqlens: all tokens for mean, else one per text."""
+    """Encode and pool a batch on the device: [batch, dimensions] fp32, the input of `matryoshka`."""
     if pooling == "mean" or len(batch.input_ids) == 0:
-        return encoder(batch, adapter=adapter), batch.cu_seqlens
-    block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
-    hidden = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, pooling, block_m))
-    hidden = hidden.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
-    return hidden, torch.arange(len(batch.cu_seqlens), dtype=torch.int32, device=hidden.device)
+        rows: Tensor = mean_pool(encoder(batch, adapter=adapter), batch.cu_seqlens)
+    else:
+        block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
+        rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, pooling, block_m))
+        rows = rows.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
+    for weight, bias, activation in dense:
+        rows = encoder.linear(rows.to(weight.dtype), weight, bias)
+        rows = rows.tanh() if activation == "tanh" else rows
+    return rows.float()
 
 
 def select_pooled_tokens(cu_seqlens: Tensor, pooling: str, block_m: int) -> SelectedTokens:

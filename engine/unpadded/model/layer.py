@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded.model.linear import AnyLinear, InvariantLinear
+from unpadded.model.linear import AnyLinear, Linear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
 
 
@@ -32,8 +32,7 @@ class PreLayerNorm(LayerNorm):
     """LayerNorm of x + residual; the sum is the next residual (pre-norm)."""
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        x, residual = pre_layer_norm(x, residual, self.weight, self.bias, self.eps)
-        return x, residual
+        return pre_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,7 @@ class RMSNorm:
     eps: float
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, residual = rms_norm(x, residual, self.weight, self.eps)
-        return x, residual
+        return rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +62,20 @@ Norm: TypeAlias = LayerNorm | RMSNorm | InnerNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class QKNorm:
-    """LayerNorm over all heads of q, and of k, in place."""
-
-    weight: Tensor  # [2 * hidden], q's, then k's
-    bias: Tensor
-    eps: float
-
-    def __call__(self, qkv: Tensor) -> None:
-        qk_norm_(qkv, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True, kw_only=True)
 class QKV:
     """Queries, keys and values, with q and k normalized and rotated where the encoder does so."""
 
     linear: AnyLinear  # [3 * hidden, hidden], rows ordered three, head, dim
-    norm: QKNorm | None
+    norm: tuple[Tensor, Tensor, float] | None  # weight and bias [2 * hidden], q's, then k's, and eps
     heads: int
 
     def __call__(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """x: [total_tokens, hidden]; cos_sin: the rotary table. Returns [total_tokens, 3, heads, head_dim]."""
-        if cos_sin is not None and self.norm is None and isinstance(self.linear, InvariantLinear):
+        if cos_sin is not None and self.norm is None and isinstance(self.linear, Linear):
             return self.linear.with_rotary(x, cos_sin, self.heads)
-        qkv = self.linear(x).view(len(x), 3, self.heads, x.shape[1] // self.heads)
+        qkv = self.linear(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
         if self.norm is not None:
-            self.norm(qkv)
+            qk_norm_(qkv, *self.norm)
         if cos_sin is not None:
             rotary_(qkv, cos_sin)
         return qkv
@@ -133,8 +119,8 @@ class Layer:
         mlp = {"up": self.mlp.up, "down": self.mlp.down} if isinstance(self.mlp, MLP) else {}
         return {"qkv": self.qkv.linear, "out": self.out, **mlp}
 
-    def map_linears(self, change: Callable[[str, AnyLinear], AnyLinear]) -> Layer:
-        """Return the layer with change(name, linear) in the place of each of `linears`."""
-        changed = {name: change(name, linear) for name, linear in self.linears.items()}
+    def map_linears(self, prefix: str, change: Callable[[str, AnyLinear], AnyLinear]) -> Layer:
+        """Return the layer with change(prefix + name, linear) in the place of each of `linears`."""
+        changed = {name: change(prefix + name, linear) for name, linear in self.linears.items()}
         mlp = MLP(up=changed["up"], down=changed["down"]) if isinstance(self.mlp, MLP) else self.mlp
         return replace(self, qkv=replace(self.qkv, linear=changed["qkv"]), out=changed["out"], mlp=mlp)

@@ -8,17 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
 from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, linear_rotary, quantize_rows
 from unpadded_kernels.fp8 import quantize_rows_reference
-from unpadded_kernels.linear_cpu import linear_prepacked, prepack, unpack
+from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
+from unpadded_kernels.linear_int8 import Int8Weight, linear_int8, prepack_int8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """The library's matmul."""
+    """The library's matmul, or this project's with the activation or the rotation in the same pass."""
 
     weight: Tensor  # [out_features, in_features]; gate rows, then up rows, before a gated activation
     bias: Tensor | None
@@ -30,6 +32,10 @@ class Linear:
             return linear(x, self.weight, self.bias)
         return linear_activation(x, self.weight, self.bias, self.activation)
 
+    def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
+        """Return qkv with q and k rotated: [total_tokens, 3, heads, head_dim]."""
+        return linear_rotary(x, self.weight, self.bias, cos_sin, heads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InvariantLinear(Linear):
@@ -39,8 +45,7 @@ class InvariantLinear(Linear):
         return linear_invariant(x, self.weight, self.bias, self.activation)
 
     def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
-        """Return qkv with q and k rotated in the same pass: [total_tokens, 3, heads, head_dim]."""
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads)
+        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +58,7 @@ class PrepackedLinear:
 
     @classmethod
     def from_linear(cls, plain: Linear) -> PrepackedLinear:
-        parts = prepack(plain.weight, plain.activation)
-        return cls(parts=parts, bias=plain.bias, activation=plain.activation)
+        return cls(parts=prepack(plain.weight, plain.activation), bias=plain.bias, activation=plain.activation)
 
     def to_linear(self) -> Linear:
         return Linear(weight=unpack(self.parts), bias=self.bias, activation=self.activation)
@@ -81,4 +85,24 @@ class Float8Linear:
         return linear_fp8(*quantize_rows(x), self.weight, self.scale, self.bias, self.activation, x.dtype)
 
 
-AnyLinear: TypeAlias = Linear | PrepackedLinear | Float8Linear
+@dataclass(frozen=True, kw_only=True)
+class Int8Linear:
+    """A matmul in 8-bit integers on a CPU, with a scale and an offset per row of x, which is quantized here."""
+
+    parts: tuple[Int8Weight, ...]  # see `prepack_int8`
+    bias: Tensor | None
+    activation: Activation | None
+    dtype: torch.dtype  # of the result
+
+    @classmethod
+    def from_linear(cls, plain: Linear, *, attended: bool) -> Int8Linear:
+        """attended: the result is the input of attention, which bf16 makes faster; otherwise it is in fp32."""
+        dtype = torch.bfloat16 if attended and onednn_supports(torch.bfloat16) else torch.float32
+        parts = prepack_int8(plain.weight, plain.activation)
+        return cls(parts=parts, bias=plain.bias, activation=plain.activation, dtype=dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear_int8(x, self.parts, self.bias, self.activation, self.dtype)
+
+
+AnyLinear: TypeAlias = Linear | PrepackedLinear | Float8Linear | Int8Linear

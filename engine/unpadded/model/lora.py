@@ -6,16 +6,13 @@ pass over the weights, so calls that alternate between tasks pay for it. The cop
 remain valid.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import LoraSpec
-from unpadded.model.layer import Layer
 from unpadded.model.linear import AnyLinear, Linear
 from unpadded.model.weights import EncoderWeights
 
@@ -49,8 +46,7 @@ def _matrix(weights: EncoderWeights, name: str) -> Tensor:
     """name: such as word or layers.3.qkv, see `Family.tensors`."""
     *layer, name = name.split(".")
     if not layer:
-        table: Tensor = getattr(weights, name)
-        return table
+        return cast(Tensor, getattr(weights, name))
     linear = weights.layers[int(layer[1])].linears[name]
     assert isinstance(linear, Linear), "LoRA changes plain weights"
     return linear.weight
@@ -60,12 +56,8 @@ def _with_copies(base: EncoderWeights) -> EncoderWeights:
     """Return the weights with separate, uninitialized memory for each matrix that LoRA changes."""
     copies = {name: torch.empty_like(_matrix(base, name)) for name in base.lora}
 
-    def changed(index: int) -> Layer:
-        def change(name: str, linear: AnyLinear) -> AnyLinear:
-            copy = copies.get(f"layers.{index}.{name}")
-            return replace(linear, weight=copy) if isinstance(linear, Linear) and copy is not None else linear
-
-        return base.layers[index].map_linears(change)
+    def change(name: str, linear: AnyLinear) -> AnyLinear:
+        return replace(linear, weight=copies[name]) if isinstance(linear, Linear) and name in copies else linear
 
     tables: dict[str, Any] = {name: copy for name, copy in copies.items() if "." not in name}
-    return replace(base, layers=tuple(map(changed, range(len(base.layers)))), **tables)
+    return replace(base.map_linears(change), **tables)

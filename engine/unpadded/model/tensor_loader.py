@@ -3,18 +3,15 @@
 The pieces pass through one staging buffer that stays in the cache. `weights` states what the safetensors package costs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from io import FileIO
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from unpadded.checkpoint.family import IGNORED, PREFIXES
 from unpadded.checkpoint.safetensors_header import StoredTensor
 from unpadded.checkpoint.spec import TensorSpec
 from unpadded.errors import WeightsError
@@ -26,18 +23,18 @@ PIECE = 32_768
 
 
 def find_tensors(
-    specs: Mapping[str, TensorSpec], stored: Iterable[StoredTensor], prefixes: tuple[str, ...], ignored: tuple[str, ...]
+    specs: Mapping[str, TensorSpec], stored: Iterable[StoredTensor]
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """Return the stored tensors that each spec's tensor is made of; WeightsError listing everything that does not fit.
 
-    prefixes: removed from stored names; ignored: patterns of names, without prefix, that no spec needs.
+    PREFIXES are removed from stored names, and those that IGNORED matches need not be in a spec.
     """
     problems = []
     unused: dict[str, StoredTensor] = {}
     paths = set()
     for tensor in stored:
         paths.add(tensor.path)
-        name = _remove_prefixes(tensor.name, prefixes)
+        name = remove_prefixes(tensor.name)
         if name in unused:
             problems.append(f"stored twice: {unused[name].name} and {tensor.name}")
         unused[name] = tensor
@@ -55,7 +52,7 @@ def find_tensors(
                 problems.append(f"stored as {part.dtype} instead of {', '.join(STORED_DTYPES)}: {part.name}")
         found[tensor_name] = tuple(half for part in parts for half in _gate_first(part, wanted))
 
-    surplus = [name for name in unused if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    surplus = [name for name in unused if not any(fnmatchcase(name, pattern) for pattern in IGNORED)]
     problems += [f"surplus: {unused[name].name} {unused[name].shape}" for name in surplus]
     if problems:
         files = ", ".join(sorted(str(path) for path in paths)) or "no file"
@@ -75,8 +72,8 @@ def _gate_first(part: StoredTensor, wanted: TensorSpec) -> tuple[StoredTensor, .
     return replace(part, shape=shape, start=middle), replace(part, shape=shape, stop=middle)
 
 
-def _remove_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
-    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
+def remove_prefixes(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name
 
@@ -101,12 +98,13 @@ class TensorLoader:
 
     def _read(self, part: StoredTensor, destination: Tensor) -> None:
         stored_dtype = STORED_DTYPES[part.dtype]
-        with part.path.open("rb", buffering=0) as file:
+        with part.path.open("rb") as file:
             file.seek(part.start)
             for start in range(0, destination.numel(), PIECE):
                 target = destination[start : start + PIECE]
                 stored = self._staging[: target.numel() * stored_dtype.itemsize]
-                _read_bytes(file, stored, part.path)
+                if file.readinto(stored.numpy().data) < stored.numel():
+                    raise WeightsError(f"{part.path} ends at byte {file.tell()}, inside a tensor; download it again")
                 stored = stored.view(stored_dtype)
                 piece = stored if stored_dtype == self._dtype else self._cast[: target.numel()].copy_(stored)
                 if not _is_finite(piece):
@@ -121,15 +119,6 @@ class TensorLoader:
             f"{part.name} in {part.path} does not fit {self._dtype}: it contains {largest:.6g}, "
             f"the limit is {torch.finfo(self._dtype).max:.6g}; load it with dtype='float32'"
         )
-
-
-def _read_bytes(file: FileIO, destination: Tensor, path: Path) -> None:
-    view = memoryview(destination.numpy().data)
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise WeightsError(f"{path} ends at byte {file.tell()}, inside a tensor; download it again")
-        view = view[count:]
 
 
 def _is_finite(piece: Tensor) -> bool:

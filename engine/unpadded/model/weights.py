@@ -6,21 +6,27 @@ as long, with the same private memory, and left the whole file resident (bench/l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.lora_files import Adapter
 from unpadded.checkpoint.reader import Checkpoint
-from unpadded.checkpoint.safetensors_header import read_header, read_headers
+from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
-from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, PreLayerNorm, QKNorm, RMSNorm
-from unpadded.model.linear import AnyLinear, Float8Linear, InvariantLinear, Linear, PrepackedLinear
-from unpadded.model.tensor_loader import TensorLoader, find_tensors
+from unpadded.errors import WeightsError
+from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, PreLayerNorm, RMSNorm
+from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded.model.tensor_loader import TensorLoader, find_tensors, remove_prefixes
 from unpadded_kernels.linear_cpu import can_prepack
+
+# Returns another kind of linear in the place of one, given its name, such as layers.3.qkv.
+ChangeLinear: TypeAlias = Callable[[str, AnyLinear], AnyLinear]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,61 +42,104 @@ class EncoderWeights:
     # where q, k and v have separate factors
     lora: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def map_linears(self, change: ChangeLinear) -> EncoderWeights:
+        """Return the weights with change(name, linear) in the place of each linear."""
+        layers = (layer.map_linears(f"layers.{index}.", change) for index, layer in enumerate(self.layers))
+        return replace(self, layers=tuple(layers))
+
 
 def load_weights(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, prepack: bool = False
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, change: ChangeLinear | None = None
 ) -> EncoderWeights:
-    """Load the encoder's tensors to `device` in `dtype`; prepack: as `prepacked_weights` does, one layer at a time.
+    """Load the encoder's tensors to `device` in `dtype`; change: see `assemble`.
 
     WeightsError when tensors are missing, surplus or mis-shaped (all of them listed), when one is not finite, or when a
     value does not fit `dtype`.
     """
     spec = checkpoint.spec
-    family = FAMILIES[spec.family]
-    specs = family.tensors(spec)
+    specs = FAMILIES[spec.family].tensors(spec)
     # with one LoRA file per task, the specs describe one task's tensors, and the files' tensors are stacked
     lora_names = [name for name in specs if name.startswith("lora.")] if checkpoint.lora_files else []
     lora_specs = {name: specs.pop(name) for name in lora_names}
-    found = find_tensors(specs, read_headers(checkpoint.weight_files), family.prefixes, family.ignored)
-    per_task = [
-        find_tensors(lora_specs, read_header(file).values(), family.prefixes, family.ignored)
-        for file in checkpoint.lora_files
-    ]
+    found = find_tensors(specs, read_headers(checkpoint.weight_files))
+    per_task = [find_tensors(lora_specs, read_header(file).values()) for file in checkpoint.lora_files]
     loader = TensorLoader(device, dtype)
     tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
+    if checkpoint.adapter:
+        _merge_adapter(checkpoint.adapter, specs, found, tensors)
     for name, wanted in lora_specs.items():
         stacked = loader.load((len(per_task), *wanted.shape), [part for task in per_task for part in task[name]])
         tensors[name] = stacked.mT if wanted.transposed else stacked
-    return assemble(spec, tensors, prepack=prepack)
+    return assemble(spec, tensors, change)
+
+
+def _merge_adapter(
+    adapter: Adapter,
+    specs: Mapping[str, TensorSpec],
+    found: Mapping[str, tuple[StoredTensor, ...]],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Replace the tensors that the adapter changes; specs, found and tensors are those of the encoder, by name.
+
+    WeightsError when factors are missing, surplus or mis-shaped, or when a merged value does not fit the dtype.
+    """
+    stored = read_header(adapter.file)
+    adapted = {remove_prefixes(name).partition(".lora_")[0] for name in stored}
+    factors: dict[str, TensorSpec] = {}
+    # tensor -> factors of a module in it -> the module's rows
+    changes: dict[str, dict[tuple[str, str], slice]] = defaultdict(dict)
+    for tensor, wanted in specs.items():
+        for names in wanted.alternatives:
+            rows = wanted.shape[0] // len(names)
+            for index, weight in enumerate(names):
+                module = weight.removesuffix(".weight")
+                if module in adapted and module != weight:
+                    a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+                    half_order = (b,) if weight.endswith(wanted.up_before_gate) else ()
+                    factors[a] = TensorSpec((adapter.rank, *wanted.shape[1:]), ((a,),))
+                    factors[b] = TensorSpec((rows, adapter.rank), ((b,),), up_before_gate=half_order)
+                    changes[tensor][a, b] = slice(index * rows, (index + 1) * rows)
+    parts = find_tensors(factors, stored.values())
+    for tensor, modules in changes.items():
+        device, dtype = tensors[tensor].device, tensors[tensor].dtype
+        loader = TensorLoader(device, torch.float32)
+        merged = loader.load(specs[tensor].shape, found[tensor])
+        for pair, rows_of_module in modules.items():
+            lora_a, lora_b = (loader.load(factors[name].shape, parts[name]) for name in pair)
+            merged[rows_of_module].addmm_(lora_b, lora_a, alpha=adapter.scale)
+        tensors[tensor] = merged.to(dtype)
+        if not tensors[tensor].isfinite().all():
+            raise WeightsError(f"{tensor} with {adapter.file} does not fit {dtype}; load it with dtype='float32'")
 
 
 def load_dense(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, *, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor | None, Literal["identity", "tanh"]], ...]:
     """Return (weight [out_features, in_features], bias or None, activation) of each Dense module after the pooling."""
-    loader = TensorLoader(device, dtype)
+    loader = TensorLoader(device, torch.float32)
     modules = []
     for dense in checkpoint.dense:
-        specs = {"weight": TensorSpec((dense.out_features, dense.in_features), (("linear.weight",),))}
+        specs = {"dense": TensorSpec((dense.out_features, dense.in_features), (("linear.weight",),))}
         if dense.bias:
-            specs["bias"] = TensorSpec((dense.out_features,), (("linear.bias",),))
-        found = find_tensors(specs, read_header(dense.weight_file).values(), (), ())
+            specs["dense_bias"] = TensorSpec((dense.out_features,), (("linear.bias",),))
+        found = find_tensors(specs, read_header(dense.weight_file).values())
         tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
-        modules.append((tensors["weight"], tensors.get("bias"), dense.activation))
+        modules.append((tensors["dense"], tensors.get("dense_bias"), dense.activation))
     return tuple(modules)
 
 
-def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], *, prepack: bool = False) -> EncoderWeights:
-    """Return the weights made of tensors by name (see `Family.tensors`); prepack: as `prepacked_weights` does.
+def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], change: ChangeLinear | None = None) -> EncoderWeights:
+    """Return the weights made of tensors by name (see `Family.tensors`), with change(name, linear) for each linear.
 
-    The layers' tensors are removed from `tensors`, so that a plain matrix is freed as soon as it is prepacked.
+    The layers' tensors are removed from `tensors`, so that a plain matrix is freed as soon as it is changed. Those that
+    LoRA may rewrite stay plain.
     """
     layers = []
     for index in range(spec.layers):
         prefix = f"layers.{index}."
         names = [name for name in tensors if name.startswith(prefix)]
         layer = _layer(spec, {name.removeprefix(prefix): tensors.pop(name) for name in names})
-        layers.append(_prepacked(spec, layer) if prepack else layer)
+        layers.append(layer.map_linears(prefix, change) if change and spec.lora is None else layer)
     lora = [name.removesuffix(".B") for name in tensors if name.startswith("lora.") and name.endswith(".B")]
     return EncoderWeights(
         word=tensors["word"],
@@ -112,20 +161,16 @@ def _layer(spec: EncoderSpec, tensors: dict[str, Tensor]) -> Layer:
         tensors["qkv"] = _qkv_of_shared_heads(spec, tensors.pop("q"), tensors.pop("kv"))
     qk_norm = None
     if "qk_norm" in tensors:
-        qk_norm = QKNorm(weight=tensors["qk_norm"], bias=_norm_bias(tensors, "qk_norm"), eps=spec.norm_eps)
+        qk_norm = tensors["qk_norm"], tensors["qk_norm_bias"], spec.norm_eps
     attention_norm: Norm = _norm(spec, tensors, "attention_norm")
     if "inner_norm" in tensors:
         attention_norm = InnerNorm(inner=_norm(spec, tensors, "inner_norm"), outer=attention_norm)
-    mlp: MLP | ExpertMLP
-    if "router" in tensors:
-        mlp = _expert_mlp(spec, tensors)
-    else:
-        mlp = MLP(up=linear("up", spec.activation), down=linear("down"))
+    experts = _expert_mlp(spec, tensors) if "router" in tensors else None
     return Layer(
         qkv=QKV(linear=linear("qkv"), norm=qk_norm, heads=spec.heads),
         out=linear("out"),
         attention_norm=attention_norm,
-        mlp=mlp,
+        mlp=experts or MLP(up=linear("up", spec.activation), down=linear("down")),
         mlp_norm=_norm(spec, tensors, "mlp_norm"),
     )
 
@@ -134,13 +179,8 @@ def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> LayerN
     if spec.rms_norm:
         return RMSNorm(weight=tensors[name], eps=spec.norm_eps)
     kind = PreLayerNorm if spec.prenorm else LayerNorm
-    return kind(weight=tensors[name], bias=_norm_bias(tensors, name), eps=spec.norm_eps)
-
-
-def _norm_bias(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return the bias, zeros in a family that has none."""
-    bias = tensors.get(f"{name}_bias")
-    return torch.zeros_like(tensors[name]) if bias is None else bias
+    bias = tensors[f"{name}_bias"] if "norm" in spec.biases else torch.zeros_like(tensors[name])
+    return kind(weight=tensors[name], bias=bias, eps=spec.norm_eps)
 
 
 def _expert_mlp(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> ExpertMLP:
@@ -165,40 +205,35 @@ def _qkv_of_shared_heads(spec: EncoderSpec, q: Tensor, kv: Tensor) -> Tensor:
 
 def prepacked_weights(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
     """Return the weights with linears in oneDNN's layout on a CPU; those that LoRA may rewrite stay plain."""
-    return replace(weights, layers=tuple(_prepacked(spec, layer) for layer in weights.layers))
+    return weights.map_linears(prepacked_linear) if spec.lora is None else weights
 
 
-def _prepacked(spec: EncoderSpec, layer: Layer) -> Layer:
-    def change(_: str, linear: AnyLinear) -> AnyLinear:
-        if spec.lora is None and isinstance(linear, Linear) and can_prepack(linear.weight):
-            return PrepackedLinear.from_linear(linear)
-        return linear
-
-    return layer.map_linears(change)
+def prepacked_linear(_: str, linear: AnyLinear) -> AnyLinear:
+    """Return a linear in oneDNN's layout if that is possible."""
+    if isinstance(linear, Linear) and can_prepack(linear.weight):
+        return PrepackedLinear.from_linear(linear)
+    return linear
 
 
 def plain_weights(weights: EncoderWeights) -> EncoderWeights:
     """Undo `prepacked_weights`."""
-
-    def change(_: str, linear: AnyLinear) -> AnyLinear:
-        return linear.to_linear() if isinstance(linear, PrepackedLinear) else linear
-
-    return replace(weights, layers=tuple(layer.map_linears(change) for layer in weights.layers))
+    return weights.map_linears(lambda _, one: one.to_linear() if isinstance(one, PrepackedLinear) else one)
 
 
-def float8_weights(weights: EncoderWeights) -> EncoderWeights:
-    """Return the weights with the linears that follow a norm, qkv and up, in e4m3; experts are not changed."""
+def float8_linear(name: str, linear: AnyLinear) -> AnyLinear:
+    """Return a linear that follows a norm, qkv or up, in e4m3, another one as it is."""
+    follows_norm = name.endswith((".qkv", ".up"))
+    return Float8Linear.from_linear(linear) if follows_norm and isinstance(linear, Linear) else linear
 
-    def change(name: str, linear: AnyLinear) -> AnyLinear:
-        return Float8Linear.from_linear(linear) if name in ("qkv", "up") and isinstance(linear, Linear) else linear
 
-    return replace(weights, layers=tuple(layer.map_linears(change) for layer in weights.layers))
+def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
+    """Return a linear in 8-bit integers."""
+    return Int8Linear.from_linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
+
+
+LINEARS: dict[str, ChangeLinear] = {"float8": float8_linear, "int8": int8_linear}  # by the dtype that names them
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
     """Return the weights with `InvariantLinear` for `Linear`; the other kinds are invariant already."""
-
-    def change(_: str, linear: AnyLinear) -> AnyLinear:
-        return InvariantLinear(**vars(linear)) if isinstance(linear, Linear) else linear
-
-    return replace(weights, layers=tuple(layer.map_linears(change) for layer in weights.layers))
+    return weights.map_linears(lambda _, one: InvariantLinear(**vars(one)) if isinstance(one, Linear) else one)

@@ -17,8 +17,8 @@ from starlette.routing import Route
 import unpadded
 from unpadded.server.api import nomic, openai, tei
 from unpadded.server.endpoint import Endpoint, EndpointApp, ServerState
-from unpadded.server.errors import Api, HTTPError
-from unpadded.server.responses import JSON
+from unpadded.server.errors import HTTPError, api_of_path
+from unpadded.server.responses import JSON, html_response
 
 ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *tei.ENDPOINTS]
 ROUTING_ERRORS = {404: "not_found", 405: "method_not_allowed"}
@@ -32,10 +32,15 @@ def make_app(state: ServerState) -> Starlette:
     async def openapi_json(request: Request) -> Response:
         return Response(document, media_type=JSON)
 
+    async def docs(request: Request) -> Response:
+        page = html_response("docs.html")
+        return Response(page.encode(), headers=page.headers, media_type=page.media_type)
+
     origins = list(state.service.options.cors_origin)
-    cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    allowed: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
+    cors = Middleware(CORSMiddleware, allow_origins=origins, **allowed)
     return Starlette(
-        routes=[*routes, Route("/openapi.json", openapi_json)],
+        routes=[*routes, Route("/openapi.json", openapi_json), Route("/docs", docs)],
         middleware=[cors] if origins else [],
         exception_handlers={HTTPException: _routing_error},
     )
@@ -44,7 +49,7 @@ def make_app(state: ServerState) -> Starlette:
 async def _routing_error(request: Request, exception: Exception) -> Response:
     assert isinstance(exception, HTTPException), exception
     path = request.url.path
-    api: Api = "openai" if path.startswith("/v1/") else "tei"
+    api = api_of_path(path)
     error = HTTPError(
         ROUTING_ERRORS.get(exception.status_code, "invalid"),
         f"there is no endpoint {request.method} {path}; see /openapi.json",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,7 +26,8 @@ from unpadded.errors import WorkerError
 from unpadded.server.errors import Api, HTTPError
 from unpadded.server.metrics import Usage
 from unpadded.server.request_body import ApiKeys, decompress, read_body
-from unpadded.server.responses import JSON, Response
+from unpadded.server.request_fields import decode_request
+from unpadded.server.responses import JSON, Response, send_body, wait_for_disconnect
 from unpadded.server.service import Service
 
 logger = logging.getLogger("unpadded.server")
@@ -31,6 +35,7 @@ logger = logging.getLogger("unpadded.server")
 # Up to these sizes, bodies are decoded and encoded on the event loop: passing them to a thread would take longer.
 INLINE_REQUEST_BYTES = 16_384
 INLINE_RESPONSE_TOKENS = 256
+MAX_BODIES = 16  # bodies of the maximum size that all requests together may hold, before or after decompression
 BODY_EXCERPT_BYTES = 4096  # of each body in the log, with --log-requests
 
 
@@ -38,29 +43,33 @@ BODY_EXCERPT_BYTES = 4096  # of each body in the log, with --log-requests
 class RequestContext:
     """A request without its body, and the usage that its handler counts."""
 
-    headers: Headers
-    path_params: dict[str, Any]
-    request_id: str
+    scope: Scope
+    ignored_fields: list[str] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     started: float = field(default_factory=time.perf_counter)
     body_excerpt: str | None = None  # set when the body is decoded, with --log-requests
+    held_bytes: int = 0  # of its body, in all forms; `ServerState.hold` adds to it
+
+    def __post_init__(self) -> None:
+        self.headers = Headers(scope=self.scope)
+        self.request_id = self.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
 
     @property
     def accept(self) -> str:
         """The media types that the client accepts."""
-        return self.headers.get("accept", "")
+        return ",".join(self.headers.getlist("accept"))
 
 
 Handler = Callable[[Service, Any, RequestContext], Awaitable[Response]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Endpoint:
     """A path of an API and its handler."""
 
-    path: str
-    method: str
     api: Api
+    method: str
+    path: str
     summary: str
     handler: Handler
     request_type: type[msgspec.Struct] | None = None
@@ -83,8 +92,28 @@ class ServerState:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.api_keys = ApiKeys(service.options.api_keys)
-        self.active = 0  # requests in progress
+        self.active = 0  # requests in progress, until their responses are sent
+        self.heads: set[object] = set()  # connections that have sent a part of a request's head
+        self.held_bytes = 0  # bodies of these requests and of their responses
         self.draining = False
+        # One thread, because a body of many empty lists takes 20 times its size until it is rejected.
+        self.decoder = ThreadPoolExecutor(1, "unpadded-decode")
+        self._lock = threading.Lock()
+
+    def hold(self, context: RequestContext, count: int) -> None:
+        """Count bytes of a request's or response's body until that is sent; 429 if all of them get too large."""
+        limit = MAX_BODIES * self.service.options.max_body
+        with self._lock:
+            others = self.held_bytes - context.held_bytes
+            if others and self.held_bytes + count > limit and context.held_bytes + count > INLINE_REQUEST_BYTES:
+                raise HTTPError(
+                    "overloaded",
+                    f"the bodies in progress are too large: {self.held_bytes + count} bytes, maximum {limit}; try "
+                    "again later",
+                )
+            self.held_bytes += count
+            context.held_bytes += count
+            self.service.metrics.body_bytes.set(self.held_bytes)
 
     def add_active(self, change: int) -> None:
         self.active += change
@@ -100,19 +129,17 @@ class EndpointApp:
         self.service = state.service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
-        context = RequestContext(headers, scope.get("path_params", {}), request_id)
+        context = RequestContext(scope)
         self.state.add_active(1)
         try:
             reply = await self._reply(context, receive)
-            if reply is None:
+            if reply is None or not await self._send(context, reply, receive, send):
                 self.service.metrics.disconnects.inc()
             else:
-                await _send(send, reply, request_id)
                 self._record(context, reply)
         finally:
             self.state.add_active(-1)
+            self.state.hold(context, -context.held_bytes)
 
     async def _reply(self, context: RequestContext, receive: Receive) -> Reply | None:
         """Return the response or error as bytes, or None if the client disconnected."""
@@ -122,29 +149,35 @@ class EndpointApp:
         finally:
             work.cancel()
         error = work.exception()
-        if error is not None:
-            return self._error_reply(error)
-        response = work.result()
-        return None if response is None else await self._encode(response, context)
+        return work.result() if error is None else self._error_reply(error)
 
-    async def _handle(self, context: RequestContext, receive: Receive) -> Response | None:
+    async def _handle(self, context: RequestContext, receive: Receive) -> Reply | None:
         self._check_access(context)
         request = None
         if self.endpoint.request_type is not None:
             options = self.service.options
-            body = await read_body(receive, context.headers, max_bytes=options.max_body, seconds=options.read_timeout)
+            body = await read_body(
+                receive,
+                context.headers,
+                partial(self.state.hold, context),
+                max_bytes=options.max_body,
+                seconds=options.read_timeout,
+            )
             if body is None:
                 return None
-            large = len(body) > INLINE_REQUEST_BYTES
-            request = await self._in_thread_if(large, lambda: self._decode(body, context))
-        return await self._run_handler(request, context, receive)
+            if len(body) <= INLINE_REQUEST_BYTES and "content-encoding" not in context.headers:
+                request = self._decode(body, context)
+            else:
+                loop = asyncio.get_running_loop()
+                request = await loop.run_in_executor(self.state.decoder, self._decode, body, context)
+        response = await self._run_handler(request, context, receive)
+        return None if response is None else await self._encode(response, context)
 
     def _check_access(self, context: RequestContext) -> None:
         endpoint, limit = self.endpoint, self.service.options.max_concurrent_requests
-        if self.state.draining and (not endpoint.public or endpoint.path == "/health"):
-            raise HTTPError(
-                "draining", "the server is shutting down; send this request to another", retry_after_seconds=1
-            )
+        accepted = context.scope.get("state", {}).get("accepted")  # set by `Protocol` if it began before SIGTERM
+        if self.state.draining and not accepted and endpoint.path != "/metrics":
+            raise HTTPError("draining", "the server is shutting down; use another", retry_after_seconds=1)
         if endpoint.public:
             return
         self.state.api_keys.check(context.headers)
@@ -155,16 +188,14 @@ class EndpointApp:
 
     def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
         assert self.endpoint.request_type is not None, self.endpoint.path
-        options, encoding = self.service.options, context.headers.get("content-encoding", "").lower()
+        options, encoding = self.service.options, context.headers.get("content-encoding", "").strip().lower()
         plain = decompress(body, encoding, options.max_body)
+        if plain is not body:
+            self.state.hold(context, len(plain))
         if options.log_requests:
             context.body_excerpt = plain[:BODY_EXCERPT_BYTES].decode(errors="replace")
-        try:
-            return msgspec.json.decode(plain, type=self.endpoint.request_type)
-        except msgspec.ValidationError as error:
-            raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise HTTPError("malformed", f"the body is not JSON: {error}; send a JSON object") from error
+        request, context.ignored_fields = decode_request(plain, self.endpoint.request_type, self.service)
+        return request
 
     async def _run_handler(
         self, request: msgspec.Struct | None, context: RequestContext, receive: Receive
@@ -172,7 +203,7 @@ class EndpointApp:
         """Run the handler, and cancel it at the deadline or when the client disconnects."""
         deadline = self.service.options.deadline
         work = asyncio.ensure_future(self.endpoint.handler(self.service, request, context))
-        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
+        disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
         try:
             await asyncio.wait({work, disconnect}, timeout=deadline or None, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -186,10 +217,14 @@ class EndpointApp:
 
     async def _encode(self, response: Response, context: RequestContext) -> Reply:
         start = time.perf_counter()
-        body = await self._in_thread_if(context.usage.tokens > INLINE_RESPONSE_TOKENS, response.encode)
+        large = context.usage.tokens > INLINE_RESPONSE_TOKENS
+        body = await asyncio.to_thread(response.encode) if large else response.encode()
         seconds = time.perf_counter() - start
+        self.state.hold(context, len(body))
         self.service.metrics.observe_usage(context.usage)
         headers = {"content-type": response.media_type} | response.headers | self._usage_headers(context)
+        if context.ignored_fields:
+            headers["x-ignored-fields"] = ", ".join(context.ignored_fields)
         return Reply(200, body, headers, seconds)
 
     def _usage_headers(self, context: RequestContext) -> dict[str, str]:
@@ -235,6 +270,8 @@ class EndpointApp:
             return
         fields = {
             "id": context.request_id,
+            "client": (context.scope["client"] or [None])[0],
+            "method": context.scope["method"],
             "path": path,
             "status": reply.status,
             "seconds": round(seconds, 6),
@@ -246,19 +283,12 @@ class EndpointApp:
             fields["request"] = context.body_excerpt
         logger.info("request", extra={"fields": fields})
 
-    async def _in_thread_if(self, large: bool, function: Callable[[], Any]) -> Any:
-        if not large:
-            return function()
-        return await asyncio.get_running_loop().run_in_executor(self.service.batcher.readers, function)
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _send(send: Send, reply: Reply, request_id: str) -> None:
-    headers = {"x-request-id": request_id} | reply.headers | {"content-length": str(len(reply.body))}
-    raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": reply.status, "headers": raw})
-    await send({"type": "http.response.body", "body": reply.body})
+    async def _send(self, context: RequestContext, reply: Reply, receive: Receive, send: Send) -> bool:
+        """Send a reply, and return whether the client read all of it."""
+        headers = {"x-request-id": context.request_id} | reply.headers | {"content-length": str(len(reply.body))}
+        # A client that still waits for "100 Continue" may or may not send its body after an error.
+        if self.state.draining or (reply.status >= 400 and "expect" in context.headers):
+            headers["connection"] = "close"
+        raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+        return await send_body(reply.body, receive, send)

@@ -20,22 +20,19 @@ STATUS_CODES = {
     "too_long": 413,
     "too_large": 413,
     "unsupported_encoding": 415,
+    "expectation": 417,
     "model_failed": 424,
     "overloaded": 429,
+    "head_too_large": 431,
     "internal": 500,
+    "not_implemented": 501,
     "no_device": 503,
     "draining": 503,
     "deadline": 504,
 }
 # OpenAI's API answers 400 for every invalid value in a request.
 OPENAI_STATUS_CODES = STATUS_CODES | {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
-OPENAI_TYPES = {
-    401: "authentication_error",
-    424: "server_error",
-    429: "rate_limit_error",
-    503: "server_error",
-    504: "server_error",
-}
+OPENAI_TYPES = {401: "authentication_error", 424: "server_error", 429: "rate_limit_error"}
 OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
     "unknown_model": "model_not_found",
@@ -43,6 +40,11 @@ OPENAI_CODES = {
     "overloaded": "rate_limit_exceeded",
 }
 TEI_TYPES = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
+
+
+def api_of_path(path: str) -> Api:
+    """Return the API whose error bodies a client expects that requests a path without an endpoint."""
+    return "openai" if path.startswith("/v1/") else "tei"
 
 
 class HTTPError(Exception):
@@ -75,7 +77,7 @@ class HTTPError(Exception):
         """Return the error body as OpenAI, text-embeddings-inference or nomic defines it."""
         code, message = self.status_code(api), str(self)
         if api == "openai":
-            type_ = OPENAI_TYPES.get(code, "invalid_request_error")
+            type_ = OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")
             return {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
         if api == "tei":
             return {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on stderr, without the texts of requests."""
+"""Logs on stderr without the texts of requests: lines of text on a terminal, otherwise one JSON object per line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class TextFormatter(logging.Formatter):
+    """Format a record for a person: time, level, message, and the fields as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {}).items()
+        # As JSON, strings cannot contain the control characters of a terminal.
+        values = [f"{key}={json.dumps(value)}" for key, value in fields]
+        record.msg, record.args = " ".join([json.dumps(record.getMessage())[1:-1], *values]), ()
+        return super().format(record)
+
+
 class RepeatedWarningFilter(logging.Filter):
     """Drop a warning whose message was logged before: the engine may repeat one for every request."""
 
@@ -39,9 +50,10 @@ class RepeatedWarningFilter(logging.Filter):
 
 
 def configure_logging() -> None:
-    """Send everything that the process logs to stderr as JSON."""
+    """Send everything that the process logs to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    text = TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    handler.setFormatter(text if handler.stream.isatty() else JsonFormatter())
     handler.addFilter(RepeatedWarningFilter())
     root = logging.getLogger()
     root.handlers = [handler]

@@ -14,7 +14,6 @@ from unpadded.execution.runner import Runner
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 COUNT_BUCKETS = tuple(2**power for power in range(4, 18))
-RATE_SMOOTHING = 0.1  # weight of the latest batch in the moving average of tokens per second
 
 
 @dataclass
@@ -26,6 +25,10 @@ class Usage:
     tokens: int = 0
     truncated: int = 0
     timing: Timing = field(default_factory=Timing)
+
+    def as_json(self) -> dict[str, int]:
+        """Return OpenAI's `usage`, and the number of texts that were truncated, which OpenAI's API does not have."""
+        return {"prompt_tokens": self.tokens, "total_tokens": self.tokens, "truncated_texts": self.truncated}
 
 
 class Metrics:
@@ -42,6 +45,7 @@ class Metrics:
         self.tokens = Counter("unpadded_tokens", "tokens embedded", registry=registry)
         self.truncated = Counter("unpadded_truncated_texts", "texts that were truncated", registry=registry)
         self.active = Gauge("unpadded_active_requests", "requests in progress", registry=registry)
+        self.body_bytes = Gauge("unpadded_body_bytes", "bodies of the requests in progress", registry=registry)
         self.seconds = Histogram(
             "unpadded_request_seconds", "seconds per stage", ["stage"], buckets=SECONDS_BUCKETS, registry=registry
         )
@@ -54,7 +58,6 @@ class Metrics:
         self.batch_texts = Histogram(
             "unpadded_batch_texts", "texts per batch", buckets=COUNT_BUCKETS, registry=registry
         )
-        self.tokens_per_second = 0.0  # moving average of the model's throughput
 
     def watch(self, pipeline: EmbeddingPipeline, batcher: Batcher) -> None:
         """Report the pipeline's devices and the batcher's queue at every scrape."""
@@ -73,8 +76,6 @@ class Metrics:
         self.batch_texts.observe(texts)
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
-        rate = tokens / max(seconds, 1e-6)
-        self.tokens_per_second += RATE_SMOOTHING * (rate - self.tokens_per_second) if self.tokens_per_second else rate
 
     def observe_usage(self, usage: Usage) -> None:
         self.texts.inc(usage.texts)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
@@ -14,6 +14,8 @@ from starlette.types import Receive
 from unpadded.server.errors import HTTPError
 
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # selects gzip framing in zlib
+GZIP_PIECE_BYTES = 65_536  # zlib copies the rest of a piece at the end of each member
+MAX_GZIP_MEMBERS = 1024  # a member without contents takes 20 bytes and as much time as a small request
 
 
 class ApiKeys:
@@ -26,16 +28,19 @@ class ApiKeys:
         """Raise HTTPError unless the request carries one of the keys, or there are none."""
         if not self._digests:
             return
-        received = hashlib.sha256(headers.get("authorization", "").removeprefix("Bearer ").encode()).digest()
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        received = hashlib.sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent, in UTF-8
         matches = [hmac.compare_digest(received, digest) for digest in self._digests]  # all, for constant time
-        if not any(matches):
+        if scheme.lower() != "bearer" or not any(matches):
             raise HTTPError("unauthorized", "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
 
 
-async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, seconds: float) -> bytes | None:
-    """Return the body as received, or None if the client disconnected."""
-    content_length = headers.get("content-length", "0")
-    if content_length.isdecimal() and int(content_length) > max_bytes:
+async def read_body(
+    receive: Receive, headers: Headers, hold: Callable[[int], None], *, max_bytes: int, seconds: float
+) -> bytes | None:
+    """Return the body as received, or None if the client disconnected; `hold` is called with the size of each part."""
+    # httptools has checked that it is a number below 2 ** 64; int() raises for thousands of leading zeros.
+    if int(headers.get("content-length", "0").lstrip("0") or "0") > max_bytes:
         raise _too_large(max_bytes)
     parts, size = [], 0
     try:
@@ -48,31 +53,37 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, secon
                 size += len(parts[-1])
                 if size > max_bytes:
                     raise _too_large(max_bytes)
+                hold(len(parts[-1]))
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError as error:
-        raise HTTPError(
-            "slow_body",
-            f"the body did not arrive: {size} bytes in {seconds:g} s; send it faster",
-        ) from error
+        late = f"the body did not arrive: {size} bytes in {seconds:g} s; send it faster"
+        raise HTTPError("slow_body", late) from error
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """Decode a body by its Content-Encoding, without ever producing more than max_bytes + 1 bytes."""
     if encoding in ("", "identity"):
         return body
-    if encoding != "gzip":
+    if encoding not in ("gzip", "x-gzip"):
         raise HTTPError("unsupported_encoding", f"the Content-Encoding is not supported: {encoding!r}; use gzip")
-    stream = zlib.decompressobj(GZIP_WBITS)
-    try:
-        plain = stream.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
-    if len(plain) > max_bytes:
-        raise _too_large(max_bytes)
-    if not stream.eof:
-        raise HTTPError("malformed", f"the gzip body is incomplete after {len(body)} bytes; send all of it")
-    return plain
+    plain, start, members = bytearray(), 0, 0
+    while start < len(body) or not members:
+        stream = zlib.decompressobj(GZIP_WBITS)
+        members += 1
+        while not stream.eof and start < len(body) and members <= MAX_GZIP_MEMBERS:
+            piece = body[start : start + GZIP_PIECE_BYTES]
+            try:
+                plain += stream.decompress(piece, max_bytes + 1 - len(plain))
+            except zlib.error as error:
+                raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
+            if len(plain) > max_bytes:
+                raise _too_large(max_bytes)
+            start += len(piece) - len(stream.unused_data)
+        if not stream.eof:
+            message = f"the gzip body ends after {start} bytes or has over {MAX_GZIP_MEMBERS} members; send all, as one"
+            raise HTTPError("malformed", message)
+    return bytes(plain)
 
 
 def _too_large(max_bytes: int) -> HTTPError:

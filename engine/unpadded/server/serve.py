@@ -1,15 +1,19 @@
-"""Run a server: listen, warm up, serve, and drain on SIGTERM."""
+"""Run a server: bind the port, warm up, listen, serve, and drain on SIGTERM."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 
@@ -17,43 +21,61 @@ from unpadded import Engine
 from unpadded.errors import OptionError
 from unpadded.server.app import make_app
 from unpadded.server.endpoint import ServerState
-from unpadded.server.http_protocol import make_protocol
-from unpadded.server.logs import configure_logging
+from unpadded.server.http_protocol import Protocol
 from unpadded.server.options import ServerOptions
 from unpadded.server.service import Service
 
 logger = logging.getLogger("unpadded.server")
 
 POLL_SECONDS = 0.02
+BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 FORCED_EXIT_STATUS = 130
 
 
-def serve(engine: Engine, options: ServerOptions, started: float) -> None:
+def reserve(options: ServerOptions) -> socket.socket:
+    """Return a socket bound to the port. OptionError for a port, host or certificate that cannot be used.
+
+    It listens when the model is ready: until then, connections fail at once instead of waiting.
+    """
+    if options.tls_cert is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(options.tls_cert, options.tls_key, password="")
+        except OSError as error:  # includes ssl.SSLError
+            raise OptionError(
+                f"the certificate cannot be read: {options.tls_cert} with {options.tls_key}, {error}; pass PEM files, "
+                "the key without a passphrase"
+            ) from error
+    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    if os.name == "posix":  # on Windows, this option lets another process take the port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _naming_the_port(options):
+        listener.bind((options.host, options.port))
+    # Connections inherit it. Without it, the body of a response waits 40 ms for the client's delayed ACK of its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def serve(engine: Engine, options: ServerOptions, listener: socket.socket, started: float) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `started` is time.perf_counter() when the process started."""
-    configure_logging()
-    listener = _listen(options)
     state = ServerState(Service(engine, options))
+    logger.info("warming up", extra={"fields": {"device": state.service.device_type}})
     state.service.warm_up()
     config = uvicorn.Config(
         make_app(state),
-        http=make_protocol(options.read_timeout),
+        http=cast(Any, partial(Protocol, state)),
         ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=1,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )
-    try:
-        config.load()
-    except OSError as error:  # includes ssl.SSLError
-        raise OptionError(
-            f"the certificate cannot be read: {options.tls_cert} with {options.tls_key}, {error}; pass PEM files"
-        ) from error
+    config.load()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     fields = {
         "url": _url(listener, options),
@@ -67,17 +89,14 @@ def serve(engine: Engine, options: ServerOptions, started: float) -> None:
     logger.info("stopped")
 
 
-def _listen(options: ServerOptions) -> socket.socket:
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+@contextlib.contextmanager
+def _naming_the_port(options: ServerOptions) -> Iterator[None]:
     try:
-        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+        yield
     except OSError as error:
         raise OptionError(
             f"cannot listen on {options.host} port {options.port}: {error}; choose another --host or --port"
         ) from error
-    # Connections inherit it. Without it, the body of a response waits 40 ms for the client's delayed ACK of its head.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def _url(listener: socket.socket, options: ServerOptions) -> str:
@@ -99,13 +118,15 @@ async def _run(server: _Server, listener: socket.socket, state: ServerState, rea
     loop = asyncio.get_running_loop()
     stop_requested = asyncio.Event()
 
-    def handle_signal() -> None:
+    def handle_signal(number: int, frame: object) -> None:
         if stop_requested.is_set():
             os._exit(FORCED_EXIT_STATUS)
-        stop_requested.set()
+        loop.call_soon_threadsafe(stop_requested.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, handle_signal)
+        signal.signal(number, handle_signal)  # loop.add_signal_handler does not exist on Windows
+    with _naming_the_port(state.service.options):  # another process may listen since `reserve`
+        listener.listen(BACKLOG)
     logger.info("ready", extra={"fields": ready})  # after the handlers, so that SIGTERM drains from here on
     serving = asyncio.ensure_future(server.serve([listener]))
     stopping = asyncio.ensure_future(stop_requested.wait())
@@ -113,10 +134,12 @@ async def _run(server: _Server, listener: socket.socket, state: ServerState, rea
     state.draining = True  # /health answers 503, and requests are rejected
     deadline = time.perf_counter() + state.service.options.grace
     logger.info("draining", extra={"fields": {"active": state.active}})
-    while state.active and time.perf_counter() < deadline:
+    while (state.active or state.heads) and time.perf_counter() < deadline:
         await asyncio.sleep(POLL_SECONDS)
     if state.active:
         logger.warning("the grace period is over: %d requests are aborted", state.active)
+    # Closed connections may have unsent bytes.
+    server.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.perf_counter()))
     server.should_exit = True
     await serving
     stopping.cancel()

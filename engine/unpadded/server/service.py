@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,13 +13,16 @@ import numpy as np
 from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
-from unpadded.execution.batcher import run_windows
-from unpadded.options import EncodeKeywords
+from unpadded.execution.batcher import Limits, Rows, Work, run_windows
+from unpadded.options import EncodeKeywords, Plan
 from unpadded.server.errors import HTTPError
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
+from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
 from unpadded.tokenization.windows import Text, Window
 
+# Per text, and per /tokenize: tokenizing so many takes up to 2 s of a core and 0.3 GB (Chinese, BERT, Xeon, 2026-11).
+MAX_CHARACTERS = 1 << 19
 MAX_TOKEN_VECTORS = 32_768  # per /embed_all; with 768 dimensions, 96 MiB before they become JSON
 MAX_RETRY_AFTER_SECONDS = 60
 
@@ -50,12 +53,12 @@ class Service:
     def warm_up(self) -> None:
         """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture."""
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
-        work = self.pipeline.vector_work(self.pipeline.plan())
+        work = self.pipeline.work(self.pipeline.plan())
         for tokens, texts in self.warm_up_sizes():
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # One call per device, submitted together so that each device runs one.
-            calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.parallelism)]
+            calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.devices)]
             for call in calls:
                 call.future.result()
 
@@ -76,50 +79,62 @@ class Service:
         if name is None or name in self.model_names:
             return None
         base, _, task = name.rpartition(":")
-        if base in self.model_names and task in self.engine.checkpoint.prompts:
+        prompts = self.engine.checkpoint.prompts
+        if base in self.model_names and task in prompts:
             return task
+        if base in self.model_names:
+            raise HTTPError("invalid", f"the task is unknown: {task!r}; use one of {', '.join(prompts) or 'none'}")
         raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.model_names)}")
 
     def estimate_queue_seconds(self) -> int:
         """Return the seconds in which the model processes the queued tokens, from 1 to MAX_RETRY_AFTER_SECONDS."""
-        rate = self.metrics.tokens_per_second
+        rate = self.batcher.tokens_per_second
         return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
 
     async def embed(
         self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> Embeddings:
         """Embed texts in batches shared with all other requests. truncate: None follows --long-input."""
-        self._count_texts(texts, usage)
-        if options.get("task") is None and "prompt" not in options:
-            options["task"] = self.options.default_task
-        plan = self.pipeline.plan(**options)
-        windows = self._count_windows(self.pipeline.windows(texts, plan), usage, truncate)
-        results = await run_windows(
-            self.batcher,
-            windows,
-            self.pipeline.vector_work(plan),
-            max_queued_tokens=self.options.max_queued_tokens,
-            timing=usage.timing,
-        )
-        return self.pipeline.collect(results, plan)
+        plan = self._plan(texts, usage, options)
+        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate)
+        return self.pipeline.collect(await self._run(texts, windows, self.pipeline.work(plan), usage), plan)
 
     async def embed_tokens(
         self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
     ) -> list[np.ndarray]:
         """Return the last hidden states of each text: [tokens, hidden]."""
-        self._count_texts(texts, usage)
-        plan = self.pipeline.plan(**options)
-        windows = self._count_windows(self.pipeline.windows(texts, plan), usage, truncate, max_tokens=MAX_TOKEN_VECTORS)
-        results = await run_windows(
-            self.batcher,
-            windows,
-            self.pipeline.token_work(plan),
-            max_queued_tokens=self.options.max_queued_tokens,
-            timing=usage.timing,
+        plan = self._plan(texts, usage, options)
+        windows = self._count_windows(
+            self.pipeline.reader.windows(texts, plan), usage, truncate, max_tokens=MAX_TOKEN_VECTORS
         )
+        results = await self._run(texts, windows, self.pipeline.work(plan, pooled=False), usage)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
-    def _count_texts(self, texts: Sequence[Text], usage: Usage) -> None:
+    def _plan(self, texts: Sequence[Text], usage: Usage, options: EncodeKeywords) -> Plan:
+        """Check the number and sizes of the texts, count them, and return the plan of their embedding."""
+        self.check_inputs(texts)
+        usage.texts += len(texts)
+        usage.characters += sum(len(text) for text in texts if isinstance(text, str))
+        if options.get("task") is None and "prompt" not in options:
+            options["task"] = self.options.default_task
+        return self.pipeline.plan(**options)
+
+    async def _run(
+        self, texts: Sequence[Text], windows: Iterator[Window], work: Work, usage: Usage
+    ) -> list[tuple[Window, Rows]]:
+        """Run windows in batches shared with all requests; OverloadedError if they would not be done in time."""
+        deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
+        limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.engine.checkpoint.max_length
+        # Rejects most of what is too much before it is tokenized.
+        estimate = sum(
+            min(len(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str) else len(text) for text in texts
+        )
+        self.batcher.check(estimate, limits)
+        size = sum(map(len, texts))
+        return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage.timing)
+
+    def check_inputs(self, texts: Sequence[Text]) -> None:
+        """Raise HTTPError for no texts, or for more texts or characters than a request may have."""
         if not texts:
             raise HTTPError("invalid", "the input is empty: []; send at least one text")
         if len(texts) > self.options.max_inputs:
@@ -127,8 +142,7 @@ class Service:
                 "too_many_inputs",
                 f"the input has too many texts: {len(texts)}, maximum {self.options.max_inputs}; send fewer",
             )
-        usage.texts += len(texts)
-        usage.characters += sum(len(text) for text in texts if isinstance(text, str))
+        check_characters([len(text) for text in texts if isinstance(text, str)])
 
     def _count_windows(
         self, windows: Iterator[Window], usage: Usage, truncate: bool | None, max_tokens: int | None = None
@@ -153,6 +167,12 @@ class Service:
                     "send fewer texts",
                 )
             yield window
+
+
+def check_characters(counts: Iterable[int]) -> None:
+    """Raise HTTPError if a text has too many characters."""
+    if (most := max(counts, default=0)) > MAX_CHARACTERS:
+        raise HTTPError("too_long", f"a text is too long: {most} characters, maximum {MAX_CHARACTERS}; split it")
 
 
 def to_texts(value: str | list[Any]) -> list[Text]:

@@ -1,34 +1,85 @@
-"""Read a tokenizer from a checkpoint's files: tokenizer.json, or else BERT's vocab.txt."""
+"""Read a tokenizer from a checkpoint's files, with the token ids of transformers' AutoTokenizer.
 
-from __future__ import annotations
+tokenizer.json is not all of a tokenizer: a class such as BertTokenizer replaces its normalizer, pre-tokenizer and
+post-processor by those of the class, and other files add tokens. The classes of most published checkpoints are rebuilt
+here. Whatever else changes token ids is read by transformers, whose import takes 1.4 s (2026-11).
+"""
 
-import json
+import base64
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Tokenizer, normalizers
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer, Normalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, PreTokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
-from unpadded.errors import CheckpointError
+from unpadded.checkpoint.json_config import allow_only, open_file, read_object
+from unpadded.errors import CheckpointError, install_command
+
+BERT, ROBERTA, XLM_ROBERTA = "BertTokenizer", "RobertaTokenizer", "XLMRobertaTokenizer"
+UNCHANGED = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that use tokenizer.json as it is
+DEFAULT_CLASSES = {"bert": BERT, "nomic_bert": BERT, "xlm-roberta": XLM_ROBERTA}  # by model_type
+BERT_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "pad", "mask", "cls", "sep")}
+ROBERTA_TOKENS = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+ROBERTA_TOKENS |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+TOKENS = {BERT: BERT_TOKENS, ROBERTA: ROBERTA_TOKENS, XLM_ROBERTA: ROBERTA_TOKENS}
+TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+VOCABULARY_BYTES = 2**28  # far above any published vocabulary
+# Keys of tokenizer_config.json, other than tokens, that this package applies or that change no token id.
+_KEYS = """
+    add_bos_token add_eos_token add_prefix_space added_tokens_decoder auto_map backend chat_template
+    clean_up_tokenization_spaces do_basic_tokenize do_lower_case errors is_local legacy local_files_only max_len
+    max_length model_input_names model_max_length name_or_path never_split pad_to_multiple_of pad_token_type_id
+    padding_side processor_class sp_model_kwargs special_tokens_map_file split_special_tokens stride strip_accents
+    tokenize_chinese_chars tokenizer_class tokenizer_file trim_offsets truncation_side truncation_strategy verbose
+"""
+KNOWN_KEYS = frozenset(_KEYS.split())
 
 
 def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
-    """Return the folder's tokenizer without truncation and padding, or None if it has neither file.
+    """Return the folder's tokenizer without truncation and padding, or None if it has no vocabulary.
 
     lower_case: lower texts before the tokenizer's own normalization, as sentence-transformers does if
-    `do_lower_case` is set.
+    `do_lower_case` is set. ConfigError for settings that are not supported.
     """
-    settings = _read_settings(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").exists():
-        backend = _from_json(folder / "tokenizer.json", settings)
-    elif (folder / "vocab.txt").exists():
-        backend = _from_vocabulary(folder / "vocab.txt", settings)
-    else:
+    vocabularies = [path for pattern in ("tokenizer.json", "vocab.*", "*.model") for path in folder.glob(pattern)]
+    if not vocabularies:
         return None
-    if lower_case:
+    for path in vocabularies:
+        open_file(path, VOCABULARY_BYTES).close()  # reading another kind of file would block
+    config, settings, token_map, added = (
+        read_object(folder / name) if (folder / name).exists() else {}
+        for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    if "added_tokens_decoder" in settings:  # then transformers does not read these files
+        token_map, added = {}, {}
+    merged = settings | token_map
+    if isinstance(merged.get("auto_map"), dict):
+        merged["auto_map"] = merged["auto_map"].get("AutoTokenizer")
+    found, path, backend = {}, folder / "tokenizer.json", None
+    reason: str | None = "it has no tokenizer.json"
+    if path.exists():
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no subclass
+            raise CheckpointError(f"{path} is not a tokenizer: {error}; download it again") from error
+        found["truncation_side"] = (backend.truncation or {}).get("direction")
+        found["dropout"] = getattr(backend.model, "dropout", None)
+    supported = {"auto_map": None, "dropout": None, "split_special_tokens": False, "truncation_side": "right"}
+    allow_only(found | merged, supported, folder)
+    if backend is not None:
+        try:
+            reason = _unknown_setting(backend, settings, token_map, added) or _apply_class(backend, config, merged)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of a wrong type
+            reason = f"{type(error).__name__}: {error}"
+    if backend is None or reason is not None:
+        backend = _from_transformers(folder, str(reason))
+    backend.no_truncation()
+    backend.no_padding()
+    if lower_case and "Lowercase" not in part_names(backend.normalizer):
         existing = [backend.normalizer] if backend.normalizer else []
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *existing])
     return backend
@@ -36,85 +87,90 @@ def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
 
 def part_names(part: Normalizer | PreTokenizer | None) -> set[str]:
     """Return the types of which a normalizer or pre-tokenizer consists, as named in tokenizer.json."""
-    return _names(_state(part)) if part else set()
+    return set(re.findall(r'"type":"(\w+)"', _state(part))) - {"Sequence"}
 
 
-def _names(state: dict[str, Any]) -> set[str]:
-    members = state.get("normalizers", []) + state.get("pretokenizers", [])
-    return set().union(*map(_names, members)) if members else {state["type"]}
-
-
-def _state(part: Normalizer | PreTokenizer) -> dict[str, Any]:
+def _state(part: Normalizer | PreTokenizer | None) -> str:
     """Return a part as it is written in tokenizer.json, which is also its pickled form."""
-    state: dict[str, Any] = json.loads(part.__getstate__())
-    return state
+    return part.__getstate__().decode() if part else ""
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _from_transformers(folder: Path, reason: str) -> Tokenizer:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is not a JSON object: {type(settings).__name__}; download it again")
-    return settings
+        from transformers import AutoTokenizer
 
-
-def _from_json(path: Path, settings: dict[str, Any]) -> Tokenizer:
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no subclass
-        raise CheckpointError(f"{path} is not a tokenizer: {error}; download it again") from error
-    backend.no_truncation()
-    backend.no_padding()
-    normalizer = _state(backend.normalizer) if backend.normalizer else {}
-    if normalizer.pop("type", None) == "BertNormalizer" and "Bert" in str(settings.get("tokenizer_class") or "Bert"):
-        # the BertTokenizer of transformers builds its normalizer from these settings, not from tokenizer.json
-        backend.normalizer = _bert_normalizer(normalizer, settings, path)
-    return backend
-
-
-def _from_vocabulary(path: Path, settings: dict[str, Any]) -> Tokenizer:
-    """Build BERT's WordPiece from a vocabulary with one token per line."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            vocabulary = {line.rstrip("\n"): index for index, line in enumerate(lines)}
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error}; download it again") from error
-    special: dict[str, str] = {}
-    for role in ("unk", "sep", "pad", "cls", "mask"):
-        token = settings.get(f"{role}_token") or f"[{role.upper()}]"
-        special[role] = token["content"] if isinstance(token, dict) else token
-    missing = [special[role] for role in ("unk", "cls", "sep") if special[role] not in vocabulary]
-    if missing:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cast(Tokenizer, tokenizer.backend_tokenizer)
+    except Exception as error:  # of many types: packages may be absent, and files broken in many ways
         raise CheckpointError(
-            f"{path} lacks special tokens: {', '.join(missing)} among {len(vocabulary)} lines; "
-            "name those of the checkpoint in tokenizer_config.json"
-        )
-    backend = Tokenizer(WordPiece(vocabulary, unk_token=special["unk"]))
-    backend.normalizer = _bert_normalizer({}, settings, path)
-    backend.pre_tokenizer = BertPreTokenizer()
-    backend.add_special_tokens([token for token in special.values() if token in vocabulary])
-    cls, sep = special["cls"], special["sep"]
-    backend.post_processor = TemplateProcessing(
-        single=f"{cls} $A {sep}", special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])]
-    )
-    return backend
-
-
-def _bert_normalizer(defaults: dict[str, Any], settings: dict[str, Any], path: Path) -> BertNormalizer:
-    arguments = {
-        "do_lower_case": "lowercase",
-        "strip_accents": "strip_accents",
-        "tokenize_chinese_chars": "handle_chinese_chars",
-    }
-    stated = {argument: settings[key] for key, argument in arguments.items() if key in settings}
-    try:
-        return BertNormalizer(**defaults | stated)
-    except TypeError as error:
-        raise CheckpointError(
-            f"the settings of BERT's normalizer for {path} are invalid: {stated}; "
-            "use true or false in tokenizer_config.json"
+            f"transformers cannot read the tokenizer of {folder} ({reason}): {type(error).__name__}: {error}; "
+            f"{install_command('transformers')}, or correct the tokenizer's files"
         ) from error
+
+
+def _unknown_setting(
+    backend: Tokenizer, settings: Mapping[str, Any], token_map: Mapping[str, Any], added: Mapping[str, int]
+) -> str | None:
+    """Return which setting is unknown, or which token tokenizer.json lacks or has with other flags; None if none."""
+    mentioned = set(added)
+    for key, value in (*settings.items(), *token_map.items()):
+        if key in TOKEN_LISTS:
+            mentioned |= {*map(_content, value.values() if isinstance(value, dict) else value or ())}
+        elif key.endswith("_token") and key not in KNOWN_KEYS:
+            mentioned |= {_content(value)} - {None}
+        elif key not in KNOWN_KEYS:
+            return f"it has the setting {key}"
+    tokens = {index: repr(token) for index, token in backend.get_added_tokens_decoder().items()}
+    ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    if absent := mentioned - ids.keys():
+        return f"tokenizer.json lacks the token {min(absent)}"
+    stated = settings.get("added_tokens_decoder")
+    if stated is not None and {int(index): repr(AddedToken(**token)) for index, token in stated.items()} != tokens:
+        return "added_tokens_decoder differs from tokenizer.json"
+    return None if added.items() <= ids.items() else "added_tokens.json differs from tokenizer.json"
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Replace the parts that the tokenizer's class builds; return why that takes transformers, or None."""
+    default = DEFAULT_CLASSES.get(str(config.get("model_type")))
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or default).removesuffix("Fast")
+    if name in UNCHANGED or config.get("model_type") == "modernbert":  # some of whose files name wrong classes
+        return None
+    if name not in TOKENS:
+        return f"its class is {name}"
+    ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    tokens = {role: _content(settings.get(role, token)) for role, token in TOKENS[name].items()}
+    if absent := set(tokens.values()) - ids.keys():
+        return f"tokenizer.json lacks the token {min(absent)} of {name}"
+    special = {role: (token, ids[token]) for role, token in tokens.items()}
+    cls, sep = special["cls_token"], special["sep_token"]
+    if name == BERT:
+        model = f'WordPiece\\(unk_token="{re.escape(tokens["unk_token"])}", continuing_subword_prefix="##", '
+        model += "max_input_chars_per_word=100, .*"
+        backend.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            strip_accents=settings.get("strip_accents"),
+            lowercase=settings.get("do_lower_case", True),
+        )
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.post_processor = TemplateProcessing(f"{cls[0]}:0 $A:0 {sep[0]}:0", special_tokens=[cls, sep])
+    elif name == ROBERTA:
+        model = r'BPE\(dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", '
+        model += "fuse_unk=False, byte_fallback=False, ignore_merges=False, .*"
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+        backend.post_processor = RobertaProcessing(sep, cls)
+    else:
+        model = r"Unigram\(unk_id=3, .*, byte_fallback=False\)"
+        charsmap = re.search(r'"precompiled_charsmap":"([^"]+)"', _state(backend.normalizer))
+        backend.normalizer = normalizers.Precompiled(base64.b64decode(charsmap[1])) if charsmap else None
+        scheme = "always" if settings.get("add_prefix_space", True) else "never"
+        spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+        bos, eos = special["bos_token"], special["eos_token"]
+        backend.post_processor = TemplateProcessing([bos[0], "$A", eos[0]], special_tokens=[bos, eos])
+    return None if re.fullmatch(model, repr(backend.model), re.DOTALL) else f"{name} builds another model"

@@ -8,11 +8,9 @@ This holds for normalizers and pre-tokenizers for which a word depends on adjace
 other one, the whole text is tokenized.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias, cast
+from typing import cast
 
 import tokenizers
 from tokenizers import Encoding
@@ -24,7 +22,9 @@ LOCAL = frozenset(
     | {"BertPreTokenizer", "ByteLevel", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"}
 )
 
-TruncatedIds: TypeAlias = tuple[int, list[int], bool]  # index of the text, its kept ids, whether it has more
+# 736 English documents took 3.8 characters per token (median), 4.8 (99th percentile) and 5.1 (maximum) with BERT's
+# vocabulary, 2026-11-23.
+CHARACTERS_PER_TOKEN = 5
 
 
 class TextSlicer:
@@ -32,10 +32,6 @@ class TextSlicer:
 
     encode: tokenizes texts into encodings with words and offsets.
     """
-
-    # 736 English documents took 3.8 characters per token (median), 4.8 (99th percentile) and 5.1 (maximum) with BERT's
-    # vocabulary, 2026-11-23.
-    characters_per_token = 5
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Callable[[Iterable[str]], Iterator[Encoding]]) -> None:
         self._encode = encode
@@ -46,49 +42,38 @@ class TextSlicer:
 
     def size(self, tokens: int) -> int:
         """Return a number of characters that usually yields more stable tokens than `tokens`."""
-        return self.characters_per_token * (tokens + 4 * self._margin)
+        return CHARACTERS_PER_TOKEN * (tokens + 4 * self._margin)
 
     def is_whole(self, text: str, size: int) -> bool:
         """Return whether a slice of this size is the whole text."""
         return not self._local or len(text) <= size
 
-    def first_tokens(
-        self, texts: Sequence[str], indices: Sequence[int], prompt: str, limit: int
-    ) -> Iterator[TruncatedIds]:
-        """Yield the first `limit` ids of prompt + text for the texts at `indices`, in any order."""
-        size = self.size(limit)
-        while indices:
-            slices = [prompt + texts[index][:size] for index in indices]
-            unfinished = []
-            for index, piece, encoding in zip(indices, slices, self._encode(slices), strict=True):
-                whole = self.is_whole(texts[index], size)
-                stable = len(encoding) if whole else self._stable_prefix(encoding, piece)
-                if whole or stable > limit:
-                    yield index, encoding.ids[:limit], stable > limit
-                else:
-                    unfinished.append(index)
-            indices = unfinished
-            size *= 2
+    def truncate(
+        self, texts: Sequence[str], indices: Sequence[int], prompt: str, limit: int, *, left: bool
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        """Yield index, first `limit` ids of prompt + text, and whether it has more, for each of `indices` in any order.
 
-    def last_tokens(
-        self, texts: Sequence[str], indices: Sequence[int], prompt: str, limit: int
-    ) -> Iterator[TruncatedIds]:
-        """Yield the prompt's ids and the last ids of the text, `limit` in all, for the texts at `indices`."""
-        prompt_ids = {index: self._prompt_ids(texts[index], prompt)[:limit] for index in indices}
+        left: the prompt's ids and the last ids of the text instead, `limit` in all.
+        """
+        prompt_ids = {index: self._prompt_ids(texts[index], prompt)[:limit] if left else [] for index in indices}
         size = self.size(limit)
         while indices:
             pending = [texts[index] for index in indices]
-            slices = [prompt + text if self.is_whole(text, size) else text[-size:] for text in pending]
+            slices = [prompt + text[:size] for text in pending]
+            if left:
+                slices = [prompt + text if self.is_whole(text, size) else text[-size:] for text in pending]
             unfinished = []
             for index, piece, encoding in zip(indices, slices, self._encode(slices), strict=True):
-                kept = prompt_ids[index]
-                whole = self.is_whole(texts[index], size)
-                # the first token of the text that may be used, and the first of the last ones that fit
-                first_stable = len(kept) if whole else self._stable_suffix(encoding, piece)
-                first_fitting = len(kept) + len(encoding) - limit
-                if whole or first_fitting > first_stable:
-                    start = max(first_stable, first_fitting)
-                    yield index, kept + encoding.ids[start:], first_fitting > first_stable
+                kept, whole = prompt_ids[index], self.is_whole(texts[index], size)
+                start, stop = len(kept), len(encoding)  # of the stable tokens of the text
+                if left and not whole:
+                    start = self._stable_suffix(encoding, piece)
+                elif not whole:
+                    stop = self._stable_prefix(encoding, piece)
+                stable, fitting = stop - start, limit - len(kept)
+                if whole or stable > fitting:
+                    ids = encoding.ids[max(start, stop - fitting) :] if left else encoding.ids[:limit]
+                    yield index, kept + ids, stable > fitting
                 else:
                     unfinished.append(index)
             indices = unfinished
@@ -109,7 +94,7 @@ class TextSlicer:
 
     def _stable_prefix(self, encoding: Encoding, piece: str) -> int:
         """Return the number of first tokens that a continuation of `piece` cannot change."""
-        words = _words(encoding)
+        words = cast(list[int], encoding.word_ids)  # ascending; only special tokens would have None
         count = bisect_left(words, words[-1] - self._margin + 1) if words else 0
         # an added token that strips its left includes all spaces before it
         while count and not piece[slice(*encoding.offsets[count - 1])].strip():
@@ -118,12 +103,7 @@ class TextSlicer:
 
     def _stable_suffix(self, encoding: Encoding, piece: str) -> int:
         """Return the first token from which on no text before `piece` can change the tokens."""
-        start = bisect_left(_words(encoding), self._margin)
+        start = bisect_left(cast(list[int], encoding.word_ids), self._margin)
         while start < len(encoding) and not piece[slice(*encoding.offsets[start])].strip():
             start += 1
         return start
-
-
-def _words(encoding: Encoding) -> list[int]:
-    """Return the index of each token's word, in ascending order. Only special tokens would have None."""
-    return cast(list[int], encoding.word_ids)

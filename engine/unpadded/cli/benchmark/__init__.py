@@ -10,11 +10,11 @@ import torch
 from unpadded.cli.benchmark.comparison import compare
 from unpadded.cli.benchmark.comparison import scaling as measure_scaling
 from unpadded.cli.benchmark.machine import card, matmul_rate
-from unpadded.cli.benchmark.providers import PROVIDERS, Model, make_providers
+from unpadded.cli.benchmark.providers import PROVIDERS, REFERENCE, Model, make_providers
 from unpadded.cli.benchmark.workloads import TEXTS, TextSampler
 from unpadded.engine import Engine
 
-__all__ = ["PROVIDERS", "TEXTS", "card", "half_dtype", "measure", "table"]
+__all__ = ["PROVIDERS", "TEXTS", "card", "conclusion", "half_dtype", "measure", "table"]
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
     model = Model(name, engines, half_dtype(device))
     providers, reasons = make_providers(model, against)
     for provider, reason in reasons.items():
-        print(f"{provider} does not run here: {reason}")
+        print(f"{provider}: {reason}")
     result = {} if result is None else result
     result.setdefault("model", model.engine.checkpoint.name)
     result |= {"workloads": [], "not run": reasons, "scaling": []}
@@ -69,18 +69,26 @@ def half_dtype(device: torch.device) -> torch.dtype:
 def table(found: dict[str, Any]) -> str:
     """Format one workload of a result for a terminal."""
     lines = [f"\n{found['workload']}: {found['texts']:,} texts, {found['tokens']:,} tokens"]
-    lines.append(f"{'':30}{'texts/s':>12}{'tokens/s':>12}{'speedup':>9}{'of matmul':>11}{'memory':>11}  min cosine")
+    lines.append(f"{'':30}{'texts/s':>12}{'tokens/s':>12}{'speedup':>9}{'memory':>11}  min cosine")
     for row in found["rows"]:
-        speedup, share, peak = row["speedup"], row["share_of_matmul_rate"], row["peak_bytes"]
+        speedup, peak = row["speedup"], row["peak_bytes"]
         lines.append(
             f"{row['provider']:30}{row['texts_per_second']:12,.1f}{row['tokens_per_second']:12,.0f}"
             + ("" if speedup is None else f"{speedup:6.2f} x").rjust(9)
-            + ("" if share is None else f"{share:.0%}").rjust(11)
             + ("" if peak is None else f"{peak / 2**20:,.0f} MiB").rjust(11)
             + f"  {row['min_cosine']:.6f}"
         )
     for dtype, own in found["unpadded"].items():
-        parts = ", ".join(f"{stage} {share:.1%}" for stage, share in own["stages"].items())
-        share = f"{own['share_of_forward_alone']:.1%} of the speed of the forward pass alone"
-        lines.append(f"unpadded, {dtype}: {parts}; {share}")
+        parts = ", ".join(f"{stage} {share:.0%}" for stage, share in own["stages"].items())
+        lines.append(f"time of unpadded, {dtype}: {parts}")
     return "\n".join(lines)
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """Say in a sentence how fast unpadded is in the first dtype, compared with the reference if it ran."""
+    own = [(found["workload"], found["rows"][0]) for found in result["workloads"]]
+    if any(row["speedup"] is None for _, row in own):
+        rates = ", ".join(f"{row['tokens_per_second']:,.0f} tokens/s on {workload}" for workload, row in own)
+        return f"unpadded embeds {rates} here"
+    speedups = ", ".join(f"{row['speedup']:.1f}x as fast as {REFERENCE} on {workload}" for workload, row in own)
+    return f"unpadded is {speedups} here"

@@ -39,18 +39,22 @@ def card(checkout: Path | None = None) -> dict[str, Any]:
         settings = _output("nvidia-smi", f"--query-gpu={GPU_SETTINGS}", "--format=csv,noheader")
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, GPU_SETTINGS: settings}
     if checkout is not None:
-        found["commit"] = _output("git", "-C", str(checkout), "describe", "--always", "--dirty") or "unknown"
+        git = ("git", "-C", str(checkout))
+        # Results and pages are written by the benchmarks themselves, one after the other.
+        changed = _output(*git, "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs", ":!README.md")
+        commit = _output(*git, "describe", "--always")
+        found["commit"] = commit + ("-dirty" if changed else "") if commit else "unknown"
     return found
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the highest flop/s measured for a matmul.
+def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 20) -> float:
+    """Return the highest flop/s of so many runs of a matmul.
 
     The shape is 8192 x 8192 x 8192 on CUDA and 2048 x 768 x 3072, that of an encoder layer, on a CPU.
     """
     m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 768, 3072)
     x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-    return 2 * m * k * n / min(seconds(lambda: linear(x, weight, None), device, 50 if device.type == "cuda" else 20))
+    return 2 * m * k * n / min(seconds(lambda: linear(x, weight, None), device, times))
 
 
 def copy_rate(device: torch.device) -> float:

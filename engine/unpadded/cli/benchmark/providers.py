@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ def make_providers(model: Model, names: Sequence[str]) -> tuple[dict[str, Encode
             encode = PROVIDERS[name](model)
             encode(["some text"])
             made[name] = encode
+        except ModuleNotFoundError:
+            reasons[name] = "not installed"
         except Exception as error:  # one library that raises must not stop the others
             reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
     return made, reasons
@@ -56,10 +58,12 @@ def _unpadded(engine: Engine) -> Encode:
     return lambda texts: engine.embed(texts, prompt="").vectors
 
 
-def _sentence_transformers(model: Model, **options: Any) -> Encode:
+def _sentence_transformers(
+    model: Model, backend: Literal["torch", "onnx", "openvino"] = "torch", **options: Any
+) -> Encode:
     from sentence_transformers import SentenceTransformer
 
-    loaded = SentenceTransformer(model.name, device=str(model.device), model_kwargs=options or None)
+    loaded = SentenceTransformer(model.name, device=str(model.device), backend=backend, model_kwargs=options or None)
     loaded.max_seq_length = model.engine.checkpoint.max_length
     return partial(loaded.encode, prompt="", show_progress_bar=False)
 
@@ -140,6 +144,8 @@ def _without_dense(checkpoint: Checkpoint) -> Checkpoint:
 PROVIDERS: dict[str, Callable[[Model], Encode]] = {
     REFERENCE: _sentence_transformers,
     "sentence-transformers-best": _sentence_transformers_best,
+    "sentence-transformers-onnx": partial(_sentence_transformers, backend="onnx"),
+    "sentence-transformers-openvino": partial(_sentence_transformers, backend="openvino"),
     "transformers": _transformers,
     "fastembed": _fastembed,
     "infinity": _infinity,

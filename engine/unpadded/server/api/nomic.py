@@ -18,9 +18,9 @@ class TextRequest(Struct, forbid_unknown_fields=True):
 
     texts: Annotated[list[str], Meta(min_length=1)]
     model: str | None = None
-    task_type: str = "search_document"
+    task_type: str | None = None  # None: --default-task, or search_document
     dimensionality: Dimensions | None = None
-    long_text_mode: Literal["truncate", "mean"] = "truncate"
+    long_text_mode: Literal["truncate", "mean"] | None = None  # None follows the server's --long-input
 
 
 async def _embed_text(service: Service, request: TextRequest, context: RequestContext) -> Response:
@@ -28,15 +28,15 @@ async def _embed_text(service: Service, request: TextRequest, context: RequestCo
     embeddings = await service.embed(
         list(request.texts),
         context.usage,
-        task=request.task_type,
+        truncate=request.long_text_mode == "truncate" or None,
+        task=request.task_type or service.options.default_task or "search_document",
         dimensions=request.dimensionality,
         normalize=True,
-        long_text=request.long_text_mode,
+        long_text=request.long_text_mode or "truncate",
     )
     if (binary := binary_response(embeddings.vectors, context.accept)) is not None:
         return binary
-    tokens = context.usage.tokens
-    rest = {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "model": request.model or service.model_name}
+    rest = {"usage": context.usage.as_json(), "model": request.model or service.model_name}
     return rows_response(embeddings.vectors, b'{"embeddings":[', b"]," + orjson.dumps(rest).removeprefix(b"{"))
 
 
@@ -45,13 +45,6 @@ async def _user(service: Service, request: None, context: RequestContext) -> Res
 
 
 ENDPOINTS = [
-    Endpoint(
-        path="/v1/embedding/text",
-        method="POST",
-        api="nomic",
-        summary="Embed texts for a task",
-        handler=_embed_text,
-        request_type=TextRequest,
-    ),
-    Endpoint(path="/v1/user", method="GET", api="nomic", summary="The owner of the API key", handler=_user),
+    Endpoint("nomic", "POST", "/v1/embedding/text", "Embed texts for a task", _embed_text, TextRequest),
+    Endpoint("nomic", "GET", "/v1/user", "The owner of the API key", _user),
 ]

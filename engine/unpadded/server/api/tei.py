@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta, Struct
 
 import unpadded
 from unpadded.execution.batcher import MAX_READERS
-from unpadded.server.api.openai import Dimensions, Input, TokenId
+from unpadded.server.api.openai import Dimensions, Direction, Input, TokenId, check_token_ids, side
 from unpadded.server.endpoint import Endpoint, RequestContext
 from unpadded.server.errors import HTTPError
-from unpadded.server.responses import Response, binary_response, json_response, rows_response
-from unpadded.server.service import Service, to_texts
+from unpadded.server.responses import Response, binary_response, home_page, json_response, rows_response
+from unpadded.server.service import Service, check_characters, to_texts
 
-Direction: TypeAlias = Literal["right", "left", "Right", "Left"]
-
-MAX_LISTED_TOKENS = 1_000_000  # per /tokenize
+MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode
 
 
-class EmbedRequest(Struct, forbid_unknown_fields=True):
-    """Texts, or token ids that include the special tokens."""
+class CommonOptions(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Options of every endpoint that embeds."""
 
-    inputs: Input
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Direction | None = None
-    normalize: bool | None = None  # None means True
-    prompt_name: str | None = None
-    dimensions: Dimensions | None = None
+    prompt_name: str | None = None  # None follows --default-task
 
 
-class EmbedAllRequest(Struct, forbid_unknown_fields=True):
-    """Texts for which token vectors are returned."""
+class EmbedAllRequest(CommonOptions, kw_only=True):
+    """Texts, or token ids that include the special tokens, for which token vectors are returned."""
 
     inputs: Input
-    truncate: bool | None = None
-    truncation_direction: Direction | None = None
-    prompt_name: str | None = None
+
+
+class EmbedRequest(EmbedAllRequest, kw_only=True):
+    """Texts, or token ids that include the special tokens."""
+
+    normalize: bool | None = None  # None means True
+    dimensions: Dimensions | None = None
 
 
 class SimilarityInputs(Struct, forbid_unknown_fields=True):
@@ -48,31 +47,18 @@ class SimilarityInputs(Struct, forbid_unknown_fields=True):
     sentences: Annotated[list[str], Meta(min_length=1)]
 
 
-class SimilarityParameters(Struct, forbid_unknown_fields=True):
-    """Options of /similarity."""
-
-    truncate: bool | None = None
-    truncation_direction: Direction | None = None
-    prompt_name: str | None = None
-
-
 class SimilarityRequest(Struct, forbid_unknown_fields=True):
     """Input and options of /similarity."""
 
     inputs: SimilarityInputs
-    parameters: SimilarityParameters | None = None
+    parameters: CommonOptions | None = None
 
 
-class RootRequest(Struct, forbid_unknown_fields=True):
+class RootRequest(EmbedRequest, kw_only=True):
     """The request of huggingface_hub's client to the root URL: embed, or compare sentences."""
 
-    inputs: Input | SimilarityInputs
-    truncate: bool | None = None
-    truncation_direction: Direction | None = None
-    normalize: bool | None = None
-    prompt_name: str | None = None
-    dimensions: Dimensions | None = None
-    parameters: SimilarityParameters | None = None
+    inputs: Input | SimilarityInputs  # type: ignore[assignment]
+    parameters: CommonOptions | None = None
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True):
@@ -90,43 +76,43 @@ class DecodeRequest(Struct, forbid_unknown_fields=True):
     skip_special_tokens: bool = True
 
 
-def _side(direction: Direction | None) -> Literal["right", "left"]:
-    return "left" if direction in ("left", "Left") else "right"
-
-
 async def _embed(service: Service, request: EmbedRequest, context: RequestContext) -> Response:
+    texts = to_texts(request.inputs)
+    check_token_ids(service, texts)
     embeddings = await service.embed(
-        to_texts(request.inputs),
+        texts,
         context.usage,
         truncate=request.truncate,
         dimensions=request.dimensions,
         normalize=request.normalize is not False,
         task=request.prompt_name,
-        truncation=_side(request.truncation_direction),
+        truncation=side(request.truncation_direction),
     )
     return binary_response(embeddings.vectors, context.accept) or rows_response(embeddings.vectors)
 
 
 async def _embed_all(service: Service, request: EmbedAllRequest, context: RequestContext) -> Response:
+    texts = to_texts(request.inputs)
+    check_token_ids(service, texts)
     rows = await service.embed_tokens(
-        to_texts(request.inputs),
+        texts,
         context.usage,
         truncate=request.truncate,
         task=request.prompt_name,
-        truncation=_side(request.truncation_direction),
+        truncation=side(request.truncation_direction),
     )
     return rows_response(rows)
 
 
 async def _similarity(service: Service, request: SimilarityRequest, context: RequestContext) -> Response:
-    parameters = request.parameters or SimilarityParameters()
+    parameters = request.parameters or CommonOptions()
     embeddings = await service.embed(
         [request.inputs.source_sentence, *request.inputs.sentences],
         context.usage,
         truncate=parameters.truncate,
         normalize=True,
         task=parameters.prompt_name,
-        truncation=_side(parameters.truncation_direction),
+        truncation=side(parameters.truncation_direction),
     )
     return json_response(embeddings.vectors[1:] @ embeddings.vectors[0])
 
@@ -134,37 +120,32 @@ async def _similarity(service: Service, request: SimilarityRequest, context: Req
 async def _root(service: Service, request: RootRequest, context: RequestContext) -> Response:
     if isinstance(request.inputs, SimilarityInputs):
         return await _similarity(service, SimilarityRequest(request.inputs, request.parameters), context)
-    if request.parameters is not None:
-        raise HTTPError("invalid", "parameters need inputs with source_sentence; send the options next to inputs")
-    embed = EmbedRequest(
-        request.inputs,
-        request.truncate,
-        request.truncation_direction,
-        request.normalize,
-        request.prompt_name,
-        request.dimensions,
-    )
-    return await _embed(service, embed, context)
+    for name in CommonOptions.__struct_fields__:
+        if getattr(request, name) is None and request.parameters is not None:
+            setattr(request, name, getattr(request.parameters, name))
+    return await _embed(service, request, context)
 
 
 async def _tokenize(service: Service, request: TokenizeRequest, context: RequestContext) -> Response:
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-    prompt = service.pipeline.plan(task=request.prompt_name).prompt
+    prompt = service.pipeline.plan(task=request.prompt_name or service.options.default_task).prompt
     backend = service.engine.tokenizer.backend
-    loop = asyncio.get_running_loop()
+    service.check_inputs(texts)
     prompted = [prompt + text for text in texts]
-    encodings = await loop.run_in_executor(
-        service.batcher.readers,
+    size = sum(map(len, prompted))
+    check_characters([size])
+    encodings = await asyncio.get_running_loop().run_in_executor(
+        service.batcher.reader(size),
         lambda: backend.encode_batch(prompted, add_special_tokens=request.add_special_tokens),
     )
-    total = sum(map(len, encodings))
-    if total > MAX_LISTED_TOKENS:
-        raise HTTPError(
-            "too_many_inputs",
-            f"the response would list too many tokens: {total}, maximum {MAX_LISTED_TOKENS}; send fewer texts",
-        )
+    _check_listed(sum(map(len, encodings)))
     tokens = [_token_objects(encoding, text) for encoding, text in zip(encodings, prompted, strict=True)]
     return json_response(tokens)
+
+
+def _check_listed(count: int) -> None:
+    if count > MAX_LISTED_TOKENS:
+        raise HTTPError("too_many_inputs", f"too many tokens: {count}, maximum {MAX_LISTED_TOKENS}; send fewer texts")
 
 
 def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
@@ -181,8 +162,15 @@ def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
 
 async def _decode(service: Service, request: DecodeRequest, context: RequestContext) -> Response:
     sequences = [np.asarray(ids).tolist() for ids in to_texts(request.ids)]
+    service.check_inputs(sequences)
+    total = sum(map(len, sequences))
+    _check_listed(total)
     backend = service.engine.tokenizer.backend
-    return json_response(backend.decode_batch(sequences, skip_special_tokens=request.skip_special_tokens))
+    texts = await asyncio.get_running_loop().run_in_executor(
+        service.batcher.reader(total),
+        lambda: backend.decode_batch(sequences, skip_special_tokens=request.skip_special_tokens),
+    )
+    return json_response(texts)
 
 
 async def _info(service: Service, request: None, context: RequestContext) -> Response:
@@ -193,6 +181,7 @@ async def _info(service: Service, request: None, context: RequestContext) -> Res
             "model_sha": None,
             "model_dtype": description["dtype"],
             "device": description["device"],
+            "dimensions": description["dimensions"],
             "model_type": {"embedding": {"pooling": description["pooling"]}},
             "max_concurrent_requests": options.max_concurrent_requests,
             "max_input_length": description["max_length"],
@@ -214,26 +203,26 @@ async def _health(service: Service, request: None, context: RequestContext) -> R
     return Response(lambda: b"", "text/plain")
 
 
+async def _home(service: Service, request: None, context: RequestContext) -> Response:
+    return home_page(context.accept) or await _health(service, request, context)
+
+
 async def _metrics(service: Service, request: None, context: RequestContext) -> Response:
     return Response(service.metrics.exposition, "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _post(path: str, summary: str, handler: Any, request_type: type[Struct]) -> Endpoint:
-    return Endpoint(path=path, method="POST", api="tei", summary=summary, handler=handler, request_type=request_type)
-
-
-def _get(path: str, summary: str, handler: Any, *, public: bool = False) -> Endpoint:
-    return Endpoint(path=path, method="GET", api="tei", summary=summary, handler=handler, public=public)
-
-
 ENDPOINTS = [
-    _post("/", "The same as /embed or /similarity", _root, RootRequest),
-    _post("/embed", "One vector per text", _embed, EmbedRequest),
-    _post("/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
-    _post("/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
-    _post("/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
-    _post("/decode", "The texts of token ids", _decode, DecodeRequest),
-    _get("/info", "The served model and the limits", _info),
-    _get("/health", "200 if ready, 503 if draining or without a device", _health, public=True),
-    _get("/metrics", "Prometheus metrics", _metrics, public=True),
+    Endpoint("tei", "POST", "/", "The same as /embed or /similarity", _root, RootRequest),
+    Endpoint("tei", "POST", "/embed", "One vector per text", _embed, EmbedRequest),
+    Endpoint("tei", "POST", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
+    Endpoint(
+        "tei", "POST", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest
+    ),
+    Endpoint("tei", "POST", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
+    Endpoint("tei", "POST", "/decode", "The texts of token ids", _decode, DecodeRequest),
+    Endpoint("tei", "GET", "/info", "The served model and the limits", _info),
+    Endpoint("tei", "GET", "/", "A page in a browser, otherwise the same as /health", _home, public=True),
+    Endpoint("tei", "GET", "/ping", "The same as /health", _health, public=True),
+    Endpoint("tei", "GET", "/health", "200 if ready, 503 if draining or without a device", _health, public=True),
+    Endpoint("tei", "GET", "/metrics", "Prometheus metrics", _metrics, public=True),
 ]

@@ -1,0 +1,46 @@
+"""The table of choices between ways to compute an op, and how a run overrides it."""
+
+import pytest
+import torch
+
+from unpadded_kernels import choices
+from unpadded_kernels.choices import CHOICES, chosen, override
+
+
+@pytest.fixture
+def sm_90(monkeypatch):
+    monkeypatch.setattr(choices, "generation", lambda device: 90)
+
+
+def test_every_choice_has_a_value_and_a_reason():
+    for op in {key[0] for key in CHOICES}:
+        assert {key[1] for key in CHOICES if key[0] == op} == {80, 90, 100}
+        assert {choice.value for key, choice in CHOICES.items() if key[0] == op} <= {"library", "triton", "hopper"}
+    assert all(choice.reason for choice in CHOICES.values())
+
+
+def test_a_predicted_choice_names_its_gpus_and_date():
+    assert "predicted for H100 (2026-11)" in CHOICES["linear_activation", 90].reason
+
+
+def test_a_choice_depends_on_the_generation_and_on_fp32(sm_90):
+    assert chosen("linear_activation", torch.empty(2, 2, dtype=torch.float16)) != "library"
+    assert chosen("linear_activation", torch.empty(2, 2)) == "library"
+
+
+def test_an_override_ends_with_its_block(sm_90):
+    x = torch.empty(2, 2, dtype=torch.float16)
+    before = chosen("linear_rotary", x)
+    with override(linear_rotary="library"):
+        with override(linear_activation="library", linear_rotary="hopper"):
+            assert (chosen("linear_activation", x), chosen("linear_rotary", x)) == ("library", "hopper")
+        assert (chosen("linear_activation", x), chosen("linear_rotary", x)) == ("triton", "library")
+    assert chosen("linear_rotary", x) == before
+
+
+def test_an_unknown_op_cannot_be_overridden():
+    with (
+        pytest.raises(ValueError, match=r"no choice for linar: use an op of choices\.CHOICES"),
+        override(linar="triton"),
+    ):
+        pass
