@@ -52,8 +52,7 @@ from unpadded_kernels.linear_fp8 import linear_fp8_reference
 from unpadded_kernels.linear_rotary import linear_rotary_reference
 from unpadded_kernels.matryoshka import matryoshka_reference
 from unpadded_kernels.moe import expert_mlp_reference
-from unpadded_kernels.padded_pooling import masked_mean_pool_reference
-from unpadded_kernels.pooling import mean_pool_reference
+from unpadded_kernels.pooling import masked_mean_pool_reference, mean_pool_reference
 from unpadded_kernels.rotary import rotary_reference
 from unpadded_kernels.tiles import attention_block_m
 

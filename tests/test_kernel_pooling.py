@@ -6,8 +6,14 @@ import torch.nn.functional as F
 from support.devices import DEVICE, DTYPES, assert_matches, packed, pairwise
 
 from unpadded_kernels.matryoshka import matryoshka, matryoshka_reference, matryoshka_triton
-from unpadded_kernels.padded_pooling import masked_mean_pool, masked_mean_pool_reference, masked_mean_pool_triton
-from unpadded_kernels.pooling import mean_pool, mean_pool_reference, mean_pool_triton
+from unpadded_kernels.pooling import (
+    masked_mean_pool,
+    masked_mean_pool_reference,
+    masked_mean_pool_triton,
+    mean_pool,
+    mean_pool_reference,
+    mean_pool_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
 RAGGED = [[1], [7], [1, 513, 64], [128, 129, 127, 256], [5, 0, 130], [0, 0, 3, 0], [2] * 40, [1100, 1]]

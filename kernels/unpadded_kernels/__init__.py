@@ -14,8 +14,7 @@ from unpadded_kernels.linear_fp8 import linear_fp8
 from unpadded_kernels.linear_rotary import linear_rotary
 from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
-from unpadded_kernels.padded_pooling import masked_mean_pool
-from unpadded_kernels.pooling import mean_pool
+from unpadded_kernels.pooling import masked_mean_pool, mean_pool
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 
 __all__ = [

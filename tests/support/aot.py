@@ -40,8 +40,7 @@ from unpadded_kernels.linear_fp8 import linear_fp8_triton
 from unpadded_kernels.linear_kernels import Epilogue
 from unpadded_kernels.matryoshka import matryoshka_triton
 from unpadded_kernels.moe import expert_mlp_triton
-from unpadded_kernels.padded_pooling import masked_mean_pool_triton
-from unpadded_kernels.pooling import mean_pool_triton
+from unpadded_kernels.pooling import masked_mean_pool_triton, mean_pool_triton
 from unpadded_kernels.rotary import rotary_triton
 from unpadded_kernels.tiles import attention_block_m
 
