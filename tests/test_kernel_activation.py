@@ -61,7 +61,7 @@ def test_tokens_past_two_to_the_31_elements(kind, far_tokens):
 
 def test_invalid_arguments_raise():
     x = torch.randn(6, 6, device=DEVICE)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"x must be \(6, 6\) with contiguous rows"):
         activation_triton(x.t(), "gelu")
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         activation_triton(x, "relu")

@@ -159,7 +159,7 @@ def test_all_generations_take_the_same_tile_map(dtype, head_dim):
 
 def test_invalid_arguments_raise():
     qkv, cu_seqlens, max_seqlen, scale = inputs([32], 2, 32, torch.float32)
-    with pytest.raises(ValueError, match="the rows of a head must be contiguous"):
+    with pytest.raises(ValueError, match=r"qkv must be \(32, 3, 32, 2\) with contiguous rows"):
         attention_triton(qkv.transpose(2, 3), cu_seqlens, max_seqlen, scale)
     with pytest.raises(ValueError, match="scale must be positive, got 0: use"):
         attention_triton(qkv, cu_seqlens, max_seqlen, 0)

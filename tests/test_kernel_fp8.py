@@ -197,17 +197,17 @@ def test_tokens_past_two_to_the_31_elements(far_tokens, kernel):
 def test_invalid_arguments_are_rejected():
     x, x_scale, weight, weight_scale, bias = operands(96, 96, 128)
     run = linear_fp8_triton
-    with pytest.raises(ValueError, match="rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"x must be \(96, 96\) with contiguous rows"):
         run(x.t(), x_scale, weight, weight_scale, bias, None, torch.float16)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"x must be \(96, 5\) with contiguous rows"):
         quantize_rows_triton(torch.empty(5, 96, device=DEVICE).t())
-    with pytest.raises(ValueError, match=r"weight must be \[rows, 96\].*\(128, 95\)"):
+    with pytest.raises(ValueError, match=r"weight must be \(128, 96\).*got \(128, 95\)"):
         run(x, x_scale, weight[:, :95], weight_scale, bias, None, torch.float16)
-    with pytest.raises(ValueError, match=r"x_scale must be \[96\], got \(95,\)"):
+    with pytest.raises(ValueError, match=r"x_scale must be \(96,\).*got \(95,\)"):
         run(x, x_scale[:95], weight, weight_scale, bias, None, torch.float16)
-    with pytest.raises(ValueError, match=r"weight_scale must be \[128\], got \(127,\)"):
+    with pytest.raises(ValueError, match=r"weight_scale must be \(128,\).*got \(127,\)"):
         run(x, x_scale, weight, weight_scale[:127], bias, None, torch.float16)
-    with pytest.raises(ValueError, match=r"bias \[rows\].* and \(127,\)"):
+    with pytest.raises(ValueError, match=r"bias must be \(128,\).*got \(127,\)"):
         run(x, x_scale, weight, weight_scale, bias[:127], None, torch.float16)
     with pytest.raises(ValueError, match=r"got torch.float32 and torch.float8_e4m3fn: pass them to quantize_rows"):
         run(x.float(), x_scale, weight, weight_scale, bias, None, torch.float16)

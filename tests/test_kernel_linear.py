@@ -103,11 +103,11 @@ def test_the_way_to_an_activation_is_chosen(way, kind, kernel):
 
 def test_invalid_arguments_are_rejected():
     x, weight, bias = inputs(96, 96, 128, torch.float32)
-    with pytest.raises(ValueError, match="rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"x must be \(96, 96\) with contiguous rows"):
         linear_invariant_triton(x.t(), weight, bias)
-    with pytest.raises(ValueError, match=r"weight must be \[rows, 96\].*got \(128, 95\)"):
+    with pytest.raises(ValueError, match=r"weight must be \(128, 96\).*got \(128, 95\)"):
         linear_invariant_triton(x, weight[:, :95], bias)
-    with pytest.raises(ValueError, match=r"and \(127,\)"):
+    with pytest.raises(ValueError, match=r"bias must be \(128,\).*got \(127,\)"):
         linear_invariant_triton(x, weight, bias[:127])
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         linear_invariant_triton(x, weight, bias, "relu")

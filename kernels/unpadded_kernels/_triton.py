@@ -42,13 +42,11 @@ Result = TypeVar("Result")
 
 
 def check_rows(name: str, tensor: Tensor | None, *shape: int) -> None:
-    """Raise ValueError unless a tensor, if there is one, has this shape, -1 for any size, and contiguous rows."""
-    if tensor is None:
-        return
-    fits = len(shape) == tensor.ndim and all(want in (-1, got) for want, got in zip(shape, tensor.shape, strict=True))
-    if not fits or tensor.stride(-1) != 1:
+    """Raise ValueError unless a tensor, if there is one, has this shape and contiguous rows."""
+    if tensor is not None and (tensor.shape != shape or tensor.stride(-1) != 1):
         raise ValueError(
-            f"{name} must be {shape} with contiguous rows, got {tuple(tensor.shape)}, strides {tensor.stride()}"
+            f"{name} must be {shape} with contiguous rows, got {tuple(tensor.shape)}, strides {tensor.stride()}: "
+            "pass a contiguous tensor of that shape"
         )
 
 

@@ -5,16 +5,19 @@
 A gated input row is gate, then up. Bound by memory: 6 * intermediate bytes per token in 16 bits if gated, else 4.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
-from unpadded_kernels._triton import fast_divide, tl, triton
+from unpadded_kernels._triton import check_rows, fast_divide, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 GATED = ("swiglu", "geglu")
-KINDS = (*GATED, "gelu", "gelu_tanh")
+_FUNCTIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+KINDS = tuple(_FUNCTIONS)
 
 # Columns per program.
 _BLOCK_I = 1024
@@ -26,18 +29,17 @@ def activation_reference(x: Tensor, kind: str) -> Tensor:
     x: [total_tokens, 2 * intermediate] if kind is gated, else [total_tokens, intermediate]; kind: swiglu, geglu, gelu
     (erf) or gelu_tanh. Returns [total_tokens, intermediate] in x's dtype.
     """
-    h = x.float()
-    if kind in GATED:
-        # contiguous: torch picks its gelu by layout, which differs between one row's halves and those of two rows
-        gate, up = (half.contiguous() for half in h.chunk(2, dim=-1))
-        h = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
-    elif kind == "gelu":
-        h = F.gelu(h)
-    elif kind == "gelu_tanh":
-        h = F.gelu(h, approximate="tanh")
-    else:
+    check_kind(kind)
+    if kind not in GATED:
+        return _FUNCTIONS[kind](x.float()).to(x.dtype)
+    # contiguous: torch picks its gelu by layout, which differs between one row's halves and those of two rows
+    gate, up = (half.contiguous() for half in x.float().chunk(2, dim=-1))
+    return (_FUNCTIONS[kind](gate) * up).to(x.dtype)
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
         raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
-    return h.to(x.dtype)
 
 
 @triton.jit
@@ -94,14 +96,12 @@ def _activation_kernel(
 
 def activation_triton(x: Tensor, kind: str) -> Tensor:
     """Launch one program per token and block of columns. x may be strided by token; its rows must be contiguous."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown activation {kind!r}: use swiglu, geglu, gelu or gelu_tanh")
+    check_kind(kind)
     total_tokens, width = x.shape
     gated = kind in GATED
     if gated and width % 2:
         raise ValueError(f"a gated row is gate, then up: pass x of an even width, got {width}")
-    if x.stride(1) != 1:
-        raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
+    check_rows("x", x, total_tokens, width)
     intermediate = width // 2 if gated else width
     y = torch.empty((total_tokens, intermediate), dtype=x.dtype, device=x.device)
     block_i = min(_BLOCK_I, triton.next_power_of_2(intermediate))

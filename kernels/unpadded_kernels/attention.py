@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
+from unpadded_kernels._triton import check_rows
 from unpadded_kernels.attention_cpu import attention_cpu
 from unpadded_kernels.attention_kernels import launch_attention, make_tile_map
 from unpadded_kernels.choices import chosen
@@ -72,8 +73,7 @@ def attention_triton(
 ) -> Tensor:
     """Launch the kernel that `choices` has. Without tile_map it is built here, which waits for the GPU."""
     total_tokens, _, heads, head_dim = qkv.shape
-    if qkv.stride(3) != 1:
-        raise ValueError(f"the rows of a head must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
+    check_rows("qkv", qkv, total_tokens, 3, heads, head_dim)
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}: use head_dim**-0.5")
     if window is not None and window < 0:

@@ -91,11 +91,9 @@ def embedding_triton(
     for name, ids in {"input_ids": input_ids, "positions": positions, "token_types": token_types}.items():
         check_rows(name, ids, total_tokens)
     for name, table in {"word": word, "token_type": token_type, "position": position}.items():
-        check_rows(name, table, -1, hidden)
+        check_rows(name, table, 0 if table is None else len(table), hidden)
     check_rows("weight", weight, hidden)
     check_rows("bias", bias, hidden)
-    if token_types is not None and token_type is None:
-        raise ValueError(f"token_types need token_type, a table of [types, {hidden}], got None")
     y = torch.empty((total_tokens, hidden), dtype=word.dtype, device=word.device)
     _embedding_kernel[(total_tokens,)](
         input_ids,

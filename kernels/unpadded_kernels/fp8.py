@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
-from unpadded_kernels._triton import tl, triton
-from unpadded_kernels.tiles import row_launch
+from unpadded_kernels._triton import check_rows, tl, triton
+from unpadded_kernels.tiles import hidden_launch
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = 448.0
@@ -31,33 +31,25 @@ def dequantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
     return rows.float() * scale[:, None]
 
 
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
 @triton.jit
-def _quantize_rows_kernel(x_ptr, rows_ptr, scale_ptr, stride_xt, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def _quantize_rows_kernel(x_ptr, rows_ptr, scale_ptr, stride_xt, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    w = tl.arange(0, BLOCK_W)
-    mask = w < WIDTH
-    x = tl.load(x_ptr + token * stride_xt + w, mask=mask, other=0.0).to(tl.float32)
+    h = tl.arange(0, BLOCK_H)
+    mask = h < HIDDEN
+    x = tl.load(x_ptr + token * stride_xt + h, mask=mask, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
     # div_rn: fast division differs from the reference's by one unit in the last place
-    tl.store(rows_ptr + token * WIDTH + w, x * tl.div_rn(448.0, largest), mask=mask)
+    tl.store(rows_ptr + token * HIDDEN + h, x * tl.div_rn(448.0, largest), mask=mask)
     tl.store(scale_ptr + token, tl.div_rn(largest, 448.0))
 
 
 def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     """One program per row. The rows of x may be strided, their elements may not."""
     total_tokens, width = x.shape
-    if x.stride(1) != 1:
-        raise ValueError(f"rows must be contiguous, got strides {x.stride()}: pass .contiguous()")
-    rows, scale = _empty_rows(x)
-    block_w = triton.next_power_of_2(width)
-    launch = row_launch(block_w)
-    _quantize_rows_kernel[(total_tokens,)](
-        x, rows, scale, stride_xt=x.stride(0), WIDTH=width, BLOCK_W=block_w, **launch
-    )
+    check_rows("x", x, total_tokens, width)
+    rows = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    scale = torch.empty(total_tokens, dtype=torch.float32, device=x.device)
+    _quantize_rows_kernel[(total_tokens,)](x, rows, scale, stride_xt=x.stride(0), **hidden_launch(width))
     return rows, scale
 
 

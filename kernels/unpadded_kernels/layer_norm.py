@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.tiles import hidden_launch
 
 
@@ -110,13 +110,13 @@ def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, total: Tensor | None
 ) -> Tensor:
     """Launch one program per row, of RMSNorm if bias is None. x and residual may be strided by token."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape, got {tuple(residual.shape)} and {tuple(x.shape)}")
-    strides = [rows.stride() for rows in (x, residual, weight, bias) if rows is not None]
-    if any(stride[-1] != 1 for stride in strides):
-        raise ValueError(f"rows must be contiguous, got strides {strides}: pass .contiguous()")
+    total_tokens, hidden = x.shape
+    for name, rows in {"x": x, "residual": residual}.items():
+        check_rows(name, rows, total_tokens, hidden)
+    for name, vector in {"weight": weight, "bias": bias}.items():
+        check_rows(name, vector, hidden)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _norm_kernel[(x.shape[0],)](
+    _norm_kernel[(total_tokens,)](
         x,
         residual,
         weight,
@@ -126,7 +126,7 @@ def _launch(
         stride_xt=x.stride(0),
         stride_rt=0 if residual is None else residual.stride(0),
         eps=eps,
-        **hidden_launch(x.shape[1]),
+        **hidden_launch(hidden),
     )
     return y
 
@@ -150,12 +150,10 @@ def qk_norm_triton(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Non
     """Launch one program per token for q and one for k. qkv may be strided by token; its heads must be contiguous."""
     total_tokens, _, heads, head_dim = qkv.shape
     hidden = heads * head_dim
-    if qkv.stride()[2:] != (head_dim, 1) or not weight.is_contiguous() or not bias.is_contiguous():
+    if qkv.stride()[2:] != (head_dim, 1):
         raise ValueError(f"the heads of a token must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
-    if weight.shape != (2 * hidden,) or bias.shape != (2 * hidden,):
-        raise ValueError(
-            f"weight and bias must be ({2 * hidden},), q's then k's, got {tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
+    check_rows("weight", weight, 2 * hidden)
+    check_rows("bias", bias, 2 * hidden)
     _qk_norm_kernel[(total_tokens, 2)](
         qkv, weight, bias, stride_qt=qkv.stride(0), stride_qs=qkv.stride(1), eps=eps, **hidden_launch(hidden)
     )

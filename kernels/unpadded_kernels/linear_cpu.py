@@ -4,7 +4,7 @@ A row of a result has the same bits whatever the number of rows. oneDNN and MKL 
 inputs are padded with rows of zeros, or computed in blocks of one size, wherever the choice would change the bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,11 @@ def onednn_supports(dtype: torch.dtype) -> bool:
 
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Prefer oneDNN: F.linear calls MKL in fp32, which is 2.3 times slower on an EPYC (2026-11)."""
-    total_tokens = x.shape[0]
-    if total_tokens > 0 and onednn_supports(x.dtype) and (kind is None or kind in _ONEDNN_ACTIVATION):
-        return _onednn_linear(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
+    if onednn_supports(x.dtype) and (kind is None or kind in _ONEDNN_ACTIVATION):
+        return linear_prepacked(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
     if kind is not None:
         return activation_reference(linear_cpu(x, weight, bias), kind)
-    if total_tokens == 0:
-        return x.new_empty(0, weight.shape[0])
-    return F.linear(pad_rows(x), weight, bias)[:total_tokens]
+    return F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
 
 
 def can_prepack(weight: Tensor) -> bool:
@@ -70,42 +67,27 @@ def unpack(parts: Sequence[Tensor]) -> Tensor:
 
 
 def linear_prepacked(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None = None) -> Tensor:
-    """Return `linear`, or `linear_activation` when kind is not None, of a prepacked weight, with the same bits."""
-    return _onednn_linear(x, parts, bias, kind) if x.shape[0] else x.new_empty(0, len(parts[0]))
+    """Return `linear`, or `linear_activation` when kind is not None, of the parts of a weight, plain or prepacked.
 
-
-def _onednn_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:
-    """Apply the activation, and the multiplication by up, inside oneDNN's matmuls: nothing is written unactivated.
-
-    x: at least one row; weights: one, or gate and up when kind is gated; plain or prepacked.
+    oneDNN applies the activation and the multiplication by up inside its matmuls: nothing is written unactivated.
     """
-    linear = torch.ops.mkldnn._linear_pointwise
-    attribute, algorithm = ("none", "") if kind is None else _ONEDNN_ACTIVATION[kind]
-    if len(weights) == 1:
-        return _in_fixed_blocks(
-            x, len(weights[0]), lambda rows: linear(rows, weights[0], bias, attribute, [], algorithm)
-        )
-    gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-
-    def gated(rows: Tensor) -> Tensor:
-        gate = linear(rows, weights[0], gate_bias, attribute, [], algorithm)
-        y: Tensor = linear.binary(rows, gate, weights[1], up_bias, "mul")
-        return y
-
-    return _in_fixed_blocks(x, len(weights[1]), gated)
-
-
-def _in_fixed_blocks(x: Tensor, out_features: int, linear: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return linear(x), [total_tokens, out_features], such that a row's bits do not depend on the number of rows."""
     if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
-        return linear(pad_rows(x, _MIN_ROWS))[: x.shape[0]]
-    y = x.new_empty(x.shape[0], out_features)
+        return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
+    y = x.new_empty(x.shape[0], len(parts[0]))
     for rows, y_rows in zip(x.split(_AMX_ROWS), y.split(_AMX_ROWS), strict=True):
-        y_rows.copy_(linear(pad_rows(rows, _AMX_ROWS))[: rows.shape[0]])
+        y_rows.copy_(_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind)[: rows.shape[0]])
     return y
 
 
-def pad_rows(x: Tensor, minimum: int = 0) -> Tensor:
+def _onednn_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    biases = (None,) * len(parts) if bias is None else bias.chunk(len(parts))
+    attribute, algorithm = ("none", "") if kind is None else _ONEDNN_ACTIVATION[kind]
+    y: Tensor = linear(x, parts[0], biases[0], attribute, [], algorithm)
+    return y if len(parts) == 1 else linear.binary(x, y, parts[1], biases[1], "mul")
+
+
+def pad_rows(x: Tensor, minimum: int = 1) -> Tensor:
     """Append rows of zeros, up to one of few numbers, because oneDNN takes 0.2 ms to make a kernel for each."""
     step = 8 if x.shape[0] < 128 else 32
     rows = max(minimum, -(-x.shape[0] // step) * step)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unpadded_kernels._triton import TensorDescriptor, tl, triton
-from unpadded_kernels.activation import GATED, KINDS, activate
+from unpadded_kernels._triton import TensorDescriptor, check_rows, tl, triton
+from unpadded_kernels.activation import GATED, activate, check_kind
 from unpadded_kernels.tiles import generation, linear_tile, multiprocessors
 
 
@@ -176,17 +176,15 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
 
 
 def check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
-    if epilogue.kind is not None and epilogue.kind not in KINDS:
-        raise ValueError(f"unknown activation {epilogue.kind!r}: use swiglu, geglu, gelu or gelu_tanh")
-    bias = epilogue.bias
-    if weight.shape[1] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(
-            f"weight must be [rows, {x.shape[1]}] and bias [rows], got {tuple(weight.shape)} and "
-            f"{None if bias is None else tuple(bias.shape)}"
-        )
-    vectors = (*(epilogue.scales or ()), *(() if bias is None else (bias,)))
-    if x.stride(1) != 1 or weight.stride(1) != 1 or not all(vector.is_contiguous() for vector in vectors):
-        raise ValueError(f"rows must be contiguous, got strides {x.stride()} and {weight.stride()}: pass .contiguous()")
+    if epilogue.kind is not None:
+        check_kind(epilogue.kind)
+    (total_tokens, in_features), rows = x.shape, len(weight)
+    x_scale, weight_scale = epilogue.scales or (None, None)
+    check_rows("x", x, total_tokens, in_features)
+    check_rows("x_scale", x_scale, total_tokens)
+    check_rows("weight", weight, rows, in_features)
+    check_rows("weight_scale", weight_scale, rows)
+    check_rows("bias", epilogue.bias, rows)
 
 
 def can_be_described(tensor: Tensor) -> bool:

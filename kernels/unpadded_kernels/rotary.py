@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
-from unpadded_kernels._triton import tl, triton
+from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.tiles import row_launch
 
 # Tokens per block of the reference, whose fp32 temporaries then stay in a core's cache (2048 x 12 x 64: 1.2 ms in
@@ -73,8 +73,6 @@ def _rotary_kernel(
 
 def check_cos_sin(cos_sin: Tensor, total_tokens: int, head_dim: int) -> None:
     """Raise ValueError unless cos_sin is from rotary_cos_sin for these tokens and this head_dim."""
-    if head_dim % 2:
-        raise ValueError(f"rotary needs an even head_dim, got {head_dim}")
     if cos_sin.shape != (total_tokens, head_dim) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(
             f"cos_sin must be contiguous fp32 of ({total_tokens}, {head_dim}), got {cos_sin.dtype} of "
@@ -86,8 +84,7 @@ def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
     """Launch one program per token. qkv may be strided by token and head; the row of a head must be contiguous."""
     total_tokens, _, heads, head_dim = qkv.shape
     check_cos_sin(cos_sin, total_tokens, head_dim)
-    if qkv.stride(3) != 1:
-        raise ValueError(f"the rows of a head must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
+    check_rows("qkv", qkv, total_tokens, 3, heads, head_dim)
     block_r, block_d = triton.next_power_of_2(2 * heads), triton.next_power_of_2(head_dim // 2)
     _rotary_kernel[(total_tokens,)](
         qkv,
