@@ -35,11 +35,10 @@ from unpadded_kernels import (
     rotary_,
 )
 from unpadded_kernels.activation import activation_reference
-from unpadded_kernels.attention import attention_reference
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import attention_reference, make_tile_map
 from unpadded_kernels.choices import override
 from unpadded_kernels.embedding import embedding_reference
-from unpadded_kernels.fp8 import quantize_rows_reference
+from unpadded_kernels.fp8 import linear_fp8_reference, quantize_rows_reference
 from unpadded_kernels.hopper import is_supported
 from unpadded_kernels.layer_norm import (
     add_layer_norm_reference,
@@ -47,9 +46,7 @@ from unpadded_kernels.layer_norm import (
     qk_norm_reference,
     rms_norm_reference,
 )
-from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference
-from unpadded_kernels.linear_fp8 import linear_fp8_reference
-from unpadded_kernels.linear_rotary import linear_rotary_reference
+from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference, linear_rotary_reference
 from unpadded_kernels.matryoshka import matryoshka_reference
 from unpadded_kernels.moe import expert_mlp_reference
 from unpadded_kernels.pooling import masked_mean_pool_reference, mean_pool_reference

@@ -95,14 +95,14 @@ def sweeps(generation: int) -> dict[str, Sweep]:
         Tile(block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma) for m, n, warps, stages in ATTENTION
     )
     attention_cases = tuple(name for name in op_cases.CASES if name.startswith("attention, texts of"))
-    key: Any = fp32, op_cases.HEAD_DIM, key_generation
+    key: Any = op_cases.DTYPE.itemsize, op_cases.HEAD_DIM, key_generation
     found = {"attention": Sweep(attention_cases, "unpadded, triton", tiles.ATTENTION, key, attention)}
     for epilogue, shapes in LINEAR.items():
         candidates = tuple(
             Tile(block_m=m, block_n=n, block_k=64, num_warps=warps, num_stages=stages, tma=tma)
             for m, n, warps, stages in shapes
         )
-        key = fp32, epilogue, key_generation
+        key = op_cases.DTYPE.itemsize, epilogue, key_generation
         found[f"linear, {epilogue}"] = Sweep(LINEAR_CASES[epilogue], "unpadded, triton", tiles.LINEAR, key, candidates)
     # fewer elements per warp need barriers: predicted to be slower, so one candidate checks that
     rows = ("add_layer_norm", "embedding", "swiglu", "rotary")

@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from unpadded_kernels import attention, linear, linear_activation, mean_pool, rotary_, rotary_cos_sin
-from unpadded_kernels.activation import KINDS
+from unpadded_kernels.activation import KINDS, activation_reference
 from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
 from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, pad_rows, prepack, unpack
-from unpadded_kernels.linear_int8 import int8_is_supported, linear_int8, linear_int8_reference, prepack_int8
+from unpadded_kernels.linear_int8 import (
+    int8_is_supported,
+    linear_int8,
+    prepack_int8,
+    quantize_rows_int8,
+    quantize_weight,
+)
 from unpadded_kernels.pooling import mean_pool_reference
 from unpadded_kernels.tiles import attention_block_m
 
@@ -112,6 +118,14 @@ def test_few_numbers_of_rows_are_computed():
 
 def relative(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def linear_int8_reference(x, weight, bias, kind):
+    """Return y in fp32 of a weight that is not quantized yet, by the formulas of `linear_int8`."""
+    (q, scale, middle), (p, weight_scale) = quantize_rows_int8(x), quantize_weight(weight)
+    y = (q.double() - 128) @ p.double().T * scale * weight_scale + middle * (p.double().sum(1) * weight_scale)
+    y = (y if bias is None else y + bias).float()
+    return y if kind is None else activation_reference(y, kind)
 
 
 @INT8

@@ -9,8 +9,7 @@ import torch
 from support.devices import HAS_CUDA, TOLERANCE, packed
 
 from unpadded_kernels import choices
-from unpadded_kernels.attention import attention_reference, attention_triton
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import attention_reference, attention_triton, make_tile_map
 
 pytest.importorskip("triton.experimental.gluon")
 from support.barriers import SimulationError, recorded_launches, simulate

@@ -12,17 +12,16 @@ from support import barriers
 from support.barriers import SimulationError, simulate
 
 from unpadded_kernels import choices
-from unpadded_kernels.fp8 import dequantize_rows, quantize_rows_reference
+from unpadded_kernels.fp8 import dequantize_rows, linear_fp8_triton, quantize_rows_reference
 from unpadded_kernels.hopper import is_supported
 from unpadded_kernels.hopper import linear as hopper
 from unpadded_kernels.linear import (
     linear_activation_triton,
     linear_invariant_reference,
     linear_invariant_triton,
+    linear_rotary_triton,
 )
-from unpadded_kernels.linear_fp8 import linear_fp8_triton
 from unpadded_kernels.linear_kernels import Epilogue
-from unpadded_kernels.linear_rotary import linear_rotary_triton
 from unpadded_kernels.rotary import rotary_reference
 
 pytestmark = [

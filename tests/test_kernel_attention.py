@@ -10,8 +10,8 @@ from unpadded_kernels.attention import (
     attention,
     attention_reference,
     attention_triton,
+    make_tile_map,
 )
-from unpadded_kernels.attention_kernels import make_tile_map
 from unpadded_kernels.tiles import ATTENTION, attention_block_m, attention_tile
 
 pytestmark = [

@@ -9,8 +9,16 @@ from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 from unpadded_kernels import linear_kernels
 from unpadded_kernels._triton import tl
 from unpadded_kernels.activation import GATED, KINDS
-from unpadded_kernels.fp8 import E4M3, dequantize_rows, quantize_rows, quantize_rows_reference, quantize_rows_triton
-from unpadded_kernels.linear_fp8 import linear_fp8, linear_fp8_reference, linear_fp8_triton
+from unpadded_kernels.fp8 import (
+    E4M3,
+    dequantize_rows,
+    linear_fp8,
+    linear_fp8_reference,
+    linear_fp8_triton,
+    quantize_rows,
+    quantize_rows_reference,
+    quantize_rows_triton,
+)
 
 CAPABILITY = torch.cuda.get_device_capability() if HAS_CUDA else (0, 0)
 pytestmark = [

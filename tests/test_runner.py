@@ -22,7 +22,7 @@ from unpadded.model.heads import select_pooled_tokens
 from unpadded.model.weights import plain_weights
 from unpadded.options import VectorOptions
 from unpadded_kernels import activation, matryoshka
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import make_tile_map
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,9 @@ CUDA; an op whose reference is slow on a CPU has a separate CPU body.
 from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
-from unpadded_kernels.fp8 import quantize_rows
+from unpadded_kernels.fp8 import linear_fp8, quantize_rows
 from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, qk_norm_, rms_norm
-from unpadded_kernels.linear import linear, linear_activation, linear_invariant
-from unpadded_kernels.linear_fp8 import linear_fp8
-from unpadded_kernels.linear_rotary import linear_rotary
+from unpadded_kernels.linear import linear, linear_activation, linear_invariant, linear_rotary
 from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
 from unpadded_kernels.pooling import masked_mean_pool, mean_pool

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ except ImportError as error:
 
 __all__ = ["TensorDescriptor", "check_rows", "device_guard", "fast_divide", "tl", "triton"]
 
-Result = TypeVar("Result")
-
 
 def check_rows(name: str, tensor: Tensor | None, *shape: int) -> None:
     """Raise ValueError unless a tensor, if there is one, has this shape and contiguous rows."""
@@ -50,11 +48,11 @@ def check_rows(name: str, tensor: Tensor | None, *shape: int) -> None:
         )
 
 
-def device_guard(launcher: Callable[..., Result]) -> Callable[..., Result]:
+def device_guard(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Make the device of the first tensor current during a launch, since Triton launches on the current device."""
 
     @functools.wraps(launcher)
-    def guarded(first: Tensor, *rest: object, **options: object) -> Result:
+    def guarded(first: Tensor, *rest: object, **options: object) -> Any:
         if import_error is not None:
             raise ImportError(
                 f"the kernels for CUDA need triton 3.6 or later, which cannot be imported ({import_error}), and got a "

@@ -19,9 +19,6 @@ GATED = ("swiglu", "geglu")
 _FUNCTIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 KINDS = tuple(_FUNCTIONS)
 
-# Columns per program.
-_BLOCK_I = 1024
-
 
 def activation_reference(x: Tensor, kind: str) -> Tensor:
     """Apply the activation in fp32.
@@ -104,7 +101,7 @@ def activation_triton(x: Tensor, kind: str) -> Tensor:
     check_rows("x", x, total_tokens, width)
     intermediate = width // 2 if gated else width
     y = torch.empty((total_tokens, intermediate), dtype=x.dtype, device=x.device)
-    block_i = min(_BLOCK_I, triton.next_power_of_2(intermediate))
+    block_i = min(1024, triton.next_power_of_2(intermediate))
     _activation_kernel[(total_tokens, triton.cdiv(intermediate, block_i))](
         x,
         y,

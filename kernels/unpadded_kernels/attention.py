@@ -4,23 +4,25 @@
     bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
 
 Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length * heads exponentials per token.
+
+One program of the kernel computes one head of one tile of queries: it loops over the keys of the text with an online
+softmax (Milakov and Gimelshein, arXiv 1805.02867) in powers of two. Whole blocks of keys need no mask; a partial block
+at the end of the text follows after the loop. Loads go through pointers or, from sm_90 on, tensor descriptors (TMA).
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unpadded_kernels._operation import operation
-from unpadded_kernels._triton import check_rows
+from unpadded_kernels._triton import TensorDescriptor, check_rows, fast_divide, tl, triton
 from unpadded_kernels.attention_cpu import attention_cpu
-from unpadded_kernels.attention_kernels import launch_attention, make_tile_map
 from unpadded_kernels.choices import chosen
 from unpadded_kernels.hopper import is_supported
-from unpadded_kernels.tiles import attention_tile, generation
-
-# Queries per block of the reference, which bounds its memory.
-_REFERENCE_BLOCK_Q = 512
+from unpadded_kernels.tiles import Tile, attention_tile, generation
 
 
 def attention_reference(
@@ -44,7 +46,7 @@ def attention_reference(
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         q, k, v = qkv[start:end].to(torch.promote_types(qkv.dtype, torch.float32)).permute(1, 2, 0, 3)
         position = torch.arange(end - start, device=qkv.device)
-        for block in position.split(_REFERENCE_BLOCK_Q):
+        for block in position.split(512):  # bounds the memory
             scores = q[:, block] @ k.transpose(1, 2) * scale  # [heads, block, length]
             distance = (block[:, None] - position).abs()
             if alibi_slopes is not None:
@@ -53,6 +55,143 @@ def attention_reference(
                 scores.masked_fill_(distance > window, float("-inf"))
             out[start + block] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
     return out.view(total_tokens, heads * head_dim)
+
+
+@triton.jit
+def _load(source, text_start, row, column, length, stride_qt, MASKED, TMA, HEAD_DIM, BLOCK_R, BLOCK_D):
+    """Load BLOCK_R rows of a text from `row` on, at one column of packed qkv.
+
+    source: a tensor descriptor if TMA, else a pointer. MASKED: rows may exceed the text; a pointer load returns
+    zeros for them, a descriptor load the rows of the next text.
+    """
+    if TMA:
+        x = source.load([text_start + row, column])
+    else:
+        rows, d = row + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        mask = (d < HEAD_DIM)[None, :]
+        if MASKED:
+            mask = mask & (rows < length)[:, None]
+        x = tl.load(source + (text_start + rows).to(tl.int64)[:, None] * stride_qt + column + d, mask=mask, other=0.0)
+    return x
+
+
+@triton.jit
+def _softmax(scores, highest, total, query, key, length, scale, slope, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI):
+    """Add one block of keys to an online softmax. Return the new (highest, total, weights, decay), all fp32.
+
+    highest: maximum score; total: sum of the weights; weights: exp2(score - highest) of this block; decay: the factor
+    for the sums of earlier blocks.
+    """
+    if HAS_ALIBI:
+        scores -= slope * tl.abs(query[:, None] - key[None, :])
+    if HAS_WINDOW:
+        scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
+    if IS_TAIL:
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    origin = new_highest
+    if HAS_WINDOW:
+        # before the window of a row starts, -inf - -inf would be NaN
+        origin = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.math.exp2(scores * scale - origin[:, None])
+    decay = tl.math.exp2(highest - origin)
+    return new_highest, total * decay + tl.sum(weights, axis=1), weights, decay
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_kernel(
+    q_source,
+    kv_source,
+    tile_map_ptr,
+    alibi_slopes_ptr,
+    out_ptr,
+    stride_qt,
+    stride_qs,
+    stride_qh,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+):
+    tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    text_start = tl.load(tile_map_ptr + 3 * tile)
+    length = tl.load(tile_map_ptr + 3 * tile + 1)
+    first = tl.load(tile_map_ptr + 3 * tile + 2) * BLOCK_M
+    if first >= length:  # a captured graph pads its map with empty tiles
+        return
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
+
+    query, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    query_position = query.to(tl.float32)
+    q_column = head * stride_qh
+    k_column, v_column = q_column + stride_qs, q_column + 2 * stride_qs
+    q = _load(q_source, text_start, first, q_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_M, BLOCK_D)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # the keys: whole blocks from `start` to `whole`, then a partial one if `tail`
+    start = 0
+    whole = length // BLOCK_N * BLOCK_N
+    tail = whole < length
+    if HAS_WINDOW:
+        start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
+        window_end = first + BLOCK_M + window
+        tail = tail & (whole < window_end)
+        whole = tl.minimum(whole, tl.cdiv(window_end, BLOCK_N) * BLOCK_N)
+    for block in range(start, whole, BLOCK_N):
+        k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        highest, total, weights, decay = _softmax(
+            *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, window),
+            *(False, HAS_WINDOW, HAS_ALIBI),
+        )
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    if tail:
+        k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if TMA:
+            # 0 * NaN and 0 * inf are NaN: drop the rows of the next text
+            v = tl.where((whole + n < length)[:, None], v, 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        highest, total, weights, decay = _softmax(
+            *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, window),
+            *(True, HAS_WINDOW, HAS_ALIBI),
+        )
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    d = tl.arange(0, BLOCK_D)
+    out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + d[None, :]
+    y = acc * fast_divide(1.0, total)[:, None]
+    tl.store(out_ptrs, y, mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])
+
+
+def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
+    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32.
+
+    A row is (first token of the text, number of its tokens, index of a block of block_m queries). block_m: from
+    `attention_block_m`.
+    """
+    # By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
+    tokens = torch.empty(len(lengths), dtype=torch.int32).numpy()
+    tokens[:] = lengths
+    starts = tokens.cumsum() - tokens
+    order = (-tokens).argsort(kind="stable")
+    blocks = -(-tokens[order] // block_m)
+    text = order.repeat(blocks)
+    tile_map = torch.empty(len(text), 3, dtype=torch.int32)
+    columns = tile_map.numpy().T
+    columns[0], columns[1] = starts[text], tokens[text]
+    columns[2] = (text >= 0).cumsum() - 1 - (blocks.cumsum() - blocks).repeat(blocks)
+    return tile_map
 
 
 def _takes_descriptors(qkv: Tensor, head_dim: int) -> bool:
@@ -92,6 +231,39 @@ def attention_triton(
         if head_dim in hopper.SLOTS:
             return hopper.attention_hopper(qkv, tile_map, scale, alibi_slopes)
     return launch_attention(qkv, scale, window, alibi_slopes, tile_map, tile)
+
+
+def launch_attention(
+    qkv: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, tile_map: Tensor, tile: Tile
+) -> Tensor:
+    """Launch plain Triton's kernel, one program per tile and head."""
+    total_tokens, _, heads, head_dim = qkv.shape
+    out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    q_source = kv_source = qkv
+    if tile.tma:
+        shape, strides = [total_tokens, 3 * heads * head_dim], [qkv.stride(0), 1]
+        q_source = TensorDescriptor(qkv, shape, strides, [tile.block_m, head_dim])
+        kv_source = TensorDescriptor(qkv, shape, strides, [tile.block_n, head_dim])
+    _attention_kernel[(tile_map.shape[0] * heads,)](
+        q_source,
+        kv_source,
+        tile_map,
+        alibi_slopes,
+        out,
+        stride_qt=qkv.stride(0),
+        stride_qs=qkv.stride(1),
+        stride_qh=qkv.stride(2),
+        scale=scale * math.log2(math.e),
+        window=window or 0,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        TMA=tile.tma,
+        HAS_WINDOW=window is not None,
+        HAS_ALIBI=alibi_slopes is not None,
+        **tile.launch,
+    )
+    return out
 
 
 attention = operation(

@@ -10,53 +10,38 @@ A choice never depends on the number of tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unpadded_kernels.tiles import generation
 
-
-class Choice(NamedTuple):
-    value: str
-    reason: str  # predicted or measured, on which GPU and when
-
-
-_UNKNOWN = Choice("library", "no prediction and no measurement for this generation")
-_ONLY = Choice("triton", "the only kernel for this generation")
-_PLAIN = Choice("triton", "tested in the interpreter; hopper is predicted to be faster, but has not run on a GPU")
-
-CHOICES: dict[tuple[str, int], Choice] = {  # by op and generation
-    **{(op, generation): _UNKNOWN for op in ("linear_activation", "linear_rotary") for generation in (80, 100)},
-    **{(op, generation): _ONLY for op in ("linear_invariant", "linear_fp8", "attention") for generation in (80, 100)},
-    **{(op, 90): _PLAIN for op in ("linear_invariant", "linear_fp8", "attention")},
-    ("linear_activation", 90): Choice(
-        "triton", "predicted for H100 (2026-11): 11 % more tokens per second at 512 per text; hopper 12 %, unproven"
-    ),
-    ("linear_rotary", 90): Choice(
-        "library", "no such kernel in plain Triton; hopper is predicted to give 4 % more tokens per second, unproven"
-    ),
+# By op and generation. Nothing is measured; hopper, tested in the interpreter only, is nowhere the default.
+CHOICES = {
+    # predicted for H100 (2026-11): triton 11 % more tokens per second at 512 per text, hopper 12 %
+    "linear_activation": {80: "library", 90: "triton", 100: "library"},
+    # no such kernel in plain Triton; predicted for H100: hopper 4 % more tokens per second
+    "linear_rotary": {80: "library", 90: "library", 100: "library"},
+    # the only kernels for 80 and 100; predicted for H100: hopper is faster
+    "linear_invariant": {80: "triton", 90: "triton", 100: "triton"},
+    "linear_fp8": {80: "triton", 90: "triton", 100: "triton"},
+    "attention": {80: "triton", 90: "triton", 100: "triton"},
 }
-_overridden: dict[str, str] = {}
 
 
 def chosen(op: str, x: Tensor) -> str:
     """Return the value of the choice for an op on rows such as x, in fp32 that of sm_80, whose tiles fp32 uses."""
-    if op in _overridden:
-        return _overridden[op]
-    return CHOICES[op, 80 if x.dtype == torch.float32 else generation(x.device)].value
+    return CHOICES[op][80 if x.dtype == torch.float32 else generation(x.device)]
 
 
 @contextmanager
 def override(**values: str) -> Iterator[None]:
     """Replace choices by op, on every generation and in all threads. A captured CUDA graph keeps its kernels."""
-    if unknown := values.keys() - {op for op, _ in CHOICES}:
+    if unknown := values.keys() - CHOICES.keys():
         raise ValueError(f"there is no choice for {', '.join(sorted(unknown))}: use an op of choices.CHOICES")
-    before = dict(_overridden)
-    _overridden.update(values)
+    before = CHOICES.copy()
+    CHOICES.update((op, dict.fromkeys(CHOICES[op], value)) for op, value in values.items())
     try:
         yield
     finally:
-        _overridden.clear()
-        _overridden.update(before)
+        CHOICES.update(before)

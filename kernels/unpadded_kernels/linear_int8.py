@@ -67,14 +67,6 @@ def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.view(torch.uint8).bitwise_xor_(128), scale, middle
 
 
-def linear_int8_reference(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
-    """Return y in fp32 of a weight that is not quantized yet, by the formulas: [total_tokens, out_features]."""
-    (q, scale, middle), (p, weight_scale) = quantize_rows_int8(x), quantize_weight(weight)
-    y = (q.double() - 128) @ p.double().T * scale * weight_scale + middle * (p.double().sum(1) * weight_scale)
-    y = (y if bias is None else y + bias).float()
-    return y if kind is None else activation_reference(y, kind)
-
-
 def linear_int8(
     x: Tensor, parts: Sequence[Int8Weight], bias: Tensor | None, kind: str | None, dtype: torch.dtype
 ) -> Tensor:

@@ -64,7 +64,6 @@ def _linear_kernel(
     total_tokens,
     stride_xt,
     stride_wn,
-    stride_yt,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     KIND: tl.constexpr,
@@ -106,7 +105,7 @@ def _linear_kernel(
         if TMA:
             y_target.store([first_token, first_n], y.to(y_target.dtype))
         else:
-            tl.store(y_target + token[:, None] * stride_yt + n[None, :], y, mask=token_mask & n_mask[None, :])
+            tl.store(y_target + token[:, None] * OUT + n[None, :], y, mask=token_mask & n_mask[None, :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +134,8 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
     x: [total_tokens, in_features]; weight: [out_features, in_features], twice as many rows if gated. Rows may be
     strided, their elements may not. The dimensions alone fix the tiles and the order of additions.
     """
-    check_operands(x, weight, epilogue)
-    total_tokens, (rows, in_features) = x.shape[0], weight.shape
-    out_features = rows // 2 if epilogue.gated else rows
-    y = torch.empty((total_tokens, out_features), dtype=dtype, device=x.device)
+    y = empty_result(x, weight, epilogue, dtype)
+    (total_tokens, out_features), (rows, in_features) = y.shape, weight.shape
     if total_tokens == 0:
         return y
     tile = linear_tile(x.dtype, epilogue.tile_name, generation(x.device))
@@ -164,7 +161,6 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
         total_tokens=total_tokens,
         stride_xt=x.stride(0),
         stride_wn=weight.stride(0),
-        stride_yt=y.stride(0),
         IN=in_features,
         OUT=out_features,
         KIND=epilogue.kind,
@@ -175,7 +171,8 @@ def launch_linear(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dt
     return y
 
 
-def check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
+def empty_result(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """Check the operands. Return an uninitialized [total_tokens, out_features] tensor."""
     if epilogue.kind is not None:
         check_kind(epilogue.kind)
     (total_tokens, in_features), rows = x.shape, len(weight)
@@ -185,6 +182,7 @@ def check_operands(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
     check_rows("weight", weight, rows, in_features)
     check_rows("weight_scale", weight_scale, rows)
     check_rows("bias", epilogue.bias, rows)
+    return torch.empty((total_tokens, rows // 2 if epilogue.gated else rows), dtype=dtype, device=x.device)
 
 
 def can_be_described(tensor: Tensor) -> bool:

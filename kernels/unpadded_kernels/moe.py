@@ -24,8 +24,7 @@ from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.linear_kernels import matmul_tile
 from unpadded_kernels.tiles import generation, hidden_launch, linear_tile
 
-# Tokens per program of the router's matmul, and its step along hidden.
-_ROUTE_T, _ROUTE_K = 64, 64
+_ROUTE_T = 64  # tokens per program of the router's matmul
 
 
 def expert_mlp_reference(
@@ -178,7 +177,7 @@ def expert_mlp_triton(
         TOP_K=top_k,
         BLOCK_T=_ROUTE_T,
         BLOCK_E=max(16, triton.next_power_of_2(experts)),
-        BLOCK_K=_ROUTE_K,
+        BLOCK_K=64,
         num_warps=4,
         enable_fp_fusion=True,
     )

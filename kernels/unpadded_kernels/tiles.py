@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-# Major compute capability -> generation; all others use the tiles of sm_80, which need the least shared memory.
-_GENERATION = {8: 80, 9: 90, 10: 100}
-
 # Elements of a row per warp, in kernels with one program per row. A row of up to 1024 elements then needs no barrier:
 # add_layer_norm with hidden = 768 issues for 87 cycles per row, against 202 with 256 elements per warp, while an H200's
 # memory needs 248 (SASS of sm_90, triton 3.9).
@@ -40,56 +37,54 @@ class Tile:
         return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# (is the dtype fp32, head_dim rounded up to a power of two of at least 32, generation)
+# (bytes per element, head_dim rounded up to a power of two of at least 32, generation)
 ATTENTION = {
-    (False, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
-    (False, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    (False, 128, 80): Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
-    (False, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
-    (False, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
-    (False, 32, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-    (False, 64, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-    (False, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
-    (True, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
-    (True, 64, 80): Tile(block_m=32, block_n=16, num_warps=8, num_stages=2),
-    (True, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
+    (2, 32, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (2, 64, 80): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (2, 128, 80): Tile(block_m=128, block_n=32, num_warps=8, num_stages=2),
+    (2, 32, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (2, 64, 90): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3, tma=True),
+    (2, 128, 90): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+    (2, 32, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+    (2, 64, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+    (2, 128, 100): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+    (4, 32, 80): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
+    (4, 64, 80): Tile(block_m=32, block_n=16, num_warps=8, num_stages=2),
+    (4, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
 }
 
-# (is the dtype fp32, epilogue, generation); a gated tile has block_n columns of gate and as many of up
+# (bytes per element, epilogue, generation); a gated tile has block_n columns of gate and as many of up. The entries of
+# one byte are for e4m3, which sm_80 does not have: its are for sm_89.
 LINEAR = {
-    (False, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
-    (False, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
-    (False, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
-    (False, "nothing", 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, "activation", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
-    (False, "gated", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, "nothing", 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
-    (False, "activation", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
-    (False, "gated", 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=4, tma=True),
-    (True, "nothing", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
-    (True, "activation", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
-    (True, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
-}
-
-# The same for e4m3 operands: (epilogue, generation). sm_80 has no e4m3; its entries are for sm_89.
-LINEAR_FP8 = {
-    ("nothing", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    ("activation", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    ("gated", 80): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
-    ("nothing", 90): Tile(block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=3, tma=True),
-    ("activation", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    ("gated", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, tma=True),
-    ("nothing", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    ("activation", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    ("gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
+    (1, "nothing", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    (1, "activation", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    (1, "gated", 80): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    (1, "nothing", 90): Tile(block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=3, tma=True),
+    (1, "activation", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    (1, "gated", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, tma=True),
+    (1, "nothing", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    (1, "activation", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
+    (1, "gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
+    (2, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (2, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    (2, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),
+    (2, "nothing", 90): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (2, "activation", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (2, "gated", 90): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (2, "nothing", 100): Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True),
+    (2, "activation", 100): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (2, "gated", 100): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=4, tma=True),
+    (4, "nothing", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (4, "activation", 80): Tile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
+    (4, "gated", 80): Tile(block_m=64, block_n=32, block_k=16, num_warps=8, num_stages=2),
 }
 
 
 def generation(device: torch.device) -> int:
+    """Return 90 or 100, else 80, whose tiles need the least shared memory."""
     if device.type != "cuda":
         return 80  # the interpreter
-    return _GENERATION.get(torch.cuda.get_device_capability(device)[0], 80)
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def row_launch(block_h: int) -> dict[str, Any]:
@@ -105,11 +100,11 @@ def hidden_launch(hidden: int) -> dict[str, Any]:
 
 
 def attention_tile(dtype: torch.dtype, head_dim: int, generation: int) -> Tile:
-    fp32 = dtype == torch.float32
     block_d = max(32, 1 << (head_dim - 1).bit_length())
-    if (fp32, block_d, 80) not in ATTENTION:
+    if block_d > 128:
         raise ValueError(f"attention has no kernel for head_dim {head_dim}: use one up to 128")
-    return ATTENTION[fp32, block_d, 80 if fp32 else generation]
+    itemsize = min(dtype.itemsize, 4)  # fp64 has only a CPU body
+    return ATTENTION[itemsize, block_d, 80 if itemsize == 4 else generation]
 
 
 def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -> int:
@@ -120,10 +115,7 @@ def attention_block_m(dtype: torch.dtype, head_dim: int, device: torch.device) -
 
 
 def linear_tile(dtype: torch.dtype, epilogue: str, generation: int) -> Tile:
-    if dtype == torch.float8_e4m3fn:
-        return LINEAR_FP8[epilogue, generation]
-    fp32 = dtype == torch.float32
-    return LINEAR[fp32, epilogue, 80 if fp32 else generation]
+    return LINEAR[dtype.itemsize, epilogue, 80 if dtype == torch.float32 else generation]
 
 
 def multiprocessors(device: torch.device) -> int:

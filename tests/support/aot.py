@@ -28,15 +28,13 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unpadded_kernels.activation import KINDS, activation_triton
-from unpadded_kernels.attention import attention_triton
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
-from unpadded_kernels.fp8 import E4M3, quantize_rows_triton
+from unpadded_kernels.fp8 import E4M3, linear_fp8_triton, quantize_rows_triton
 from unpadded_kernels.hopper.attention import attention_hopper
 from unpadded_kernels.hopper.linear import linear_hopper
 from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, qk_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
-from unpadded_kernels.linear_fp8 import linear_fp8_triton
 from unpadded_kernels.linear_kernels import Epilogue
 from unpadded_kernels.matryoshka import matryoshka_triton
 from unpadded_kernels.moe import expert_mlp_triton

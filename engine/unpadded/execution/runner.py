@@ -28,7 +28,7 @@ from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Dense, pooled_rows
 from unpadded.options import VectorOptions
 from unpadded_kernels import matryoshka
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import make_tile_map
 from unpadded_kernels.tiles import attention_block_m
 
 logger = logging.getLogger("unpadded")

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from unpadded.errors import OptionError
 from unpadded.integrations.padding import pad, to_device, to_host
 from unpadded_kernels import attention
-from unpadded_kernels.attention_kernels import make_tile_map
+from unpadded_kernels.attention import make_tile_map
 from unpadded_kernels.tiles import attention_block_m
 
 NAME = "unpadded"

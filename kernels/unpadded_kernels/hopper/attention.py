@@ -89,7 +89,7 @@ def _load_tiles(q_source, kv_source, tile_map_ptr, works, rings, HEADS: gl.const
 @gluon.jit
 def _attend(inputs, rings, turn, CONSUMER: gl.constexpr, HEADS: gl.constexpr, HAS_ALIBI: gl.constexpr):
     """Compute the consumer's half of the queries of every tile."""
-    tile_map_ptr, alibi_slopes_ptr, out_ptr, works, stride_ot, scale = inputs
+    tile_map_ptr, alibi_slopes_ptr, out_ptr, works, scale = inputs
     q_ring, q_full, q_empty, kv_ring, kv_full, kv_empty = rings
     ROWS: gl.constexpr = q_ring.shape[1]
     SLOTS: gl.constexpr = kv_ring.shape[0]
@@ -178,7 +178,8 @@ def _attend(inputs, rings, turn, CONSUMER: gl.constexpr, HEADS: gl.constexpr, HA
             y = acc * gl.convert_layout(1.0 / total, row_layout)[:, None]
             query = first + gl.arange(0, ROWS, layout=row_layout)
             d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout))
-            out_ptrs = out_ptr + (text_start + query).to(gl.int64)[:, None] * stride_ot + head * HEAD_DIM + d[None, :]
+            row = (text_start + query).to(gl.int64) * HEADS + head
+            out_ptrs = out_ptr + row[:, None] * HEAD_DIM + d[None, :]
             gl.store(out_ptrs, y.to(q_ring.dtype), mask=(query < length)[:, None])
 
 
@@ -190,7 +191,6 @@ def _attention_hopper_kernel(
     alibi_slopes_ptr,
     out_ptr,
     works,
-    stride_ot,
     scale,
     HEADS: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -206,7 +206,7 @@ def _attention_hopper_kernel(
     turn = new_barriers(2, 1)
     fence_async_shared()
     mbarrier.arrive(turn.index(0), count=1)
-    inputs = (tile_map_ptr, alibi_slopes_ptr, out_ptr, works, stride_ot, scale)
+    inputs = (tile_map_ptr, alibi_slopes_ptr, out_ptr, works, scale)
     gl.warp_specialize(
         [
             (_attend, (inputs, rings, turn, 0, HEADS, HAS_ALIBI)),
@@ -235,7 +235,6 @@ def attention_hopper(qkv: Tensor, tile_map: Tensor, scale: float, alibi_slopes: 
         alibi_slopes,
         out,
         works=works,
-        stride_ot=out.stride(0),
         scale=scale / math.log(2),
         HEADS=heads,
         SLOTS=SLOTS[head_dim],

@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from unpadded_kernels._triton import triton
 from unpadded_kernels.activation import activate
 from unpadded_kernels.hopper.common import new_barriers, thread_barrier, tma_load, tma_store
-from unpadded_kernels.linear_kernels import Epilogue, can_be_described, check_operands
+from unpadded_kernels.linear_kernels import Epilogue, can_be_described, empty_result
 from unpadded_kernels.tiles import multiprocessors
 
 BLOCK_M, WEIGHT_ROWS = 128, 256  # tokens, and rows of weight per tile: half of them of gate, half of up if gated
@@ -191,10 +191,9 @@ def fits(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> b
 
 def linear_hopper(x: Tensor, weight: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
     """Return epilogue(x @ weight.T), as `launch_linear` does, of operands that fit."""
-    check_operands(x, weight, epilogue)
     gated = epilogue.gated
-    total_tokens, out_features = x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty((total_tokens, out_features), dtype=dtype, device=x.device)
+    y = empty_result(x, weight, epilogue, dtype)
+    total_tokens, out_features = y.shape
     if total_tokens == 0:
         return y
     block_n, block_k = WEIGHT_ROWS // 2 if gated else WEIGHT_ROWS, BLOCK_BYTES // x.itemsize
