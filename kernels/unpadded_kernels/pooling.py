@@ -28,8 +28,7 @@ def mean_pool_reference(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     without tokens is zero.
     """
     pooled = torch.zeros(cu_seqlens.shape[0] - 1, hidden.shape[1], dtype=torch.float32, device=hidden.device)
-    bounds = cu_seqlens.tolist()
-    for row, start, end in zip(pooled, bounds, bounds[1:], strict=False):
+    for row, start, end in zip(pooled, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         if start < end:
             torch.div(hidden[start:end].sum(dim=0, dtype=torch.float32), end - start, out=row)
     return pooled
