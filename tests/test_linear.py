@@ -16,9 +16,9 @@ HIDDEN, HEADS = 96, 3
 CONVERT = {
     "library": lambda plain: plain,
     "invariant": lambda plain: InvariantLinear(**vars(plain)),
-    "prepacked": PrepackedLinear.from_linear,
-    "fp8": Float8Linear.from_linear,
-    "int8": lambda plain: Int8Linear.from_linear(plain, attended=False),
+    "prepacked": PrepackedLinear,
+    "fp8": Float8Linear,
+    "int8": lambda plain: Int8Linear(plain, attended=False),
 }
 ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "fp8": 0.06, "int8": 0.012}  # relative, Frobenius
 
@@ -73,7 +73,7 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
     if not can_prepack(torch.empty(1)):
         pytest.skip("oneDNN does not run on this processor")
     plain = draw(128, "swiglu")
-    again = PrepackedLinear.from_linear(plain).to_linear()
+    again = PrepackedLinear(plain).to_linear()
     assert torch.equal(again.weight, plain.weight)
     assert (again.bias is plain.bias) and again.activation == "swiglu"
 
@@ -82,10 +82,10 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
     fast = torch.bfloat16 if onednn_supports(torch.bfloat16) else torch.float32
-    exact, attended = (Int8Linear.from_linear(plain, attended=attended)(x) for attended in (False, True))
+    exact, attended = (Int8Linear(plain, attended=attended)(x) for attended in (False, True))
     assert exact.dtype == torch.float32 and torch.equal(attended, exact.to(fast))
     monkeypatch.setattr("unpadded.model.linear.onednn_supports", lambda dtype: False)
-    assert torch.equal(Int8Linear.from_linear(plain, attended=True)(x), exact)
+    assert torch.equal(Int8Linear(plain, attended=True)(x), exact)
 
 
 def test_linears_are_changed_by_name():

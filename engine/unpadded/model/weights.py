@@ -211,7 +211,7 @@ def prepacked_weights(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeig
 def prepacked_linear(_: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear in oneDNN's layout if that is possible."""
     if isinstance(linear, Linear) and can_prepack(linear.weight):
-        return PrepackedLinear.from_linear(linear)
+        return PrepackedLinear(linear)
     return linear
 
 
@@ -223,12 +223,12 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
 def float8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear that follows a norm, qkv or up, in e4m3, another one as it is."""
     follows_norm = name.endswith((".qkv", ".up"))
-    return Float8Linear.from_linear(linear) if follows_norm and isinstance(linear, Linear) else linear
+    return Float8Linear(linear) if follows_norm and isinstance(linear, Linear) else linear
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear in 8-bit integers."""
-    return Int8Linear.from_linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
+    return Int8Linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
 
 
 LINEARS: dict[str, ChangeLinear] = {"float8": float8_linear, "int8": int8_linear}  # by the dtype that names them
