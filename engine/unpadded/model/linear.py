@@ -18,32 +18,24 @@ from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """The library's matmul, or this project's with the activation or the rotation in the same pass."""
+    """The library's matmul, or this project's: with the activation or the rotation in the same pass, or invariant."""
 
     weight: Tensor  # [out_features, in_features]; gate rows, then up rows, before a gated activation
     bias: Tensor | None
     activation: Activation | None = None
+    invariant: bool = False  # a row's bits do not depend on the number of rows, on CUDA too
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [total_tokens, in_features]. Returns [total_tokens, out_features], half of it if gated."""
+        if self.invariant:
+            return linear_invariant(x, self.weight, self.bias, self.activation)
         if self.activation is None:
             return linear(x, self.weight, self.bias)
         return linear_activation(x, self.weight, self.bias, self.activation)
 
     def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
         """Return qkv with q and k rotated: [total_tokens, 3, heads, head_dim]."""
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InvariantLinear(Linear):
-    """This project's kernel: a row's bits do not depend on the number of rows, on CUDA too."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_invariant(x, self.weight, self.bias, self.activation)
-
-    def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, True)
+        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, self.invariant)
 
 
 class PrepackedLinear:

@@ -20,8 +20,8 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.errors import WeightsError
-from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, PreLayerNorm, RMSNorm
-from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
+from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors, remove_prefixes
 from unpadded_kernels.linear_cpu import can_prepack
 
@@ -178,9 +178,8 @@ def _layer(spec: EncoderSpec, tensors: dict[str, Tensor]) -> Layer:
 def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> LayerNorm | RMSNorm:
     if spec.rms_norm:
         return RMSNorm(weight=tensors[name], eps=spec.norm_eps)
-    kind = PreLayerNorm if spec.prenorm else LayerNorm
     bias = tensors[f"{name}_bias"] if "norm" in spec.biases else torch.zeros_like(tensors[name])
-    return kind(weight=tensors[name], bias=bias, eps=spec.norm_eps)
+    return LayerNorm(weight=tensors[name], bias=bias, eps=spec.norm_eps, prenorm=spec.prenorm)
 
 
 def _expert_mlp(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> ExpertMLP:
@@ -235,5 +234,5 @@ LINEARS: dict[str, ChangeLinear] = {"float8": float8_linear, "int8": int8_linear
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
-    """Return the weights with `InvariantLinear` for `Linear`; the other kinds are invariant already."""
-    return weights.map_linears(lambda _, one: InvariantLinear(**vars(one)) if isinstance(one, Linear) else one)
+    """Return the weights with every `Linear` invariant; the other kinds are invariant already."""
+    return weights.map_linears(lambda _, one: replace(one, invariant=True) if isinstance(one, Linear) else one)
