@@ -275,10 +275,8 @@ class _Pool:
             job = worker.jobs.pop(job_id)
             worker.crashes = 0
             self._distribute()
-        if kind == "done":
-            job.future.set_result(value)
-        else:
-            job.future.set_exception(value)
+        settle = job.future.set_result if kind == "done" else job.future.set_exception
+        settle(value)
 
     def _handle_exit(self, worker: _Worker, crash: str) -> None:
         """Log a crash, as described; queue again the jobs that crashed no other. The caller holds the lock."""
