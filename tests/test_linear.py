@@ -1,10 +1,12 @@
 """Every kind of linear layer against the same matmul in float64, and the changes from one kind to another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
-from unpadded.model.linear import Float8Linear, Int8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded.model.linear import Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded_kernels.activation import KINDS, activation_reference
 from unpadded_kernels.layer_norm import qk_norm_reference
 from unpadded_kernels.linear_cpu import can_prepack, onednn_supports
@@ -15,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("seed")
 HIDDEN, HEADS = 96, 3
 CONVERT = {
     "library": lambda plain: plain,
-    "invariant": lambda plain: InvariantLinear(**vars(plain)),
-    "prepacked": PrepackedLinear.from_linear,
-    "fp8": Float8Linear.from_linear,
-    "int8": lambda plain: Int8Linear.from_linear(plain, attended=False),
+    "invariant": lambda plain: replace(plain, invariant=True),
+    "prepacked": PrepackedLinear,
+    "fp8": Float8Linear,
+    "int8": lambda plain: Int8Linear(plain, attended=False),
 }
 ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "fp8": 0.06, "int8": 0.012}  # relative, Frobenius
 
@@ -73,7 +75,7 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
     if not can_prepack(torch.empty(1)):
         pytest.skip("oneDNN does not run on this processor")
     plain = draw(128, "swiglu")
-    again = PrepackedLinear.from_linear(plain).to_linear()
+    again = PrepackedLinear(plain).to_linear()
     assert torch.equal(again.weight, plain.weight)
     assert (again.bias is plain.bias) and again.activation == "swiglu"
 
@@ -82,18 +84,18 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
     fast = torch.bfloat16 if onednn_supports(torch.bfloat16) else torch.float32
-    exact, attended = (Int8Linear.from_linear(plain, attended=attended)(x) for attended in (False, True))
+    exact, attended = (Int8Linear(plain, attended=attended)(x) for attended in (False, True))
     assert exact.dtype == torch.float32 and torch.equal(attended, exact.to(fast))
     monkeypatch.setattr("unpadded.model.linear.onednn_supports", lambda dtype: False)
-    assert torch.equal(Int8Linear.from_linear(plain, attended=True)(x), exact)
+    assert torch.equal(Int8Linear(plain, attended=True)(x), exact)
 
 
 def test_linears_are_changed_by_name():
-    norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5)
+    norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5, prenorm=False)
     linears = {"qkv": draw(3 * HIDDEN), "out": draw(HIDDEN), "up": draw(128, "gelu"), "down": draw(HIDDEN)}
     qkv, mlp = QKV(linear=linears["qkv"], norm=None, heads=HEADS), MLP(up=linears["up"], down=linears["down"])
     layer = Layer(qkv=qkv, out=linears["out"], attention_norm=norm, mlp=mlp, mlp_norm=norm)
     assert all(layer.linears[name] is linears[name] for name in linears)
-    changed = {name: InvariantLinear(**vars(linear)) for name, linear in linears.items()}
+    changed = {name: replace(linear, invariant=True) for name, linear in linears.items()}
     found = layer.map_linears("", lambda name, linear: changed[name]).linears
     assert all(found[name] is changed[name] for name in linears)

@@ -13,7 +13,7 @@ from support.checkpoints import write_bert, write_nomic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unpadded
-from unpadded.execution.cuda_graphs import TEXT_BUCKETS, TOKEN_BUCKETS, Bucket, bucket_of, fill
+from unpadded.execution.cuda_graphs import TEXT_BUCKETS, TOKEN_BUCKETS, bucket_of, fill
 from unpadded.execution.memory import bytes_per_token
 from unpadded.execution.runner import Runner
 from unpadded.execution.transfer import from_words, to_words
@@ -54,11 +54,11 @@ def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
     runner = Runner(runner.encoder, runner.device, pooling=pooling, dense=())
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
-    bucket = bucket_of(batch)
-    assert bucket.tokens == min(size for size in TOKEN_BUCKETS if size >= sum(lengths))
-    assert bucket.texts == min(size for size in TEXT_BUCKETS if size >= len(lengths))
-    filled = fill(batch, bucket, 64)
-    assert (len(filled.input_ids), len(filled.cu_seqlens)) == (bucket.tokens, bucket.texts + 1)
+    tokens, count = bucket_of(batch)
+    assert tokens == min(size for size in TOKEN_BUCKETS if size >= sum(lengths))
+    assert count == min(size for size in TEXT_BUCKETS if size >= len(lengths))
+    filled = fill(batch, (tokens, count), 64)
+    assert (len(filled.input_ids), len(filled.cu_seqlens)) == (tokens, count + 1)
     options = VectorOptions(layer_norm=False, dimensions=128, normalize=True)
     with torch.inference_mode():
         rows = matryoshka(runner._run(filled, None, pooled=True), False, 128, True)[: len(texts)]
@@ -120,16 +120,16 @@ def test_tiles_are_the_blocks_of_all_texts_longest_first():
 
 def test_added_tiles_belong_to_no_tokens(runner):
     batch = replace(pack(draw((70, 3)), runner.encoder.spec), tile_map=make_tile_map((70, 3), 64))
-    filled = fill(batch, Bucket(128, 8), 64)
+    filled = fill(batch, (128, 8), 64)
     assert filled.tile_map.tolist() == [[0, 70, 0], [0, 70, 1], [70, 3, 0], *[[0, 0, 0]] * 7]
 
 
 def test_a_bucket_holds_the_tiles_of_any_texts(runner):
     for lengths in ((65,) * 31 + (33,), (1,) * 8, (2048,), (64,) * 64, (65,) * 63 + (1,), (2, 62)):
         batch = replace(pack(draw(lengths), runner.encoder.spec), tile_map=make_tile_map(lengths, 64))
-        bucket = bucket_of(batch)
-        filled = fill(batch, bucket, 64).tile_map
-        assert len(filled) == bucket.tokens // 64 + bucket.texts >= len(batch.tile_map)
+        tokens, count = bucket_of(batch)
+        filled = fill(batch, (tokens, count), 64).tile_map
+        assert len(filled) == tokens // 64 + count >= len(batch.tile_map)
         assert torch.equal(filled[: len(batch.tile_map)], batch.tile_map) and not filled[len(batch.tile_map) :].any()
 
 

@@ -368,7 +368,7 @@ def test_a_worker_tokenizes_while_the_device_computes():
 def test_a_hang_is_noticed_while_other_jobs_finish():
     pool = _Pool(echo_pipeline, [CPU])
     (worker,) = pool.workers
-    worker.jobs, worker.running = {number: _Job(number, "a job", 1, ()) for number in (4, 5, 6)}, 7
+    worker.jobs, worker.running = {number: _Job("a job", 1, ()) for number in (4, 5, 6)}, 7
     pool._finish_job(worker, "done", 5, None)
     assert worker.running == 7
     pool._finish_job(worker, "done", 4, None)

@@ -69,18 +69,15 @@ class Call(Backlog):
         self.work = work
         self.future: Future[Rows] = Future()  # set when every row is there, or to the first error
         self.submitted = self.started = time.perf_counter()  # started is set again by the first batch
-        self._rows: list[np.ndarray | None] = [None] * len(sequences)
-        self._missing = len(sequences)
+        self._rows: dict[int, np.ndarray] = {}  # by the index of the sequence
         self._lock = threading.Lock()  # its batches may finish at the same time
 
     def add(self, indices: Sequence[int], rows: Rows) -> None:
         """Store the rows of some sequences; the last ones set the future's result."""
         with self._lock:
-            for index, row in zip(indices, rows, strict=True):
-                self._rows[index] = row
-            self._missing -= len(indices)
-            if not self._missing and self.future.set_running_or_notify_cancel():
-                self.future.set_result([row for row in self._rows if row is not None])
+            self._rows |= zip(indices, rows, strict=True)
+            if len(self._rows) == len(self.sequences) and self.future.set_running_or_notify_cancel():
+                self.future.set_result([self._rows[index] for index in range(len(self.sequences))])
 
     def fail(self, indices: Sequence[int], error: BaseException) -> None:
         """Set the future's exception to the error of some of its sequences."""
@@ -138,12 +135,10 @@ class Batcher:
                 f"the queue is full: {queued} tokens wait, {tokens} more exceed the limit of "
                 f"{limits.queued_tokens}; try again later or send fewer texts"
             )
-        if not self.tokens_per_second:
-            return
         ahead = queued
         if is_short(tokens, self.token_budget):  # it runs in the half of every batch that goes to short calls
             ahead = min(queued, (2 * shorter + 1) * tokens)
-        needed = (ahead + tokens) / self.tokens_per_second
+        needed = (ahead + tokens) / (self.tokens_per_second or math.inf)
         left = limits.deadline - time.perf_counter()
         if needed > SAFETY * left:
             raise OverloadedError(
@@ -157,9 +152,6 @@ class Batcher:
         Raises OverloadedError for a call that exceeds the limits.
         """
         call = Call(sequences, work)
-        if not sequences:
-            call.future.set_result([])
-            return call
         with self._lock:
             if limits is not None:
                 self.check(call.tokens, limits)

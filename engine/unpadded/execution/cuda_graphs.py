@@ -9,7 +9,7 @@ pooling start for the latter return at once, and the buckets of few texts save a
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,14 +22,9 @@ from unpadded.model.batch import PackedBatch
 TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEXT_BUCKETS = (1, 8, 64, 256)
 
+Bucket: TypeAlias = tuple[int, int]  # tokens and texts of a captured pass
+
 _one_capture = threading.Lock()  # torch supports one capture at a time per process
-
-
-class Bucket(NamedTuple):
-    """The shape of a captured pass."""
-
-    tokens: int
-    texts: int
 
 
 def bucket_of(batch: PackedBatch) -> Bucket | None:
@@ -42,7 +37,7 @@ def bucket_of(batch: PackedBatch) -> Bucket | None:
         return None
     tokens = next((size for size in TOKEN_BUCKETS if len(batch.input_ids) <= size), None)
     texts = next((size for size in TEXT_BUCKETS if len(batch.lengths) <= size), None)
-    return None if tokens is None or texts is None else Bucket(tokens, texts)
+    return None if tokens is None or texts is None else (tokens, texts)
 
 
 def fill(batch: PackedBatch, bucket: Bucket, block_m: int) -> PackedBatch:
@@ -50,14 +45,14 @@ def fill(batch: PackedBatch, bucket: Bucket, block_m: int) -> PackedBatch:
 
     block_m: queries per attention tile.
     """
-    total_tokens = len(batch.input_ids)
-    tiles = bucket.tokens // block_m + bucket.texts
+    tokens, texts = bucket
     return replace(
         batch,
-        input_ids=_extend(batch.input_ids, bucket.tokens),
-        positions=_extend(batch.positions, bucket.tokens),
-        cu_seqlens=_extend(batch.cu_seqlens, bucket.texts + 1, total_tokens),
-        tile_map=None if batch.tile_map is None else _extend(batch.tile_map, tiles),  # of texts without tokens
+        input_ids=_extend(batch.input_ids, tokens),
+        positions=_extend(batch.positions, tokens),
+        cu_seqlens=_extend(batch.cu_seqlens, texts + 1, len(batch.input_ids)),
+        # the added tiles are of texts without tokens
+        tile_map=None if batch.tile_map is None else _extend(batch.tile_map, tokens // block_m + texts),
     )
 
 

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import count
 from queue import SimpleQueue
 from typing import IO, Any, TypeAlias
 
@@ -51,15 +50,12 @@ class WorkerPool:
     def __init__(self, make_pipeline: MakePipeline, devices: Sequence[torch.device]) -> None:
         """Start all processes and wait until each has loaded the model; raise what one of them raises."""
         self._pool = pool = _Pool(make_pipeline, devices)
-        self._finalizer = weakref.finalize(self, pool.close)  # runs once: by close, when collected, or at exit
+        # Stops the processes; pending jobs raise WorkerError. Runs once: if called, when collected, or at exit.
+        self.close = weakref.finalize(self, pool.close)
         self.devices = len(devices)
         loaded = pool.start()
         self.dimensions, self.depth, self._description, _ = loaded[0]
         self._max_batch_tokens = [tokens for *_, tokens in loaded if tokens is not None]
-
-    def close(self) -> None:
-        """Stop the processes; pending jobs raise WorkerError."""
-        self._finalizer()
 
     @property
     def ready_devices(self) -> int:
@@ -88,7 +84,6 @@ class WorkerPool:
 
 @dataclass(eq=False)
 class _Job:
-    number: int
     name: str  # in errors
     tokens: int  # of texts, an estimate
     call: Call
@@ -104,7 +99,7 @@ class _Worker:
     given_up: bool = False  # the process is not restarted
     crashes: int = 0  # since the last finished job
     depth: int = 1  # set when the process is ready
-    jobs: dict[int, _Job] = field(default_factory=dict)  # sent to the process, by number, in this order
+    jobs: dict[int, _Job] = field(default_factory=dict)  # sent to the process, by id, in this order
     loaded: Future[Loaded] = field(default_factory=Future)  # set by the first start
     outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)  # messages to the process; None ends them
     silent: int = 0  # seconds since the last message from the process
@@ -134,7 +129,6 @@ class _Pool:
         self._threads = max(1, torch.get_num_threads() // on_cpu) if on_cpu else 1  # the processes share the cores
         self._lock = threading.RLock()  # garbage collection may call close in a thread that holds it
         self._waiting: deque[_Job] = deque()
-        self._numbers = count()
         self._warnings: set[str] = set()  # that processes have logged, before their arguments are filled in
         self._closed = False
         self._process_id = os.getpid()
@@ -158,7 +152,7 @@ class _Pool:
         with self._lock:
             if self._closed:
                 raise WorkerError(f"the engine is closed: {name} was submitted after close(); load the model again")
-            self._waiting.append(job := _Job(next(self._numbers), name, tokens, call))
+            self._waiting.append(job := _Job(name, tokens, call))
             self._distribute()
         return job.future
 
@@ -215,8 +209,8 @@ class _Pool:
                 return
             worker = min(accepting, key=lambda worker: sum(job.tokens for job in worker.jobs.values()))
             job = self._waiting.popleft()
-            worker.jobs[job.number] = job
-            worker.outbox.put((job.number, job.call))
+            worker.jobs[id(job)] = job
+            worker.outbox.put((id(job), job.call))
 
     def _supervise(self, worker: _Worker) -> None:
         """Start a process, read its answers until it exits, and repeat."""
@@ -224,7 +218,7 @@ class _Pool:
             with self._lock:
                 if self._closed:
                     return
-                command, pipe = [sys.executable, "-c", BOOTSTRAP], subprocess.PIPE
+                command, pipe = [sys.executable, "-c", BOOTSTRAP, *sys.path], subprocess.PIPE
                 tokenizer_threads = max(1, (os.cpu_count() or 1) // len(self.workers))
                 environment = {"RAYON_NUM_THREADS": str(tokenizer_threads), **os.environ}
                 try:
@@ -233,7 +227,6 @@ class _Pool:
                     self._handle_exit(worker, f"{worker.device} (not started: {error})")
                     continue
                 worker.process, worker.outbox, worker.silent, worker.hang = process, SimpleQueue(), 0, ""
-                worker.outbox.put(sys.path)
                 worker.outbox.put((self._make_pipeline, worker.device, self._threads))
             threading.Thread(target=_write, args=(process.stdin, worker.outbox), daemon=True).start()
             self._read(worker, process)
@@ -273,19 +266,17 @@ class _Pool:
             elif kind == "not loaded":
                 logger.warning("the model could not be loaded again on %s: %s", worker.device, value)
 
-    def _finish_job(self, worker: _Worker, kind: str, number: int, value: Any) -> None:
+    def _finish_job(self, worker: _Worker, kind: str, job_id: int, value: Any) -> None:
         with self._lock:
             if self._closed:
                 return
-            if number == next(iter(worker.jobs)):  # the others may finish while it hangs
+            if job_id == next(iter(worker.jobs)):  # the others may finish while it hangs
                 worker.running = 0
-            job = worker.jobs.pop(number)
+            job = worker.jobs.pop(job_id)
             worker.crashes = 0
             self._distribute()
-        if kind == "done":
-            job.future.set_result(value)
-        else:
-            job.future.set_exception(value)
+        settle = job.future.set_result if kind == "done" else job.future.set_exception
+        settle(value)
 
     def _handle_exit(self, worker: _Worker, crash: str) -> None:
         """Log a crash, as described; queue again the jobs that crashed no other. The caller holds the lock."""

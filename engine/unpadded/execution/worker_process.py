@@ -27,15 +27,15 @@ from unpadded.tokenization.windows import TextGroup
 # The pipeline's `embed_group` with texts, or the runner's `launch` with concatenated ids [total_tokens] int32 and
 # lengths; keyword arguments.
 Call: TypeAlias = tuple[TextGroup | tuple[np.ndarray, list[int]], dict[str, Any]]
-Job: TypeAlias = tuple[int, Call]  # with its number
+Job: TypeAlias = tuple[int, Call]  # with its id
 Send: TypeAlias = Callable[[str, Any], None]
 
 # For `python -c`. Ignores signals first: Ctrl-C reaches every process of a terminal.
 BOOTSTRAP = """
-import pickle, signal, sys
+import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-sys.path[:] = pickle.load(sys.stdin.buffer)
+sys.path[:] = sys.argv[1:]
 from unpadded.execution.worker_process import main
 main()
 """
@@ -116,7 +116,12 @@ def _attempt(run: Callable[[], Any], device: torch.device) -> tuple[str, Any]:
         return "done", run()
     except Exception as error:  # any error is raised in the caller's thread
         if device.type == "cuda":
-            _exit_if_broken(device, error)
+            try:
+                # Raises an error again that has broken the CUDA context; a capture forbids to synchronize.
+                torch.cuda.current_stream(device).query()
+            except RuntimeError:  # every later batch would fail; the parent starts another process
+                logging.getLogger("unpadded").error("%s cannot be used any longer by this process: %s", device, error)
+                os._exit(1)
         note = f"in the worker on {device}:\n{traceback.format_exc()}"
         if not isinstance(error, UnpaddedError):
             error.add_note(note)
@@ -125,12 +130,3 @@ def _attempt(run: Callable[[], Any], device: torch.device) -> tuple[str, Any]:
         except Exception:  # pickling an exception may raise anything
             return "failed", RuntimeError(f"{error!r}\n{note}")
         return "failed", error
-
-
-def _exit_if_broken(device: torch.device, error: Exception) -> None:
-    """Exit if an error has broken the CUDA context, in which every later batch fails; the parent starts a process."""
-    try:
-        torch.cuda.current_stream(device).query()  # raises the error again; a capture forbids to synchronize
-    except RuntimeError:
-        logging.getLogger("unpadded").error("%s cannot be used any longer by this process: %s", device, error)
-        os._exit(1)

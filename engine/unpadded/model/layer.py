@@ -15,24 +15,19 @@ from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm:
-    """LayerNorm of x + residual, which is also the next residual (post-norm)."""
+    """LayerNorm of x + residual. The next residual is its result (post-norm) or that sum (pre-norm)."""
 
     weight: Tensor  # [hidden]
     bias: Tensor
     eps: float
+    prenorm: bool
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x, residual: [total_tokens, hidden]. Returns both for what follows."""
+        if self.prenorm:
+            return pre_layer_norm(x, residual, self.weight, self.bias, self.eps)
         x = add_layer_norm(x, residual, self.weight, self.bias, self.eps)
         return x, x
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreLayerNorm(LayerNorm):
-    """LayerNorm of x + residual; the sum is the next residual (pre-norm)."""
-
-    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return pre_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)

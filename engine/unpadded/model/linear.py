@@ -3,8 +3,6 @@
 Loading builds every layer with `Linear`; the functions at the end of `weights` replace it by other kinds.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,50 +13,37 @@ from unpadded.checkpoint.spec import Activation
 from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, linear_rotary, quantize_rows
 from unpadded_kernels.fp8 import quantize_rows_reference
 from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
-from unpadded_kernels.linear_int8 import Int8Weight, linear_int8, prepack_int8
+from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """The library's matmul, or this project's with the activation or the rotation in the same pass."""
+    """The library's matmul, or this project's: with the activation or the rotation in the same pass, or invariant."""
 
     weight: Tensor  # [out_features, in_features]; gate rows, then up rows, before a gated activation
     bias: Tensor | None
     activation: Activation | None = None
+    invariant: bool = False  # a row's bits do not depend on the number of rows, on CUDA too
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [total_tokens, in_features]. Returns [total_tokens, out_features], half of it if gated."""
+        if self.invariant:
+            return linear_invariant(x, self.weight, self.bias, self.activation)
         if self.activation is None:
             return linear(x, self.weight, self.bias)
         return linear_activation(x, self.weight, self.bias, self.activation)
 
     def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
         """Return qkv with q and k rotated: [total_tokens, 3, heads, head_dim]."""
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads)
+        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, self.invariant)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InvariantLinear(Linear):
-    """This project's kernel: a row's bits do not depend on the number of rows, on CUDA too."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_invariant(x, self.weight, self.bias, self.activation)
-
-    def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PrepackedLinear:
     """oneDNN's matmul on a CPU, of a weight that is already in its layout."""
 
-    parts: tuple[Tensor, ...]  # see `prepack`
-    bias: Tensor | None
-    activation: Activation | None
-
-    @classmethod
-    def from_linear(cls, plain: Linear) -> PrepackedLinear:
-        return cls(parts=prepack(plain.weight, plain.activation), bias=plain.bias, activation=plain.activation)
+    def __init__(self, plain: Linear) -> None:
+        self.parts = prepack(plain.weight, plain.activation)
+        self.bias, self.activation = plain.bias, plain.activation
 
     def to_linear(self) -> Linear:
         return Linear(weight=unpack(self.parts), bias=self.bias, activation=self.activation)
@@ -67,39 +52,25 @@ class PrepackedLinear:
         return linear_prepacked(x, self.parts, self.bias, self.activation)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Float8Linear:
     """A matmul in e4m3 with one scale per row of x, which is quantized here, and per row of the weight."""
 
-    weight: Tensor  # [out_features, in_features] e4m3
-    scale: Tensor  # [out_features] fp32
-    bias: Tensor | None
-    activation: Activation | None
-
-    @classmethod
-    def from_linear(cls, plain: Linear) -> Float8Linear:
-        weight, scale = quantize_rows_reference(plain.weight)
-        return cls(weight=weight, scale=scale, bias=plain.bias, activation=plain.activation)
+    def __init__(self, plain: Linear) -> None:
+        self.weight, self.scale = quantize_rows_reference(plain.weight)
+        self.bias, self.activation = plain.bias, plain.activation
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear_fp8(*quantize_rows(x), self.weight, self.scale, self.bias, self.activation, x.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Int8Linear:
     """A matmul in 8-bit integers on a CPU, with a scale and an offset per row of x, which is quantized here."""
 
-    parts: tuple[Int8Weight, ...]  # see `prepack_int8`
-    bias: Tensor | None
-    activation: Activation | None
-    dtype: torch.dtype  # of the result
-
-    @classmethod
-    def from_linear(cls, plain: Linear, *, attended: bool) -> Int8Linear:
+    def __init__(self, plain: Linear, *, attended: bool) -> None:
         """attended: the result is the input of attention, which bf16 makes faster; otherwise it is in fp32."""
-        dtype = torch.bfloat16 if attended and onednn_supports(torch.bfloat16) else torch.float32
-        parts = prepack_int8(plain.weight, plain.activation)
-        return cls(parts=parts, bias=plain.bias, activation=plain.activation, dtype=dtype)
+        self.parts = prepack_int8(plain.weight, plain.activation)
+        self.bias, self.activation = plain.bias, plain.activation
+        self.dtype = torch.bfloat16 if attended and onednn_supports(torch.bfloat16) else torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear_int8(x, self.parts, self.bias, self.activation, self.dtype)

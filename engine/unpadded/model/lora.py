@@ -7,6 +7,7 @@ remain valid.
 """
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -24,12 +25,20 @@ class TaskWeights:
         self._spec = spec
         self._base = base
         self._task: str | None = None  # the one that _adapted was computed for
-        self._adapted: EncoderWeights | None = None  # set with the first task
+
+    @cached_property
+    def _adapted(self) -> EncoderWeights:
+        """The weights with separate memory, uninitialized at first, for each matrix that LoRA changes."""
+        copies = {name: torch.empty_like(_matrix(self._base, name)) for name in self._base.lora}
+
+        def change(name: str, linear: AnyLinear) -> AnyLinear:
+            return replace(linear, weight=copies[name]) if isinstance(linear, Linear) and name in copies else linear
+
+        tables: dict[str, Any] = {name: copy for name, copy in copies.items() if "." not in name}
+        return replace(self._base.map_linears(change), **tables)
 
     def of(self, task: str) -> EncoderWeights:
         """Return the weights for a task; a later call for another task overwrites them."""
-        if self._adapted is None:
-            self._adapted = _with_copies(self._base)
         if task != self._task:
             self._task = None  # after an error midway, the next call starts again
             index = self._spec.tasks.index(task)
@@ -47,17 +56,4 @@ def _matrix(weights: EncoderWeights, name: str) -> Tensor:
     *layer, name = name.split(".")
     if not layer:
         return cast(Tensor, getattr(weights, name))
-    linear = weights.layers[int(layer[1])].linears[name]
-    assert isinstance(linear, Linear), "LoRA changes plain weights"
-    return linear.weight
-
-
-def _with_copies(base: EncoderWeights) -> EncoderWeights:
-    """Return the weights with separate, uninitialized memory for each matrix that LoRA changes."""
-    copies = {name: torch.empty_like(_matrix(base, name)) for name in base.lora}
-
-    def change(name: str, linear: AnyLinear) -> AnyLinear:
-        return replace(linear, weight=copies[name]) if isinstance(linear, Linear) and name in copies else linear
-
-    tables: dict[str, Any] = {name: copy for name, copy in copies.items() if "." not in name}
-    return replace(base.map_linears(change), **tables)
+    return cast(Linear, weights.layers[int(layer[1])].linears[name]).weight  # LoRA changes plain weights

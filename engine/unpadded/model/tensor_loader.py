@@ -4,7 +4,7 @@ The pieces pass through one staging buffer that stays in the cache. `weights` st
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -30,10 +30,9 @@ def find_tensors(
     PREFIXES are removed from stored names, and those that IGNORED matches need not be in a spec.
     """
     problems = []
+    stored = list(stored)
     unused: dict[str, StoredTensor] = {}
-    paths = set()
     for tensor in stored:
-        paths.add(tensor.path)
         name = remove_prefixes(tensor.name)
         if name in unused:
             problems.append(f"stored twice: {unused[name].name} and {tensor.name}")
@@ -55,7 +54,7 @@ def find_tensors(
     surplus = [name for name in unused if not any(fnmatchcase(name, pattern) for pattern in IGNORED)]
     problems += [f"surplus: {unused[name].name} {unused[name].shape}" for name in surplus]
     if problems:
-        files = ", ".join(sorted(str(path) for path in paths)) or "no file"
+        files = ", ".join(sorted({str(tensor.path) for tensor in stored})) or "no file"
         raise WeightsError(
             f"the tensors of {files} do not match the configuration:\n  "
             + "\n  ".join(problems)
@@ -86,14 +85,12 @@ class TensorLoader:
         self._staging = torch.empty(PIECE * 8, dtype=torch.uint8)  # bytes; the widest stored elements are float64
         self._cast = torch.empty(PIECE, dtype=dtype)
 
-    def load(self, shape: tuple[int, ...], parts: Iterable[StoredTensor]) -> Tensor:
+    def load(self, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> Tensor:
         """Return `parts`, stacked along dim 0, as one tensor of `shape`; WeightsError for a value that does not fit."""
         destination = torch.empty(shape, device=self._device, dtype=self._dtype)
-        rest = destination.view(-1)
-        for part in parts:
-            size = math.prod(part.shape)
-            self._read(part, rest[:size])
-            rest = rest[size:]
+        sizes = [math.prod(part.shape) for part in parts]
+        for part, rows in zip(parts, destination.view(-1).split(sizes), strict=True):
+            self._read(part, rows)
         return destination
 
     def _read(self, part: StoredTensor, destination: Tensor) -> None:

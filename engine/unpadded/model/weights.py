@@ -20,8 +20,8 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.errors import WeightsError
-from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, PreLayerNorm, RMSNorm
-from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, InvariantLinear, Linear, PrepackedLinear
+from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
+from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors, remove_prefixes
 from unpadded_kernels.linear_cpu import can_prepack
 
@@ -178,9 +178,8 @@ def _layer(spec: EncoderSpec, tensors: dict[str, Tensor]) -> Layer:
 def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> LayerNorm | RMSNorm:
     if spec.rms_norm:
         return RMSNorm(weight=tensors[name], eps=spec.norm_eps)
-    kind = PreLayerNorm if spec.prenorm else LayerNorm
     bias = tensors[f"{name}_bias"] if "norm" in spec.biases else torch.zeros_like(tensors[name])
-    return kind(weight=tensors[name], bias=bias, eps=spec.norm_eps)
+    return LayerNorm(weight=tensors[name], bias=bias, eps=spec.norm_eps, prenorm=spec.prenorm)
 
 
 def _expert_mlp(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> ExpertMLP:
@@ -211,7 +210,7 @@ def prepacked_weights(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeig
 def prepacked_linear(_: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear in oneDNN's layout if that is possible."""
     if isinstance(linear, Linear) and can_prepack(linear.weight):
-        return PrepackedLinear.from_linear(linear)
+        return PrepackedLinear(linear)
     return linear
 
 
@@ -223,17 +222,17 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
 def float8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear that follows a norm, qkv or up, in e4m3, another one as it is."""
     follows_norm = name.endswith((".qkv", ".up"))
-    return Float8Linear.from_linear(linear) if follows_norm and isinstance(linear, Linear) else linear
+    return Float8Linear(linear) if follows_norm and isinstance(linear, Linear) else linear
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear in 8-bit integers."""
-    return Int8Linear.from_linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
+    return Int8Linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
 
 
 LINEARS: dict[str, ChangeLinear] = {"float8": float8_linear, "int8": int8_linear}  # by the dtype that names them
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
-    """Return the weights with `InvariantLinear` for `Linear`; the other kinds are invariant already."""
-    return weights.map_linears(lambda _, one: InvariantLinear(**vars(one)) if isinstance(one, Linear) else one)
+    """Return the weights with every `Linear` invariant; the other kinds are invariant already."""
+    return weights.map_linears(lambda _, one: replace(one, invariant=True) if isinstance(one, Linear) else one)
