@@ -142,6 +142,23 @@ def flatten_rope(config: Config, supported: Collection[str]) -> dict[str, Any]:
     return flat
 
 
+def rope_factor(flat: Config, scaled: str, *keys: str) -> float | None:
+    """Return the factor of rope type `scaled`, the only scaling that the family implements; None without scaling.
+
+    flat: from `flatten_rope`. keys: other keys of the factor, which imply the type.
+    """
+    factors = {key: flat[key] for key in (*keys, *rope_keys("factor")) if flat.get(key) is not None}
+    implied = "default" if factors.keys().isdisjoint(keys) else scaled
+    rope_type = consistent(flat, rope_keys("type", "rope_type"), str) or implied
+    if rope_type not in ("default", scaled):
+        raise not_implemented("rope_type", rope_type, f"default, {scaled}")
+    if rope_type == scaled and not factors:
+        raise ConfigError(f"rope_type = {scaled!r} without a factor; add rope_parameters.factor")
+    if rope_type == "default" and factors:
+        raise contradiction({"rope_type": rope_type} | factors)
+    return consistent(factors, tuple(factors), float)
+
+
 def unscaled_rotary(config: Config, *keys: str) -> Rotary:
     """Return a rotary embedding whose base is stated by one of `keys` or in rope_parameters."""
     flat = flatten_rope(config, ("rope_theta", "rope_type"))

@@ -1,6 +1,10 @@
-"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1)."""
+"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1).
+
+XLM-RoBERTa and RoBERTa, a family of their own, differ in positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2.0.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
@@ -36,8 +40,14 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
+def read_roberta_config(config: Mapping[str, Any]) -> EncoderSpec:
+    padding_id = optional(config, "pad_token_id", 1, minimum=0)
+    return replace(read_config(config), family="xlm_roberta", padding_id=padding_id)
+
+
 FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
 )
+ROBERTA_FAMILY = replace(FAMILY, matches=by_type_or_name("xlm-roberta", "roberta"), read_config=read_roberta_config)
