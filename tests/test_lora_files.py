@@ -186,7 +186,7 @@ def test_a_task_without_its_adapter_folder_raises(model, tmp_path):
 
 def test_a_missing_adapter_folder_raises(folder):
     (folder / "separation" / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match="lacks some of its adapters: separation; download them"):
+    with pytest.raises(CheckpointError, match=r"separation/adapter_config.json cannot be read: No such file"):
         unpadded.load(folder, device="cpu")
 
 

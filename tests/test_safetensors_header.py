@@ -127,7 +127,7 @@ def test_files_are_read_or_rejected_as_by_the_library(case: str, tmp_path: Path)
 
 def test_data_that_no_tensor_describes_is_rejected(tmp_path: Path) -> None:
     for data in (17, 15):
-        with pytest.raises(WeightsError, match="is truncated or not safetensors: .*; download it again"):
+        with pytest.raises(WeightsError, match=r"is truncated or not safetensors: .*; download it again"):
             read_header(write(tmp_path / "model.safetensors", GOOD, data=data))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from unpadded.checkpoint.json_config import not_implemented, optional, read_object, read_value
 from unpadded.checkpoint.spec import LoraSpec
-from unpadded.errors import CheckpointError, ConfigError, WeightsError
+from unpadded.errors import ConfigError, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -49,13 +49,8 @@ def find_lora_files(lora: LoraSpec, folder: Path) -> tuple[LoraSpec, tuple[Path,
     folder: the encoder's. CheckpointError if only some of the files exist, ConfigError for what is contradictory or not
     implemented, WeightsError for missing safetensors.
     """
-    absent = [name for name in lora.folders if not os.path.exists(folder / name / CONFIG)]
-    if len(absent) == len(lora.folders):
+    if not any(os.path.exists(folder / name / CONFIG) for name in lora.folders):
         return lora, ()
-    if absent:
-        raise CheckpointError(
-            f"{folder} lacks some of its adapters: {', '.join(absent)}; download them, or remove all adapters"
-        )
     adapters = [_read(folder / name, lora.target_modules) for name in lora.folders]
     found = {adapter.file.parent.name: (adapter.rank, adapter.scale) for adapter in adapters}
     if len(set(found.values())) > 1:
@@ -81,9 +76,5 @@ def _read(folder: Path, target_modules: tuple[str, ...] = ()) -> Adapter:
         raise WeightsError(f"{file} is absent, and pickled adapters are never loaded; add it as safetensors")
     rank = read_value(config, "r", int)
     alpha = read_value(config, "lora_alpha", float) * (math.sqrt(rank) if config.get("use_rslora") else 1)
-    return Adapter(
-        file=file,
-        rank=rank,
-        scale=alpha / rank,
-        base_model=optional(config, "base_model_name_or_path", ""),
-    )
+    base_model = optional(config, "base_model_name_or_path", "")
+    return Adapter(file=file, rank=rank, scale=alpha / rank, base_model=base_model)

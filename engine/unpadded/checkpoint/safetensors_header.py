@@ -50,8 +50,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         }
     except (SafetensorError, TypeError) as error:  # TypeError: the library reads a list of the three values, too
         raise WeightsError(
-            f"{path} is truncated or not safetensors: {error!s:.200}; download it again, or convert it: pickles are never "
-            "loaded"
+            f"{path} is truncated or not safetensors: {error!s:.200}; download it again, or convert it to safetensors: "
+            "pickles are never loaded"
         ) from error
 
 

@@ -12,8 +12,7 @@ from unpadded.checkpoint.json_config import allow_only, not_implemented, optiona
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
 TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
-ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_python": "gelu"}
-ACTIVATIONS |= dict.fromkeys(TANH, "gelu_tanh")
+ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_python": "gelu", **dict.fromkeys(TANH, "gelu_tanh")}
 LAYER = "encoder.layer.{layer}"
 LAYOUT = {
     **TRANSFORMERS,

@@ -33,25 +33,21 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     allow_only(config, DEFAULTS)
     shape = sizes(config)
     allow_only(config, {"num_key_value_heads": shape["heads"]})
+    flat = flatten_rope(config, ("type", "rope_type", "rope_theta", "factor"))
+    # static NTK, independent of the text's length: base * factor, frequencies divided by factor ** (2 / head_dim)
+    factor = rope_factor(flat, "ntk") or 1.0
     return EncoderSpec(
         family="gte",
         **shape,
         token_types=optional(config, "type_vocab_size", 1, minimum=0),
-        rotary=_rotary(config, shape["hidden"] // shape["heads"]),
+        rotary=Rotary(
+            base=factor * (consistent(flat, ("rope_theta", *rope_keys("rope_theta")), float) or 160_000.0),
+            trained_length=optional(config, "max_position_embeddings", 8192),
+            frequency_scale=factor ** (-2 / (shape["hidden"] // shape["heads"])),
+        ),
         activation=choice(config, "hidden_act", GATES, default="gelu"),
         norm_eps=optional(config, "layer_norm_eps", 1e-12),
         biases=("qkv", "out", "down", "norm"),
-    )
-
-
-def _rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
-    """Static NTK with factor f, independent of the text's length: base * f, frequencies divided by f ** (2 / d)."""
-    flat = flatten_rope(config, ("type", "rope_type", "rope_theta", "factor"))
-    factor = rope_factor(flat, "ntk") or 1.0
-    return Rotary(
-        base=factor * (consistent(flat, ("rope_theta", *rope_keys("rope_theta")), float) or 160_000.0),
-        trained_length=optional(config, "max_position_embeddings", 8192),
-        frequency_scale=factor ** (-2 / head_dim),
     )
 
 

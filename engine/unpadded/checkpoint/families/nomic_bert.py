@@ -59,8 +59,6 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     renamed["intermediate_size"] = _intermediate(config, legacy, renamed["hidden_size"], activation in GATED)
     shape = sizes({**config, **renamed})
     allow_only(config, dict.fromkeys(("num_heads_kv", "num_key_value_heads"), shape["heads"]))
-    multiple = optional(config, "pad_vocab_size_multiple", 1)
-    shape["vocabulary"] = -(-shape["vocabulary"] // multiple) * multiple
     return EncoderSpec(
         family="nomic_bert",
         **shape,
