@@ -169,7 +169,6 @@ def test_unsupported_settings_raise(key, value):
     [
         ({"type": "ntk", "factor": 2.0, "mixed_b": 0.5}, "rope_scaling.mixed_b"),
         ({"type": "dynamic", "factor": 2.0}, "rope_type"),
-        ({"type": "default", "factor": 2.0}, "rope_type"),
     ],
 )
 def test_unsupported_rope_scaling_raises(scaling, key):
@@ -177,6 +176,9 @@ def test_unsupported_rope_scaling_raises(scaling, key):
         gte.read_config(GTE_BASE | {"rope_scaling": scaling})
 
 
-def test_ntk_without_a_factor_raises():
+def test_rope_type_and_factor_must_fit():
     with pytest.raises(ConfigError, match="'ntk' without a factor"):
         gte.read_config(GTE_BASE | {"rope_scaling": {"type": "ntk"}})
+    for scaling in ({"type": "default", "factor": 2.0}, {"factor": 2.0}):
+        with pytest.raises(ConfigError, match=r"rope_type = 'default' but rope_scaling\.factor = 2"):
+            gte.read_config(GTE_BASE | {"rope_scaling": scaling})

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
 
 import unpadded
-from unpadded.checkpoint.families import xlm_roberta
+from unpadded.checkpoint.families import bert
 from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.errors import ConfigError, OptionError
 
@@ -62,7 +62,7 @@ def folder(model, tmp_path):
 
 
 def test_the_published_configuration():
-    spec = xlm_roberta.read_config(BGE_M3)
+    spec = bert.read_roberta_config(BGE_M3)
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (24, 1024, 16, 64, 4096)
     assert (spec.vocabulary, spec.token_types, spec.norm_eps) == (250002, 1, 1e-5)
     assert (spec.position_rows, spec.padding_id, spec.position_limit) == (8194, 1, 8192)
@@ -145,4 +145,4 @@ def test_max_length_is_limited_by_learned_positions(folder):
 )
 def test_unsupported_settings_raise(key, value):
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
-        xlm_roberta.read_config(BGE_M3 | {key: value})
+        bert.read_roberta_config(BGE_M3 | {key: value})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from unpadded.checkpoint.safetensors_header import HEADER_LIMIT, ITEM_BITS, read_header
+from unpadded.checkpoint.safetensors_header import HEADER_LIMIT, read_header
 from unpadded.errors import CheckpointError, WeightsError
 
 W = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -93,19 +93,13 @@ CASES = {
     "lone surrogate in metadata": header(__metadata__={"a": "?"}).replace(b"?", b"\\udfff"),
     "surrogate pair": GOOD.replace(b'"v"', b'"\\ud83d\\ude00"'),
     "control character": GOOD.replace(b'"v"', b'"\x01"'),
-    **{
-        f"{bits} bits: {dtype}": header(w=entry(dtype, [48 * 8 // bits], 0, 48), v=...)
-        for dtype, bits in ITEM_BITS.items()
-    },
-}
-# The library opens these; no program writes them.
-STRICTER = {
     "metadata name twice": b'{"__metadata__": {"a": "b", "a": "c"},' + GOOD[1:],
     "equal name twice": GOOD[:-1] + b', "w": ' + json.dumps(W).encode() + b"}",
     "unknown field": header(w=W | {"strides": [1]}),
-    "entry is an array": header(w=["F32", [2], [0, 8]]),
     "product beyond 64 bits after a zero": header(z=entry("F32", [0, 2**63, 2**63], 8, 8)),
 }
+# The library opens this; no program writes it.
+STRICTER = {"entry is an array": header(w=["F32", [2], [0, 8]])}
 
 
 def write(path: Path, content: bytes, data: int = 16) -> Path:
@@ -115,7 +109,7 @@ def write(path: Path, content: bytes, data: int = 16) -> Path:
 
 @pytest.mark.parametrize("case", [*CASES, *STRICTER])
 def test_files_are_read_or_rejected_as_by_the_library(case: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.safetensors", (CASES | STRICTER)[case], data=48 if "bits: " in case else 16)
+    path = write(tmp_path / "model.safetensors", (CASES | STRICTER)[case])
     try:
         with safetensors.safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in list(file.keys())}
@@ -132,8 +126,8 @@ def test_files_are_read_or_rejected_as_by_the_library(case: str, tmp_path: Path)
 
 
 def test_data_that_no_tensor_describes_is_rejected(tmp_path: Path) -> None:
-    for data, problem in ((17, "has more data"), (15, "is truncated")):
-        with pytest.raises(WeightsError, match=f"{problem}.*bytes instead of"):
+    for data in (17, 15):
+        with pytest.raises(WeightsError, match=r"is truncated or not safetensors: .*; download it again"):
             read_header(write(tmp_path / "model.safetensors", GOOD, data=data))
 
 

@@ -1,17 +1,11 @@
 """Exception hierarchy, grouped by who can fix the problem.
 
     UnpaddedError
-    ├── CheckpointError      a model's files are missing, broken or not supported
-    │   ├── ConfigError      a configuration is contradictory or not implemented
-    │   └── WeightsError     tensors are missing, unexpected, misshaped, truncated or pickled
-    ├── OptionError          an argument or flag has a value that is not supported
-    ├── InputError           a text cannot be embedded; the message has its index
-    │   └── TooLargeError    a single text does not fit the device's memory
-    ├── OutputError          a result is not finite, or its file cannot be written
-    │   └── WorkerError      processes that run a model crashed, hung, were closed, or belong to a parent
-    └── BusyError            work was not done for lack of time or capacity
-        ├── OverloadedError  the queue is full
-        └── DeadlineError    the caller's deadline passed
+    ├── CheckpointError: ConfigError, WeightsError
+    ├── OptionError
+    ├── InputError: TooLargeError
+    ├── OutputError: WorkerError
+    └── BusyError: OverloadedError, DeadlineError
 
 Every message has three parts: what is wrong, the value received, what to do.
 """
@@ -48,11 +42,11 @@ class WeightsError(CheckpointError):
 
 
 class OptionError(UnpaddedError, ValueError):
-    """An argument has a value that is not supported."""
+    """An argument or flag has a value that is not supported."""
 
 
 class InputError(UnpaddedError, ValueError):
-    """A text, or a sequence of token ids, cannot be embedded."""
+    """A text, or a sequence of token ids, cannot be embedded; the message has its index."""
 
 
 class TooLargeError(InputError):

@@ -17,10 +17,9 @@ def quantize(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | Non
     check_choice("precision", precision, get_args(Precision))
     if precision in ("float32", "float16"):
         return vectors.astype(precision)
-    if precision == "ubinary":
-        return np.packbits(vectors > 0, axis=-1)
-    if precision == "binary":
-        return (np.packbits(vectors > 0, axis=-1) - 128).astype(np.int8)
+    if precision in ("binary", "ubinary"):
+        bits = np.packbits(vectors > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits - 128).astype(np.int8)
     if len(vectors) == 0:
         return np.zeros(vectors.shape, precision)
     dimensions = vectors.shape[-1]

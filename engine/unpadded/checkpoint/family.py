@@ -55,12 +55,11 @@ class Family:
 
 def by_type_or_name(*model_types: str, suffixes: tuple[str, ...] = ()) -> Callable[..., bool]:
     """Return a `matches`: by model_type, or without one by the end of a stored tensor's name."""
-
-    def matches(config: Mapping[str, Any], names: Collection[str]) -> bool:
-        model_type = config.get("model_type")
-        return model_type in model_types or (model_type is None and any(name.endswith(suffixes) for name in names))
-
-    return matches
+    return lambda config, names: (
+        any(name.endswith(suffixes) for name in names)
+        if config.get("model_type") is None
+        else config["model_type"] in model_types
+    )
 
 
 def sizes(config: Mapping[str, Any], *, rotary: bool = True) -> dict[str, Any]:

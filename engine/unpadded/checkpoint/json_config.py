@@ -16,7 +16,7 @@ T = TypeVar("T", bool, int, float, str)
 Config: TypeAlias = Mapping[str, Any]
 
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
-JSON_BYTES, JSON_DEPTH = 2**24, 64  # far above any published configuration
+JSON_BYTES = 2**24  # far above any published configuration
 # Names are made for every layer before they are compared with the weights.
 LAYER_KEYS, MAX_LAYERS = ("num_hidden_layers", "n_layer"), 1000
 
@@ -37,19 +37,13 @@ def open_file(path: Path, limit: float = math.inf) -> BinaryIO:
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file; CheckpointError if it cannot be read, ConfigError if it is not JSON.
 
-    NaN, infinite numbers, lone surrogates and values nested deeper than JSON_DEPTH are rejected, too.
+    NaN, infinite numbers and lone surrogates are rejected, too.
     """
     with open_file(path, JSON_BYTES) as file:
         content = file.read()
     try:
         value = json.loads(content.decode())
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        level = [value]
-        for _ in range(JSON_DEPTH):
-            groups = [list(outer.values()) if isinstance(outer, dict) else outer for outer in level]
-            level = [inner for group in groups if isinstance(group, list) for inner in group]
-        if level:
-            raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; correct it or download it again") from error
     return value
@@ -140,6 +134,23 @@ def flatten_rope(config: Config, supported: Collection[str]) -> dict[str, Any]:
         allow_only(inside, dict.fromkeys(inside.keys() - set(rope_keys(*supported))))
         flat |= inside
     return flat
+
+
+def rope_factor(flat: Config, scaled: str, *keys: str) -> float | None:
+    """Return the factor of rope type `scaled`, the only scaling that the family implements; None without scaling.
+
+    flat: from `flatten_rope`. keys: other keys of the factor, which imply the type.
+    """
+    factors = {key: flat[key] for key in (*keys, *rope_keys("factor")) if flat.get(key) is not None}
+    implied = "default" if factors.keys().isdisjoint(keys) else scaled
+    rope_type = consistent(flat, rope_keys("type", "rope_type"), str) or implied
+    if rope_type not in ("default", scaled):
+        raise not_implemented("rope_type", rope_type, f"default, {scaled}")
+    if rope_type == scaled and not factors:
+        raise ConfigError(f"rope_type = {scaled!r} without a factor; add rope_parameters.factor")
+    if rope_type == "default" and factors:
+        raise contradiction({"rope_type": rope_type} | factors)
+    return consistent(factors, tuple(factors), float)
 
 
 def unscaled_rotary(config: Config, *keys: str) -> Rotary:

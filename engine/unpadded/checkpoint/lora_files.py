@@ -6,14 +6,12 @@ with use_rslora. Any other feature of PEFT raises ConfigError, as does any key t
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from unpadded.checkpoint.json_config import consistent, not_implemented, read_object, read_value
+from unpadded.checkpoint.json_config import not_implemented, optional, read_object, read_value
 from unpadded.checkpoint.spec import LoraSpec
-from unpadded.errors import CheckpointError, ConfigError, WeightsError
+from unpadded.errors import ConfigError, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
@@ -42,50 +40,28 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter | None:
     """Return the adapter in the encoder's folder, if any; errors as in `find_lora_files`."""
-    path = folder / CONFIG
-    if not os.path.lexists(path):
-        return None
-    rank, alpha = _rank_and_alpha(path)
-    base_model = consistent(read_object(path), ("base_model_name_or_path",), str) or ""
-    return Adapter(file=_weight_file(folder), rank=rank, scale=alpha / rank, base_model=base_model)
+    return _read(folder) if os.path.lexists(folder / CONFIG) else None
 
 
-def find_lora_files(lora: LoraSpec, folder: Path, config: Mapping[str, Any]) -> tuple[LoraSpec, tuple[Path, ...]]:
+def find_lora_files(lora: LoraSpec, folder: Path) -> tuple[LoraSpec, tuple[Path, ...]]:
     """Return the adapters with their rank and scale, and the weight file of each; (lora, ()) if there is no file.
 
-    folder: the encoder's. config: its config.json, which may state rank and alpha too. CheckpointError if only some of
-    the files exist, ConfigError for what is contradictory or not implemented, WeightsError for missing safetensors.
+    folder: the encoder's. CheckpointError if only some of the files exist, ConfigError for what is contradictory or not
+    implemented, WeightsError for missing safetensors.
     """
-    absent = [name for name in lora.folders if not os.path.exists(folder / name / CONFIG)]
-    if len(absent) == len(lora.folders):
+    if not any(os.path.exists(folder / name / CONFIG) for name in lora.folders):
         return lora, ()
-    if absent:
-        raise CheckpointError(
-            f"{folder} lacks some of its adapters: {', '.join(absent)}; download them, or remove all adapters"
-        )
-    found = {f"{name}/{CONFIG}": _rank_and_alpha(folder / name / CONFIG, lora.target_modules) for name in lora.folders}
-    rank, alpha = next(iter(found.values()))
-    found["config.json"] = (
-        consistent(config, ("lora_rank",), int) or rank,
-        consistent(config, ("lora_alpha",), float) or alpha,
-    )
+    adapters = [_read(folder / name, lora.target_modules) for name in lora.folders]
+    found = {adapter.file.parent.name: (adapter.rank, adapter.scale) for adapter in adapters}
     if len(set(found.values())) > 1:
-        values = ", ".join(f"{file} {value}" for file, value in found.items())
-        raise ConfigError(
-            f"the adapters of {folder} differ in (rank, alpha): {values}; only equal ones are implemented"
-        )
-    return replace(lora, rank=rank, scale=alpha / rank), tuple(_weight_file(folder / name) for name in lora.folders)
+        raise ConfigError(f"the adapters of {folder} differ in (rank, scale): {found}; only equal ones are implemented")
+    rank, scale = found[lora.folders[0]]
+    return replace(lora, rank=rank, scale=scale), tuple(adapter.file for adapter in adapters)
 
 
-def _weight_file(folder: Path) -> Path:
-    file = folder / WEIGHTS
-    if not file.exists():
-        raise WeightsError(f"{file} is absent, and pickled adapters are never loaded; add it as safetensors")
-    return file
-
-
-def _rank_and_alpha(path: Path, target_modules: tuple[str, ...] = ()) -> tuple[int, float]:
-    """Read rank and effective alpha of an adapter that changes these modules entirely; (): those of its tensors."""
+def _read(folder: Path, target_modules: tuple[str, ...] = ()) -> Adapter:
+    """Read an adapter that changes all of these modules; (): those of its tensors."""
+    path, file = folder / CONFIG, folder / WEIGHTS
     config = read_object(path)
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; add what the adapter was trained with")
@@ -96,5 +72,9 @@ def _rank_and_alpha(path: Path, target_modules: tuple[str, ...] = ()) -> tuple[i
     modules = config["target_modules"]
     if target_modules and not (isinstance(modules, list) and set(target_modules) <= set(map(str, modules))):
         raise not_implemented(f"target_modules in {path}", modules, list(target_modules))
+    if not file.exists():
+        raise WeightsError(f"{file} is absent, and pickled adapters are never loaded; add it as safetensors")
     rank = read_value(config, "r", int)
-    return rank, read_value(config, "lora_alpha", float) * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    alpha = read_value(config, "lora_alpha", float) * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    base_model = optional(config, "base_model_name_or_path", "")
+    return Adapter(file=file, rank=rank, scale=alpha / rank, base_model=base_model)

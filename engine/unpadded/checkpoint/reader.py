@@ -93,7 +93,7 @@ def open_checkpoint(
         raise not_implemented(f"model_type in {base / 'config.json'}", config.get("model_type"), ", ".join(FAMILIES))
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
-    lora, lora_files = find_lora_files(spec.lora, folder, config) if spec.lora else (None, ())
+    lora, lora_files = find_lora_files(spec.lora, folder) if spec.lora else (None, ())
     spec = replace(spec, lora=lora)
     if lora and adapter:
         raise not_implemented(f"{adapter.file} with one adapter per task", adapter.rank, "either of them")

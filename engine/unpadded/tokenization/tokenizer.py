@@ -89,7 +89,7 @@ class Tokenizer:
         limit = self._token_limit(prompt, max_length)
         size = self._slicer.size(limit)
         found: dict[int, Tokens] = {}
-        short = [index for index, text in enumerate(texts) if self._slicer.is_whole(text, size)]
+        short = [index for index, text in enumerate(texts) if len(text) <= size]
         for index, encoding in zip(short, self._encodings(prompt + texts[index] for index in short), strict=True):
             if len(encoding) <= limit or truncation != "left":
                 found[index] = self._tokens(encoding.ids[:limit], truncated=len(encoding) > limit)

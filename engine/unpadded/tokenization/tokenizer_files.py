@@ -51,7 +51,7 @@ def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
     for path in vocabularies:
         open_file(path, VOCABULARY_BYTES).close()  # reading another kind of file would block
     config, settings, token_map, added = (
-        read_object(folder / name) if (folder / name).exists() else {}
+        read_object(folder / name, optional=True)
         for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     if "added_tokens_decoder" in settings:  # then transformers does not read these files
@@ -59,17 +59,17 @@ def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
     merged = settings | token_map
     if isinstance(merged.get("auto_map"), dict):
         merged["auto_map"] = merged["auto_map"].get("AutoTokenizer")
-    found, path, backend = {}, folder / "tokenizer.json", None
+    path, backend = folder / "tokenizer.json", None
     reason: str | None = "it has no tokenizer.json"
     if path.exists():
         try:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no subclass
             raise CheckpointError(f"{path} is not a tokenizer: {error}; download it again") from error
-        found["truncation_side"] = (backend.truncation or {}).get("direction")
-        found["dropout"] = getattr(backend.model, "dropout", None)
+        merged.setdefault("truncation_side", (backend.truncation or {}).get("direction"))
+        merged.setdefault("dropout", getattr(backend.model, "dropout", None))
     supported = {"auto_map": None, "dropout": None, "split_special_tokens": False, "truncation_side": "right"}
-    allow_only(found | merged, supported, folder)
+    allow_only(merged, supported, folder)
     if backend is not None:
         try:
             reason = _unknown_setting(backend, settings, token_map, added) or _apply_class(backend, config, merged)
@@ -87,12 +87,7 @@ def read_tokenizer(folder: Path, *, lower_case: bool) -> Tokenizer | None:
 
 def part_names(part: Normalizer | PreTokenizer | None) -> set[str]:
     """Return the types of which a normalizer or pre-tokenizer consists, as named in tokenizer.json."""
-    return set(re.findall(r'"type":"(\w+)"', _state(part))) - {"Sequence"}
-
-
-def _state(part: Normalizer | PreTokenizer | None) -> str:
-    """Return a part as it is written in tokenizer.json, which is also its pickled form."""
-    return part.__getstate__().decode() if part else ""
+    return set(re.findall(r'"type":"(\w+)"', part.__getstate__().decode())) - {"Sequence"} if part else set()
 
 
 def _from_transformers(folder: Path, reason: str) -> Tokenizer:
@@ -166,7 +161,8 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
         backend.post_processor = RobertaProcessing(sep, cls)
     else:
         model = r"Unigram\(unk_id=3, .*, byte_fallback=False\)"
-        charsmap = re.search(r'"precompiled_charsmap":"([^"]+)"', _state(backend.normalizer))
+        state = backend.normalizer.__getstate__() if backend.normalizer else b""  # as in tokenizer.json
+        charsmap = re.search(rb'"precompiled_charsmap":"([^"]+)"', state)
         backend.normalizer = normalizers.Precompiled(base64.b64decode(charsmap[1])) if charsmap else None
         scheme = "always" if settings.get("add_prefix_space", True) else "never"
         spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme)

@@ -8,6 +8,7 @@ This holds for normalizers and pre-tokenizers for which a word depends on adjace
 other one, the whole text is tokenized.
 """
 
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
@@ -35,18 +36,14 @@ class TextSlicer:
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Callable[[Iterable[str]], Iterator[Encoding]]) -> None:
         self._encode = encode
-        self._local = all(part_names(part) <= LOCAL for part in (backend.normalizer, backend.pre_tokenizer))
+        self._local = part_names(backend.normalizer) | part_names(backend.pre_tokenizer) <= LOCAL
         added_tokens = backend.get_added_tokens_decoder().values()
         # words that a cut can change
         self._margin = 1 + max((len(token.content) for token in added_tokens), default=1)
 
     def size(self, tokens: int) -> int:
-        """Return a number of characters that usually yields more stable tokens than `tokens`."""
-        return CHARACTERS_PER_TOKEN * (tokens + 4 * self._margin)
-
-    def is_whole(self, text: str, size: int) -> bool:
-        """Return whether a slice of this size is the whole text."""
-        return not self._local or len(text) <= size
+        """Return a length of slices that usually yields more stable tokens than `tokens`; no limit if not local."""
+        return CHARACTERS_PER_TOKEN * (tokens + 4 * self._margin) if self._local else sys.maxsize
 
     def truncate(
         self, texts: Sequence[str], indices: Sequence[int], prompt: str, limit: int, *, left: bool
@@ -59,12 +56,10 @@ class TextSlicer:
         size = self.size(limit)
         while indices:
             pending = [texts[index] for index in indices]
-            slices = [prompt + text[:size] for text in pending]
-            if left:
-                slices = [prompt + text if self.is_whole(text, size) else text[-size:] for text in pending]
+            slices = [text[-size:] if left and len(text) > size else prompt + text[:size] for text in pending]
             unfinished = []
             for index, piece, encoding in zip(indices, slices, self._encode(slices), strict=True):
-                kept, whole = prompt_ids[index], self.is_whole(texts[index], size)
+                kept, whole = prompt_ids[index], len(texts[index]) <= size
                 start, stop = len(kept), len(encoding)  # of the stable tokens of the text
                 if left and not whole:
                     start = self._stable_suffix(encoding, piece)
@@ -84,10 +79,10 @@ class TextSlicer:
         end = len(prompt.rstrip())
         size = self.size(0)
         while end:
-            piece = prompt + (text if self.is_whole(text, size) else text[:size])
+            piece = prompt + text[:size]
             encoding = next(self._encode([piece]))
             count = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
-            if self.is_whole(text, size) or count < self._stable_prefix(encoding, piece):
+            if len(text) <= size or count < self._stable_prefix(encoding, piece):
                 return encoding.ids[:count]
             size *= 2
         return []

@@ -1,6 +1,6 @@
 """Families of checkpoints, each a value in a module. No other code depends on a family's name."""
 
-from unpadded.checkpoint.families import bert, eurobert, gte, jina_bert, jina_v3, modernbert, nomic_bert, xlm_roberta
+from unpadded.checkpoint.families import bert, eurobert, gte, jina_bert, jina_v3, modernbert, nomic_bert
 from unpadded.checkpoint.family import Family
 
 # modernbert before nomic_bert, whose tensor names it shares; Jina's families before those whose model_type they share
@@ -12,6 +12,6 @@ FAMILIES: dict[str, Family] = {
     "jina_code": jina_bert.CODE_FAMILY,
     "jina_bert": jina_bert.FAMILY,
     "jina_v3": jina_v3.FAMILY,
-    "xlm_roberta": xlm_roberta.FAMILY,
+    "xlm_roberta": bert.ROBERTA_FAMILY,
     "bert": bert.FAMILY,
 }

@@ -1,6 +1,10 @@
-"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1)."""
+"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1).
+
+XLM-RoBERTa and RoBERTa, a family of their own, differ in positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
@@ -8,8 +12,7 @@ from unpadded.checkpoint.json_config import allow_only, not_implemented, optiona
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
 TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
-ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_python": "gelu"}
-ACTIVATIONS |= dict.fromkeys(TANH, "gelu_tanh")
+ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_python": "gelu", **dict.fromkeys(TANH, "gelu_tanh")}
 LAYER = "encoder.layer.{layer}"
 LAYOUT = {
     **TRANSFORMERS,
@@ -36,8 +39,14 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
+def read_roberta_config(config: Mapping[str, Any]) -> EncoderSpec:
+    padding_id = optional(config, "pad_token_id", 1, minimum=0)
+    return replace(read_config(config), family="xlm_roberta", padding_id=padding_id)
+
+
 FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
 )
+ROBERTA_FAMILY = replace(FAMILY, matches=by_type_or_name("xlm-roberta", "roberta"), read_config=read_roberta_config)

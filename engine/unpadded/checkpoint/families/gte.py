@@ -8,9 +8,8 @@ from typing import Any
 
 from unpadded.checkpoint.families.bert import LAYER
 from unpadded.checkpoint.family import GATES, TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
-from unpadded.checkpoint.json_config import allow_only, consistent, flatten_rope, not_implemented, optional, rope_keys
+from unpadded.checkpoint.json_config import allow_only, consistent, flatten_rope, optional, rope_factor, rope_keys
 from unpadded.checkpoint.spec import EncoderSpec, Rotary
-from unpadded.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {
     "position_embedding_type": "rope",
@@ -34,31 +33,21 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     allow_only(config, DEFAULTS)
     shape = sizes(config)
     allow_only(config, {"num_key_value_heads": shape["heads"]})
+    flat = flatten_rope(config, ("type", "rope_type", "rope_theta", "factor"))
+    # static NTK, independent of the text's length: base * factor, frequencies divided by factor ** (2 / head_dim)
+    factor = rope_factor(flat, "ntk") or 1.0
     return EncoderSpec(
         family="gte",
         **shape,
         token_types=optional(config, "type_vocab_size", 1, minimum=0),
-        rotary=_rotary(config, shape["hidden"] // shape["heads"]),
+        rotary=Rotary(
+            base=factor * (consistent(flat, ("rope_theta", *rope_keys("rope_theta")), float) or 160_000.0),
+            trained_length=optional(config, "max_position_embeddings", 8192),
+            frequency_scale=factor ** (-2 / (shape["hidden"] // shape["heads"])),
+        ),
         activation=choice(config, "hidden_act", GATES, default="gelu"),
         norm_eps=optional(config, "layer_norm_eps", 1e-12),
         biases=("qkv", "out", "down", "norm"),
-    )
-
-
-def _rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
-    """Static NTK with factor f, independent of the text's length: base * f, frequencies divided by f ** (2 / d)."""
-    flat = flatten_rope(config, ("type", "rope_type", "rope_theta", "factor"))
-    rope_type = consistent(flat, rope_keys("type", "rope_type"), str) or "default"
-    factor = consistent(flat, rope_keys("factor"), float)
-    if rope_type not in ("default", "ntk") or (rope_type == "default" and factor is not None):
-        raise not_implemented("rope_type", (rope_type, factor), "default without a factor, ntk")
-    if rope_type == "ntk" and factor is None:
-        raise ConfigError("rope_type = 'ntk' without a factor; add rope_scaling.factor")
-    factor = factor or 1.0
-    return Rotary(
-        base=factor * (consistent(flat, ("rope_theta", *rope_keys("rope_theta")), float) or 160_000.0),
-        trained_length=optional(config, "max_position_embeddings", 8192),
-        frequency_scale=factor ** (-2 / head_dim),
     )
 
 

@@ -14,7 +14,8 @@ from unpadded.checkpoint.json_config import allow_only
 from unpadded.checkpoint.spec import EncoderSpec
 
 BIASES = ("qkv", "out", "down", "norm")
-OVERRIDDEN_KEYS = ("auto_map", "position_embedding_type", "feed_forward_type", "max_position_embeddings")
+# max_position_embeddings is required by BERT, but unused with ALiBi
+AS_BERT = {"auto_map": None, "position_embedding_type": None, "feed_forward_type": None, "max_position_embeddings": 1}
 LAYOUT = {
     **bert.LAYOUT,
     "up": f"{LAYER}.mlp.gated_layers",
@@ -46,8 +47,7 @@ def matches_code(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     allow_only(config, {"position_embedding_type": "alibi", "feed_forward_type": "geglu"})
-    as_bert = {key: value for key, value in config.items() if key not in OVERRIDDEN_KEYS}
-    spec = bert.read_config(as_bert | {"max_position_embeddings": 1})  # required by BERT, unused with ALiBi
+    spec = bert.read_config({**config, **AS_BERT})
     return replace(spec, family="jina_bert", position_rows=0, alibi=True, activation="geglu", biases=BIASES)
 
 

@@ -4,6 +4,7 @@ Two layouts exist. In the published one, the adapters are stored with the encode
 (jinaai/jina-embeddings-v3-hf), tensors have other names and each adapter is a PEFT folder inside the encoder's folder.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -104,17 +105,11 @@ def _lora(config: Mapping[str, Any]) -> LoraSpec | None:
         return None
     if not isinstance(tasks, list) or not tasks or len({one for one in tasks if isinstance(one, str)}) != len(tasks):
         raise ConfigError(f"lora_adaptations = {tasks!r} is not a list of different task names; correct config.json")
-    if not instructions.keys() <= set(tasks):
-        raise ConfigError(
-            f"task_instructions = {instructions!r} does not map tasks of {tasks!r} to prompts; correct config.json"
-        )
     if not optional(config, "load_trained_adapters", True):
         raise not_implemented("load_trained_adapters", False, True)
     lora = LoraSpec(tasks=tuple(map(str, tasks)), prompts=tuple(str(instructions.get(task, "")) for task in tasks))
     if in_folders:
-        folders = tuple(task.replace(".", "_").replace("-", "_") for task in lora.tasks)
-        if wrong := [folder for folder in folders if not folder.isidentifier()]:
-            raise ConfigError(f"lora_adaptations = {tasks!r} cannot be folder names: {wrong}; correct config.json")
+        folders = tuple(re.sub(r"\W", "_", task) for task in lora.tasks)
         return replace(lora, folders=folders, target_modules=TARGET_MODULES)
     rank = required(config, ("lora_rank",), int)
     return replace(lora, rank=rank, scale=required(config, ("lora_alpha",), float) / rank)

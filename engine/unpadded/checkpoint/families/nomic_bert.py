@@ -19,6 +19,7 @@ from unpadded.checkpoint.json_config import (
     not_implemented,
     optional,
     required,
+    rope_factor,
     rope_keys,
 )
 from unpadded.checkpoint.spec import GATED, Activation, EncoderSpec, Experts, Rotary, TensorSpec
@@ -58,8 +59,6 @@ def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     renamed["intermediate_size"] = _intermediate(config, legacy, renamed["hidden_size"], activation in GATED)
     shape = sizes({**config, **renamed})
     allow_only(config, dict.fromkeys(("num_heads_kv", "num_key_value_heads"), shape["heads"]))
-    multiple = optional(config, "pad_vocab_size_multiple", 1)
-    shape["vocabulary"] = -(-shape["vocabulary"] // multiple) * multiple
     return EncoderSpec(
         family="nomic_bert",
         **shape,
@@ -108,11 +107,7 @@ def _intermediate(config: Mapping[str, Any], legacy: bool, hidden: int, gated: b
     width = stated or (8 * hidden // 3 if gated else 4 * hidden)
     width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE if gated else width
     if exact not in (None, width):
-        rounding = f", which the published code rounds to {width}," if width != stated else ""
-        raise ConfigError(
-            f"config.json contradicts itself: n_inner = {stated!r}{rounding} but intermediate_size = {exact!r}; "
-            "keep the one the tensors have"
-        )
+        raise contradiction({"n_inner": stated, "the width computed from it": width, "intermediate_size": exact})
     return width
 
 
@@ -145,22 +140,8 @@ def _rotary(config: Mapping[str, Any], legacy: bool) -> Rotary:
     return Rotary(
         base=base or (10000.0 if legacy_defaults else 1000.0),
         trained_length=trained or 2048,
-        scaling_factor=_scaling_factor(flat),
+        scaling_factor=rope_factor(flat, "dynamic", "rotary_scaling_factor"),
     )
-
-
-def _scaling_factor(flat: Mapping[str, Any]) -> float | None:
-    """Return `rotary_scaling_factor`, or if it is null the factor of rope type "dynamic", which is the same formula."""
-    type_keys, factor_keys = rope_keys("rope_type", "type"), ("rotary_scaling_factor", *rope_keys("factor"))
-    rope_type = consistent(flat, type_keys, str)
-    if rope_type not in (None, "default", "dynamic"):
-        raise not_implemented("rope_type", rope_type, "default, dynamic")
-    factor = consistent(flat, factor_keys, float)
-    if rope_type == "dynamic" and factor is None:
-        raise ConfigError("rope_type = 'dynamic' without a factor; add rope_parameters.factor")
-    if rope_type == "default" and factor is not None:
-        raise contradiction({key: flat[key] for key in (*type_keys, *factor_keys) if flat.get(key) is not None})
-    return factor
 
 
 FAMILY = Family(
