@@ -31,7 +31,6 @@ from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner, in_thread
-from unpadded.integrations import attention_interface
 from unpadded.integrations.padding import pad, to_device, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
@@ -52,8 +51,6 @@ IGNORED_ARGUMENTS = {
     "use_safetensors",
 }
 NO_ATTENTIONS = "output_attentions = True is not supported: attention weights are never stored"
-
-attention_interface.register()
 
 
 class UnpaddedModel(nn.Module):
