@@ -45,13 +45,7 @@ logger = logging.getLogger("unpadded")
 # transformers' names of attention implementations -> the names that `unpadded.load` takes
 ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "flash-attn"}
 # Arguments of transformers' from_pretrained that do not affect the values computed here.
-IGNORED_ARGUMENTS = {
-    "add_pooling_layer",
-    "low_cpu_mem_usage",
-    "safe_serialization",
-    "trust_remote_code",
-    "use_safetensors",
-}
+IGNORED_ARGUMENTS = {"add_pooling_layer", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
 NO_ATTENTIONS = "output_attentions = True is not supported: attention weights are never stored"
 
 
@@ -100,8 +94,6 @@ class UnpaddedModel(nn.Module):
         """
         if unknown := sorted(set(ignored) - IGNORED_ARGUMENTS):
             raise OptionError(f"from_pretrained does not support {', '.join(unknown)}; omit it")
-        if ignored.get("trust_remote_code"):
-            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run")
         if Path(model).is_dir():
             revision = None
         elif cache_dir or token is not None or local_files_only:
@@ -206,14 +198,8 @@ class UnpaddedModel(nn.Module):
     def _engine_parts(self) -> tuple[Checkpoint, Tokenizer, int, str, tuple[Dense, ...]]:
         """Return the arguments of `_make_engine` that make an engine like this one."""
         pipeline = self.engine._pipeline
-        runner = pipeline.runner
-        return (
-            pipeline.checkpoint,
-            pipeline.tokenizer,
-            pipeline.token_budget,
-            runner.encoder.attention.name,
-            runner.dense,
-        )
+        attention, dense = pipeline.runner.encoder.attention.name, pipeline.runner.dense
+        return pipeline.checkpoint, pipeline.tokenizer, pipeline.token_budget, attention, dense
 
     def _make_engine(
         self, checkpoint: Checkpoint, tokenizer: Tokenizer, budget: int, attention: str, dense: tuple[Dense, ...]
