@@ -19,7 +19,7 @@ def add_command(commands: Commands) -> None:
         help="measure a model's speed",
         description="Embed the same texts with unpadded and with each of these that is installed: "
         "sentence-transformers, sentence-transformers-best (in 16 bits), sentence-transformers-onnx and -openvino (its "
-        "other backends), transformers, fastembed and infinity. The rounds are interleaved. The texts are English "
+        "other backends) and transformers. The rounds are interleaved. The texts are English "
         "samples of a workload's lengths: queries of 8 to 32 tokens, paragraphs of about 40, passages of 512, "
         "documents of up to 8192; or the texts of INPUT.",
     )

@@ -18,7 +18,7 @@ import torch
 import unpadded
 from unpadded_kernels import linear
 
-PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "fastembed", "infinity-emb")
+PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
 GPU_SETTINGS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"  # nvidia-smi fields
 
 
@@ -122,11 +122,9 @@ def _output(*command: str) -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: *(.*\S)", file.read_text(), re.MULTILINE) if file.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def _version(package: str) -> str | None:
