@@ -7,10 +7,12 @@ The last line on stdout is JSON.
 
 from __future__ import annotations
 
+import statistics
+
 import harness
 import torch
 
-from unpadded.cli.benchmark.machine import copy_rate, matmul_rate
+from unpadded.cli.benchmark.machine import matmul_rate, seconds
 
 
 def main() -> None:
@@ -26,6 +28,13 @@ def main() -> None:
         print(f"matmul in {name}: {rate / 1e12:.3g} TFLOP/s")
     print(f"copy: {copy / 1e9:,.0f} GB/s")
     harness.report({"flop_per_second": matmul, "copy_bytes_per_second": copy}, args.out)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Return the median bytes/s, read and written, of copying 2 GiB on CUDA or 256 MiB on a CPU."""
+    source = torch.randn(2**29 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), device, 10))
 
 
 if __name__ == "__main__":

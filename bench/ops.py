@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any, Self
 
+import ceilings
 import pytest
 import torch
 from op_cases import CASES, CUDA, DEVICE, DTYPE, Case, assert_correct
@@ -38,7 +39,7 @@ class Instant:
 
 @pytest.fixture(scope="session")
 def copy_rate() -> float:
-    return machine.copy_rate(DEVICE)
+    return ceilings.copy_rate(DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,6 @@ from report_peers import cpu_peers
 from report_plots import PLOTS
 from report_summary import CHECKPOINTS, HEADLINES, SUMMARY_ROWS
 
-from unpadded.errors import OptionError
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,8 +43,8 @@ def main() -> None:
     if args.page:
         args.page.write_text(page(args.folder))
         try:
-            from unpadded.cli.benchmark import plots
-        except OptionError as error:
+            import plots
+        except ModuleNotFoundError as error:
             print(f"{args.page} has no plots: {error}")
         else:
             for name, figure in figures(args.folder).items():
@@ -168,7 +166,7 @@ def throughput(result: Result) -> str:
         shares = [f"{stage}, share of time" for stage in ("tokenize", "copy", "forward", "output")]
         parts.append(table(("workload", "dtype", *shares, "speed relative to the forward pass alone"), stages))
         parts.append("The time of each stage alone; in a call, tokenizing runs ahead of the forward pass.")
-        if model["scaling"]:
+        if model.get("scaling"):
             scaling = ((f"{row['texts']:,}", f"{row['tokens_per_second']:,.0f}") for row in model["scaling"])
             parts.append(table(("paragraphs in one call", "tokens/s"), scaling))
             parts.append("The rate stays the same if neither memory nor work per text grows with the call.")

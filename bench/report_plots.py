@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plot_throughput(result: dict[str, Any]) -> Figure:
-    from unpadded.cli.benchmark.plots import bar_chart
+    from plots import bar_chart
 
     groups = {
         f"{model['model']}, {found['workload']}": {
@@ -25,7 +25,7 @@ def plot_throughput(result: dict[str, Any]) -> Figure:
 
 def plot_model(result: dict[str, Any]) -> Figure:
     """Plot tokens/s of workloads whose texts all have one length."""
-    from unpadded.cli.benchmark.plots import line_chart
+    from plots import line_chart
 
     series: dict[str, list[tuple[float, float]]] = {}
     for row in result["rows"]:
@@ -37,7 +37,7 @@ def plot_model(result: dict[str, Any]) -> Figure:
 
 
 def plot_kernels(result: dict[str, Any]) -> Figure:
-    from unpadded.cli.benchmark.plots import bar_chart
+    from plots import bar_chart
 
     groups: dict[str, dict[str, float]] = {}
     for row in result["benchmarks"]:

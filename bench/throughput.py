@@ -10,6 +10,8 @@ On a CPU: all-MiniLM-L6-v2 (real weights) on queries, on paragraphs and on incre
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,11 @@ def main() -> None:
             result["models"].append(found := {"model": "all-MiniLM-L6-v2"})
             engines = load(checkpoints.MINILM, device)
             both = dict.fromkeys(("queries", "paragraphs"))
-            benchmark.measure(str(checkpoints.MINILM), engines, both, rounds=rounds, scaling=args.scaling, result=found)
+            benchmark.measure(str(checkpoints.MINILM), engines, both, rounds=rounds, result=found)
+            found["scaling"] = []
+            for row in scaling(list(engines.values())[-1], args.scaling):
+                found["scaling"].append(row)
+                print(f"{row['texts']:,} texts: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
         shape = SMALL if args.small else checkpoints.REAL | {"layers": args.layers}
         checkpoints.write_nomic(Path(folder), names="transformers", tokenizer=False, **shape)
         wordpiece.write_tokenizer(Path(folder), LONGEST)
@@ -63,6 +69,16 @@ def load(model: str | Path, device: torch.device) -> dict[str, unpadded.Engine]:
     """Load a model in fp16 on CUDA, in fp32 and bf16 on a CPU."""
     dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
     return {dtype: unpadded.load(model, device=device, dtype=dtype) for dtype in dtypes}
+
+
+def scaling(engine: unpadded.Engine, counts: Sequence[int]) -> Iterator[dict[str, float]]:
+    """Measure tokens/s of `stream` over the first `count` of sampled paragraphs, for each count."""
+    paragraphs = TextSampler(engine).workload("paragraphs", max(counts, default=1))
+    engine.encode(paragraphs[:16], prompt="")
+    for count in counts:
+        start = time.perf_counter()
+        tokens = sum(int(block.token_counts.sum()) for block in engine.stream(paragraphs[:count], prompt=""))
+        yield {"texts": count, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - start)}
 
 
 def texts(engines: dict[str, Any], device: torch.device, lengths: Path, small: bool) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
-from support.checkpoints import write_bert
 from support.forks import ENVIRONMENT, ForkedProcess, run_cli
 
 import unpadded
@@ -576,30 +575,9 @@ def test_info_describes_the_model_that_would_be_loaded(
         stored = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     used = sum(size for name, size in stored.items() if "pooler" not in name and "position_ids" not in name)
     assert described["parameters"] == used
-    first = ["model", "dimensions", "matryoshka", "languages", "max_length", "prompts"]
-    assert list(described)[:6] == first
-    assert (described["dimensions"], described["languages"]) == (384, ["en"])
+    assert list(described)[:5] == ["model", "dimensions", "matryoshka", "max_length", "prompts"]
+    assert described["dimensions"] == 384
     assert described["memory"] == {"float32": 4 * used, "float16": 2 * used, "bfloat16": 2 * used}
-
-
-@pytest.mark.parametrize(
-    ("card", "languages"),
-    [
-        ("---\nlicense: mit\nlanguage:\n- en\n  - zh-Hans\ntags:\n- x\n---\nlanguage: fr\n", ["en", "zh-Hans"]),
-        ("---\nlanguage: [en, de]\n---\n", ["en", "de"]),
-        ("---\ntags:\n- x\n---\nlanguage: fr\n", None),
-        ("# no header\n", None),
-        (None, None),
-    ],
-)
-def test_info_reads_the_languages_of_the_model_card(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], card: str | None, languages: list[str] | None
-) -> None:
-    folder = write_bert(tmp_path)
-    if card is not None:
-        (folder / "README.md").write_text(card)
-    assert main(["info", "--json", str(folder)]) == 0
-    assert json.loads(capsys.readouterr().out)["languages"] == languages
 
 
 def test_info_does_not_import_torch(minilm: Path) -> None:

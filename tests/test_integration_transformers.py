@@ -1,4 +1,4 @@
-"""UnpaddedModel, accelerate and the attention interface against transformers' models: values in fp32."""
+"""UnpaddedModel and accelerate against transformers' models: values in fp32."""
 
 import copy
 import logging
@@ -25,9 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import unpadded
-from unpadded.integrations import attention_interface
 from unpadded.integrations.accelerate import accelerate, restore
-from unpadded.integrations.attention_interface import attend
 from unpadded.integrations.transformers import UnpaddedModel
 
 LENGTHS = torch.tensor([[20], [1], [7], [3]])
@@ -588,56 +586,6 @@ def small_bert(**changes):
     return BertModel(BertConfig(**small | {"vocab_size": 100} | changes)).eval()
 
 
-@pytest.mark.parametrize("padding", MASKS)
-def test_the_attention_interface_matches_transformers(folder, original, ids, padding):
-    mask = MASKS[padding]
-    given = None if mask is None else mask.long()
-    model = type(original).from_pretrained(folder, attn_implementation="unpadded").eval()
-    with torch.no_grad():
-        hidden, expected = model(ids, given)[0], original(ids, given)[0]
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    assert (hidden[kept] - expected[kept]).norm() / expected[kept].norm() <= 1e-5
-
-
-@pytest.mark.parametrize("padding", ["none", "left"])
-def test_the_attention_interface_reads_the_mask_once_per_forward_pass(ids, padding, cuda, waits, monkeypatch):
-    """And makes what its layers share once; without a mask it does not wait for the device at all."""
-    model = small_bert(num_hidden_layers=3, vocab_size=30000)
-    model.set_attn_implementation("unpadded")
-    model.to(cuda)
-    mask = None if MASKS[padding] is None else MASKS[padding].to(cuda)
-    ids, made = ids.to(cuda), []
-    make_tile_map = attention_interface.make_tile_map
-    monkeypatch.setattr(attention_interface, "make_tile_map", lambda *_: made.append(_) or make_tile_map(*_))
-    with torch.no_grad():
-        assert waits(model, ids, mask)[1] == (mask is not None)
-    assert len(made) == 1
-
-
-def test_the_attention_interface_reads_a_mask_changed_in_place(ids):
-    model, expected = small_bert(vocab_size=30000), small_bert(vocab_size=30000)
-    expected.load_state_dict(model.state_dict())
-    model.set_attn_implementation("unpadded")
-    mask = MASKS["right"].clone()
-    with torch.no_grad():
-        model(ids, mask)
-        mask[0, 10:] = False
-        torch.testing.assert_close(model(ids, mask)[0][mask], expected(ids, mask)[0][mask], atol=1e-5, rtol=0)
-
-
-def test_the_attention_interface_raises_for_unsupported_arguments(original):
-    q = torch.randn(1, 4, 6, 8)
-    for arguments, reason in [
-        ((q, q, q, None, None, 0.1), "dropout = 0.1"),
-        ((q, q[:, :2], q[:, :2], None), "grouped-query"),
-        ((q, q, q, torch.zeros(1, 1, 6, 6)), "attention_mask has 4 dimensions"),
-    ]:
-        with pytest.raises(unpadded.OptionError, match=reason):
-            attend(original, *arguments)
-    with pytest.raises(unpadded.OptionError, match="is_causal = True"):
-        attend(original, q, q, q, None, is_causal=True)
-
-
 @pytest.fixture
 def waits(cuda, monkeypatch):
     """Return a function that calls another: its result and how often it waits for an event; other waits are errors."""
@@ -712,7 +660,7 @@ def runner_of(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("write", [write_bert, write_nomic])
 def test_models_move_to_the_gpu_and_back(tmp_path, write, dtype, cuda, seed):
-    """UnpaddedModel, an accelerated model and the attention interface. Small, for the interpreter of the kernels."""
+    """UnpaddedModel and an accelerated model. Small, for the interpreter of the kernels."""
     names = {"names": "transformers"} if write is write_nomic else {}
     folder = write(tmp_path, layers=1, hidden=64, heads=2, intermediate=64, tokenizer=False, **names)
     original = AutoModel.from_pretrained(folder).eval()
@@ -721,9 +669,6 @@ def test_models_move_to_the_gpu_and_back(tmp_path, write, dtype, cuda, seed):
     given = mask.long().to(cuda)
     with torch.no_grad():
         expected = original(ids, mask.long())[0]
-        attention_only = type(original).from_pretrained(folder, attn_implementation="unpadded").eval().to(cuda, dtype)
-        found = attention_only(ids.to(cuda), given)[0].cpu().double()
-        assert (found - expected)[mask].norm() / expected[mask].norm() <= tolerance
         for model in (UnpaddedModel.from_pretrained(folder), accelerate(copy.deepcopy(original))):
             moved = model.to(cuda, dtype)(ids.to(cuda), given)[0]
             assert (moved.device.type, moved.dtype) == ("cuda", dtype)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import make_options
 import matplotlib
+import plots
 import pytest
 import report
-
-from unpadded.cli.benchmark import plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"

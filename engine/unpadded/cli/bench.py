@@ -19,7 +19,7 @@ def add_command(commands: Commands) -> None:
         help="measure a model's speed",
         description="Embed the same texts with unpadded and with each of these that is installed: "
         "sentence-transformers, sentence-transformers-best (in 16 bits), sentence-transformers-onnx and -openvino (its "
-        "other backends), transformers, fastembed and infinity. The rounds are interleaved. The texts are English "
+        "other backends) and transformers. The rounds are interleaved. The texts are English "
         "samples of a workload's lengths: queries of 8 to 32 tokens, paragraphs of about 40, passages of 512, "
         "documents of up to 8192; or the texts of INPUT.",
     )
@@ -34,20 +34,14 @@ def add_command(commands: Commands) -> None:
     bench.add_argument("--against", type=_names, metavar="NAME,...", help="which to compare with (default: all)")
     bench.add_argument("--also", action="append", default=[], metavar="DTYPE", help="also run unpadded in this dtype")
     bench.add_argument("--rounds", type=int, default=3, help="rounds, whose median is reported (default: 3)")
-    bench.add_argument(
-        "--scaling", type=_numbers, default=[], metavar="N,...", help="also embed these numbers of paragraphs"
-    )
     bench.add_argument("--out", type=Path, metavar="FILE", help="write every measurement as JSON")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="plot tokens/s as SVG or PNG; needs the extra bench")
     add_model_arguments(bench)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print tables, and write the files that were requested."""
+    """Measure, print tables, and write the result if a file was requested."""
     from unpadded.cli import benchmark
 
-    if args.plot:
-        from unpadded.cli.benchmark import plots  # before the measurements: without matplotlib this raises
     _check_names("--workloads", args.workloads, WORKLOADS)
     _check_names("--against", args.against, tuple(benchmark.PROVIDERS))
     own = {"your texts": _texts(args)} if args.input else {}
@@ -58,17 +52,11 @@ def run(args: argparse.Namespace) -> None:
         engines[engine._pipeline.runner.describe()["dtype"]] = engine
     against = benchmark.PROVIDERS if args.against is None else args.against
     result = {"machine": benchmark.card()} | benchmark.measure(
-        args.model, engines, workloads, against=tuple(against), rounds=args.rounds, scaling=args.scaling
+        args.model, engines, workloads, against=tuple(against), rounds=args.rounds
     )
     print(f"\n{benchmark.conclusion(result)}")
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")
-    if args.plot:
-        groups = {
-            found["workload"]: {row["provider"]: row["tokens_per_second"] for row in found["rows"]}
-            for found in result["workloads"]
-        }
-        plots.save(plots.bar_chart(f"{result['model']}: tokens/s, text to vectors", groups), args.plot)
 
 
 def _check_names(flag: str, names: list[str] | None, known: tuple[str, ...]) -> None:
@@ -96,7 +84,3 @@ def _texts(args: argparse.Namespace) -> list[str]:
 
 def _names(value: str) -> list[str]:
     return [name.strip() for name in value.split(",")]
-
-
-def _numbers(value: str) -> list[int]:
-    return [int(number) for number in value.split(",")]

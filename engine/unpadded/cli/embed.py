@@ -11,7 +11,7 @@ from unpadded.errors import OptionError, install_command
 from unpadded.options import EncodeOptions, LoadOptions, describe
 
 if TYPE_CHECKING:
-    from unpadded.bulk import Job, Totals
+    from unpadded.bulk import Totals
 
 WORTH_MENTIONING = 1.05  # times the work of padded batches
 
@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     if args.ranges is not None:
         options["ranges"] = bulk.read_ranges(args.ranges)
     if args.ray is not None:
-        _run_on_ray(args, options)
+        totals = _run_on_ray(args, options)
+        say(_summary(totals, args.output))
         return
     job = bulk.make_job(
         args.input,
@@ -106,10 +107,10 @@ def run(args: argparse.Namespace) -> None:
         if job.writes_dataset and STDIN not in job.inputs:
             error.add_note("finished parts are kept; run the same command with --resume to continue")
         raise
-    say(_summary(job, totals))
+    say(_summary(totals, job.output_name))
 
 
-def _summary(job: Job, totals: Totals) -> str:
+def _summary(totals: Totals, output: str) -> str:
     from unpadded.bulk.job import PADDED_BATCH_TEXTS
 
     rate = "" if totals.tokens_per_second is None else f" ({totals.tokens_per_second:,.0f} tokens/s)"
@@ -127,10 +128,10 @@ def _summary(job: Job, totals: Totals) -> str:
         f"{count(totals.tokens, 'token')} in {totals.seconds:.2f} s{rate}",
         *(words for words, is_set in optional.items() if is_set),
     ]
-    return f"{', '.join(parts)} -> {job.output_name}"
+    return f"{', '.join(parts)} -> {output}"
 
 
-def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
+def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> Totals:
     single_machine_flags = {
         "--resume": args.resume,
         "--overwrite": args.overwrite,
@@ -144,7 +145,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
         from unpadded.integrations.ray_job import run_on_ray
     except ModuleNotFoundError as error:
         raise OptionError(f"--ray needs more packages: {error}; {install_command('ray')}") from error
-    totals = run_on_ray(
+    return run_on_ray(
         args.ray,
         args.input,
         args.output,
@@ -153,9 +154,4 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> None:
         id_column=args.id_column,
         carried_columns=args.carry,
         settings=flag_values(args, describe(LoadOptions)) | options,
-    )
-    truncated = f", {totals.truncated:,} truncated" if totals.truncated else ""
-    say(
-        f"{count(totals.texts, 'text')}, {count(totals.tokens, 'token')} in {totals.seconds:.2f} s including the start "
-        f"of the actors{truncated} -> {args.output}"
     )

@@ -36,10 +36,8 @@ def add_model(parser: argparse.ArgumentParser, *flags: str) -> None:
     """Add the model as an option with these flags, or as a positional argument, which may be omitted."""
     default = os.environ.get(MODEL_VARIABLE) or None
     text = f"a folder or a Hugging Face id (default: {MODEL_VARIABLE} of the environment)"
-    if flags:
-        parser.add_argument(*flags, required=default is None, default=default, metavar="MODEL", help=text)
-    else:
-        parser.add_argument("model", nargs="?" if default else None, default=default, metavar="MODEL", help=text)
+    needed: dict[str, Any] = {"required": default is None} if flags else {"nargs": "?" if default else None}
+    parser.add_argument(*(flags or ["model"]), default=default, metavar="MODEL", help=text, **needed)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_flags(group: argparse._ArgumentGroup, options: Iterable[Option]) -> None:
     """Add a flag for each option."""
     for option in options:
-        flags = [*_SHORT_FLAGS.get(option.name, ()), f"--{option.name.replace('_', '-')}"]
+        flags = [*(["-t"] if option.name == "task" else []), f"--{option.name.replace('_', '-')}"]
         group.add_argument(*flags, help=_help(option), **_how_to_parse(option))
 
 
@@ -81,6 +79,3 @@ def _how_to_parse(option: Option) -> dict[str, Any]:
     if option.default == ():
         return {"action": "append", "default": [], "metavar": option.metavar}
     return {"choices": option.choices, "default": option.default, "metavar": option.metavar}
-
-
-_SHORT_FLAGS = {"task": ["-t"]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 from unpadded.cli.flags import Commands, add_model
@@ -38,7 +36,6 @@ def run(args: argparse.Namespace) -> None:
         "model": described.pop("model"),
         "dimensions": checkpoint.dense[-1].out_features if checkpoint.dense else checkpoint.spec.hidden,
         "matryoshka": described.pop("matryoshka"),
-        "languages": _languages(checkpoint.folder),
         "max_length": described.pop("max_length"),
         "prompts": described.pop("prompts"),
         "parameters": parameters,
@@ -50,16 +47,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         mebibytes = {dtype: f"{size / 2**20:,.1f} MiB" for dtype, size in memory.items()}
         _print_nested({**description, "parameters": f"{parameters:,}", "memory": mebibytes})
-
-
-def _languages(folder: Path) -> list[str] | None:
-    """Return the languages in the header of the model card, as codes; None if there are none or is no card."""
-    try:
-        header = (folder / "README.md").read_text(encoding="utf-8", errors="replace").partition("---")[2]
-    except OSError:
-        return None
-    found = re.search(r"^languages?:(.*(?:\n *- .*)*)", header.partition("\n---")[0], re.MULTILINE)
-    return re.findall(r"[\w-]*\w", found[1]) if found else None
 
 
 def _print_nested(values: dict[str, Any], indent: str = "") -> None:

@@ -7,6 +7,7 @@ import heapq
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,18 +195,13 @@ def _input_texts(description: dict[str, Any], rows: set[int]) -> dict[int, str]:
     from unpadded.bulk.manifest import describe_input
 
     inputs = description.get("inputs", [])
-    names = [entry["path"] for entry in inputs]
-    for name, entry in zip(names, inputs, strict=True):
+    for entry in inputs:
+        name = entry["path"]
         if not os.path.isfile(name) or describe_input(name) != entry:
             say(f"the texts are not shown, because an input is missing or changed: {name!r}")
             return {}
-    texts: dict[int, str] = {}
-    numbered = (
-        enumerate(row for row in read_rows(names, description["column"]) if isinstance(row, Row)) if names else ()
-    )
-    for number, row in numbered:
-        if number in rows:
-            texts[number] = row.text
-            if len(texts) == len(rows):
-                break
-    return texts
+    if not inputs or not rows:
+        return {}
+    read = read_rows([entry["path"] for entry in inputs], description["column"])
+    texts = (row.text for row in read if isinstance(row, Row))
+    return {number: text for number, text in enumerate(islice(texts, max(rows) + 1)) if number in rows}

@@ -45,31 +45,9 @@ KEYS_DESCRIPTION = f"""\
 Sent as "Authorization: Bearer KEY", in UTF-8. Also read from {API_KEYS_VARIABLE}, separated by commas. Without keys,
 every request is accepted; an empty key or variable is an error. /health and /metrics never need one."""
 
-# Groups of flags in --help: title, description and names. The flags of API keys are in a group of their own.
-GROUPS: list[tuple[str, str | None, list[str]]] = [
-    ("network", None, ["host", "port", "tls_cert", "tls_key", "cors_origin"]),
-    ("names and defaults", None, ["alias", "default_task", "long_input"]),
-    (
-        "limits",
-        None,
-        [
-            "max_concurrent_requests",
-            "max_queued_tokens",
-            "max_inputs",
-            "max_body",
-            "read_timeout",
-            "send_timeout",
-            "deadline",
-            "grace",
-        ],
-    ),
-    (
-        "logging",
-        "The log on stderr is text on a terminal, otherwise JSON lines; it contains no texts by default. "
-        "GET /metrics is for Prometheus.",
-        ["log_requests"],
-    ),
-]
+LOG_DESCRIPTION = """\
+The log on stderr is text on a terminal, otherwise JSON lines; it contains no texts by default.
+GET /metrics is for Prometheus."""
 
 
 def add_command(commands: Commands) -> None:
@@ -83,9 +61,7 @@ def add_command(commands: Commands) -> None:
     )
     serve.set_defaults(command=run)
     add_model(serve)
-    options = {option.name: option for option in describe(ServerOptions)}
-    for title, description, names in GROUPS:
-        add_flags(serve.add_argument_group(title, description), [options[name] for name in names])
+    add_flags(serve.add_argument_group("serving", LOG_DESCRIPTION), describe(ServerOptions))
     keys = serve.add_argument_group("API keys", KEYS_DESCRIPTION)
     keys.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept this key; repeatable")
     keys.add_argument("--api-key-file", metavar="FILE", help="accept the keys in this file, one per line")

@@ -230,17 +230,16 @@ def _add_colors(
     """Color numbers and dates by a scale, and anything else by its most frequent values."""
     import pyarrow as pa
 
-    kind = colors.type
-    if pa.types.is_temporal(kind):
+    is_date = pa.types.is_temporal(colors.type)
+    is_number = pa.types.is_floating(colors.type) or pa.types.is_integer(colors.type)
+    if is_date:
         colors = colors.cast("timestamp[s]").cast("int64")
     values = np.array(["none" if value is None else str(value) for value in colors.to_pylist()], object)
     unique, counts = np.unique(values, return_counts=True)
-    if len(unique) > MAX_CATEGORIES and (
-        pa.types.is_temporal(kind) or pa.types.is_floating(kind) or pa.types.is_integer(kind)
-    ):
+    if len(unique) > MAX_CATEGORIES and (is_date or is_number):
         numbers = colors.cast("float64").to_numpy()
         bar: dict[str, Any] = {"title": _escape(title)}
-        if pa.types.is_temporal(kind):
+        if is_date:
             ticks = np.linspace(np.nanmin(numbers), np.nanmax(numbers), 5)
             bar |= {"tickvals": ticks, "ticktext": [str(np.datetime64(int(tick), "s"))[:10] for tick in ticks]}
         _add_trace(figure, positions, texts, title, {"color": numbers, "colorscale": "Viridis", "colorbar": bar})

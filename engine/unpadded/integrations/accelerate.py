@@ -19,6 +19,7 @@ from unpadded.checkpoint.family import IGNORED
 from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 from unpadded.errors import OptionError
 from unpadded.execution.runner import Runner
+from unpadded.integrations.padding import PaddedInputs
 from unpadded.integrations.transformers import NO_ATTENTIONS, run_padded
 from unpadded.loading import DTYPES, make_encoder
 from unpadded.model.attention import attention_backend
@@ -27,6 +28,7 @@ from unpadded.model.weights import assemble
 logger = logging.getLogger("unpadded")
 
 STATE = "_unpadded"  # the attribute of an accelerated model
+OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions", "return_dict")  # of a call, or else of the config
 
 
 @dataclass
@@ -93,40 +95,22 @@ def _forward(
 ) -> Any:
     """Run the packed forward pass; see `UnpaddedModel.forward`."""
     state: _State = getattr(self, STATE)
-    unsupported = {key: value for key, value in keywords.items() if value is not None}
-    hidden_states = unsupported.pop("output_hidden_states", self.config.output_hidden_states)
-    attentions = unsupported.pop("output_attentions", self.config.output_attentions)
-    return_dict = unsupported.pop("return_dict", self.config.return_dict)
+    inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+    options = {name: getattr(self.config, name) for name in OUTPUT_OPTIONS}
+    options |= {name: value for name, value in keywords.items() if value is not None}
     parameters = _parameters(state.modules)
-    reason = _own_state(state, parameters, inputs_embeds)
-    if reason is not None:
-        pass
-    elif attentions:
-        reason = NO_ATTENTIONS
-    elif attention_mask is not None and attention_mask.ndim != 2:
-        reason = f"attention_mask has {attention_mask.ndim} dimensions"
-    elif unsupported:
-        reason = f"{', '.join(unsupported)} is not supported"
+    reason = _own_reason(state, parameters, inputs, options)
     if reason is not None:
         if reason not in state.logged_reasons:
             state.logged_reasons.add(reason)
             logger.warning("%s runs its own forward pass: %s", type(self).__name__, reason)
-        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        keywords |= {key: value for key, value in inputs.items() if value is not None}
-        return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **keywords)
-    output = run_padded(
-        _runner(self, state, parameters),
-        input_ids,
-        attention_mask,
-        token_type_ids,
-        position_ids,
-        inputs_embeds,
-        output_hidden_states=bool(hidden_states),
-    )
+        given = {name: value for name, value in inputs._asdict().items() if value is not None}
+        return type(self).forward(self, **given, **keywords)
+    output = run_padded(_runner(self, state, parameters), inputs, options["output_hidden_states"])
     if getattr(self, "pooler", None) is not None:
         with torch.no_grad():
             output.pooler_output = self.pooler(output.last_hidden_state)
-    return output if return_dict else output.to_tuple()
+    return output if options["return_dict"] else output.to_tuple()
 
 
 def _values(modules: list[nn.Module], attribute: str) -> list[Any]:
@@ -142,13 +126,15 @@ def _parameters(modules: list[nn.Module]) -> list[nn.Parameter]:
     return [parameter for parameter in _values(modules, "_parameters") if parameter is not None]
 
 
-def _own_state(state: _State, parameters: list[nn.Parameter], inputs_embeds: Tensor | None) -> str | None:
-    """Return what the packed forward pass would leave out of the model as it is now, or None."""
+def _own_reason(
+    state: _State, parameters: list[nn.Parameter], inputs: PaddedInputs, options: dict[str, Any]
+) -> str | None:
+    """Return what the packed forward pass would leave out of the call or of the model as it is now, or None."""
     model, *inner = state.modules
     if model.training:
         return "it is in training mode"
-    given = () if inputs_embeds is None else (inputs_embeds,)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *parameters)):
+    tensors = (inputs.inputs_embeds, *parameters)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return "gradients are recorded; call it under torch.no_grad()"
     if torch.is_autocast_enabled(parameters[0].device.type):
         return "autocast is enabled"
@@ -162,7 +148,12 @@ def _own_state(state: _State, parameters: list[nn.Parameter], inputs_embeds: Ten
     # those of transformers only record outputs; those of torch may prune weights
     if any(_package(hook) != "transformers" for hook in hooks):
         return "its modules have hooks"
-    return None
+    if options["output_attentions"]:
+        return NO_ATTENTIONS
+    if inputs.attention_mask is not None and inputs.attention_mask.ndim != 2:
+        return f"attention_mask has {inputs.attention_mask.ndim} dimensions"
+    unsupported = [name for name in options if name not in OUTPUT_OPTIONS]
+    return f"{', '.join(unsupported)} is not supported" if unsupported else None
 
 
 def _package(function: object) -> str:
@@ -179,29 +170,19 @@ def _match(model: Any) -> tuple[EncoderSpec, dict[str, tuple[str, ...]]]:
             f"{type(model).__name__} belongs to no supported family: model_type = {model.config.model_type!r}; "
             f"accelerate supports {', '.join(FAMILIES)}"
         )
-    spec = family.read_config(config)
-    spec = replace(spec, vocabulary=model.get_input_embeddings().weight.shape[0])
+    spec = replace(family.read_config(config), vocabulary=model.get_input_embeddings().weight.shape[0])
     specs = family.tensors(spec)
-    names = {weight: _present_names(tensor, parameters) for weight, tensor in specs.items()}
-    reason = next(_mismatches(spec, specs, names, parameters), _foreign_forward(model))
-    if reason is not None:
+    names: dict[str, tuple[str, ...]] = {
+        weight: next((found for found in tensor.alternatives if parameters.keys() >= set(found)), ())
+        for weight, tensor in specs.items()
+    }
+    if reason := next(_mismatches(model, spec, specs, names, parameters), None):
         raise OptionError(f"{type(model).__name__} cannot be accelerated: {reason}; use it without accelerate")
     return spec, names
 
 
-def _foreign_forward(model: nn.Module) -> str | None:
-    """Name a module whose forward pass is not that of transformers' model, such as a subclass of nn.Linear."""
-    for name, module in model.named_modules():
-        if _package(type(module).forward) not in ("torch", "transformers", "transformers_modules"):
-            return f"{name or 'the model'} is a {type(module).__name__} with a forward pass of its own"
-    return None
-
-
-def _present_names(tensor: TensorSpec, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-    return next((names for names in tensor.alternatives if all(name in parameters for name in names)), ())
-
-
 def _mismatches(
+    model: nn.Module,
     spec: EncoderSpec,
     specs: Mapping[str, TensorSpec],
     names: Mapping[str, tuple[str, ...]],
@@ -234,6 +215,9 @@ def _mismatches(
     dtype, device = kinds.pop()
     if dtype not in DTYPES.values() or device.type == "meta":
         yield f"its parameters are {dtype} on {device}"
+    for name, module in model.named_modules():
+        if _package(type(module).forward) not in ("torch", "transformers", "transformers_modules"):
+            yield f"{name or 'the model'} is a {type(module).__name__} with a forward pass of its own"
 
 
 def _runner(model: Any, state: _State, parameters: list[nn.Parameter]) -> Runner:

@@ -7,23 +7,17 @@ L2-normalized, and the mean is normalized again.
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from unpadded.engine import Engine
-from unpadded.errors import InputError, OptionError
+from unpadded.errors import OptionError
 from unpadded.loading import load
-from unpadded.options import LongText
-from unpadded.tokenization.windows import CHUNK_OVERLAP, CHUNK_TOKENS, iterate
+from unpadded.options import LongText, check_choice
+from unpadded.tokenization.windows import CHUNK_TOKENS, iterate
 
-logger = logging.getLogger("unpadded")
-
-TaskType = Literal["search_query", "search_document", "classification", "clustering"]
-
-RECOMMENDED_DIMENSIONALITY = 64  # the client warns below it
-MAX_MEAN_TOKENS = 8192  # the longest text that "mean" supports
+TASK_TYPES = ("search_query", "search_document", "classification", "clustering")
 PLACEHOLDER = "24df574ea1c998de59d5be15e769658e"  # the client's text in place of an empty one: MD5 of "nomic empty"
 DEVICES = {None: "auto", "gpu": "cuda", "nvidia": "cuda"}  # the client's names -> those of `unpadded.load`
 
@@ -45,7 +39,7 @@ def text(
     search_document, classification or clustering. dimensionality: fewer dimensions, for models trained for it.
     long_text_mode: "truncate" or "mean". inference_mode: "local" or "dynamic"; no text leaves the machine either way.
     device: "gpu", or a name of torch. Other keywords are passed to `unpadded.load`.
-    usage counts the texts' tokens without prefixes and special tokens.
+    usage counts the texts' tokens without prefixes and special tokens; those that two chunks share count twice.
     """
     if isinstance(texts, str):
         raise TypeError("'texts' parameter must be list[str], not str")
@@ -53,22 +47,22 @@ def text(
         raise OptionError(
             f"inference_mode is not supported: {inference_mode!r}; use 'local' or 'dynamic', or nomic's client"
         )
-    _check_choice("task_type", task_type, TaskType)
-    _check_choice("long_text_mode", long_text_mode, LongText)
+    check_choice("task_type", task_type, TASK_TYPES)
+    check_choice("long_text_mode", long_text_mode, get_args(LongText))
     result = {"embeddings": [], "usage": {}, "model": model, "inference_mode": "local"}
     if len(texts) == 0:
         return result
     engine = _engine(model, DEVICES.get(device, device), tuple(sorted(kwargs.items())))
-    _check_dimensionality(dimensionality, engine)
     embeddings = engine.embed(
         [*(PLACEHOLDER if isinstance(one, str) and not one.strip() else one for one in iterate(texts)), ""],
         task=task_type,
-        dimensions=dimensionality or engine.dimensions,
+        dimensions=engine.dimensions if dimensionality is None else dimensionality,
         long_text=long_text_mode,  # type: ignore[arg-type]  # checked above
         show_progress=False,
     )
-    *token_counts, added_tokens = embeddings.token_counts.tolist()  # of the empty text: prefix and special tokens
-    tokens = _count_own_tokens(token_counts, added_tokens, engine.checkpoint.max_length, long_text_mode)
+    counts, added = embeddings.token_counts[:-1], embeddings.token_counts[-1]  # of the empty text: what a chunk adds
+    chunks = -(-counts // min(CHUNK_TOKENS, engine.checkpoint.max_length))  # all but a text's last are full
+    tokens = int((counts - chunks * added).sum())
     return result | {
         "embeddings": embeddings.vectors[:-1].tolist(),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
@@ -84,38 +78,3 @@ def free_embedding_model() -> None:
 def _engine(model: str, device: str, options: tuple[tuple[str, Any], ...]) -> Engine:
     name = model if "/" in model or Path(model).is_dir() else f"nomic-ai/{model}"
     return load(name, device=device, **{"max_length": CHUNK_TOKENS} | dict(options))
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise OptionError(f"{name} is unknown: {value!r}; use one of {', '.join(get_args(choices))}")
-
-
-def _check_dimensionality(dimensionality: int | None, engine: Engine) -> None:
-    if dimensionality is None or dimensionality == engine.dimensions:
-        return
-    if not engine.checkpoint.matryoshka or not 1 <= dimensionality <= engine.dimensions:
-        supported = f"1 to {engine.dimensions}" if engine.checkpoint.matryoshka else f"{engine.dimensions}"
-        raise OptionError(
-            f"dimensionality is not supported by {engine.checkpoint.name}: {dimensionality}; use {supported}"
-        )
-    if dimensionality < RECOMMENDED_DIMENSIONALITY:
-        logger.warning("dimensionality %d reduces quality; use %d or more", dimensionality, RECOMMENDED_DIMENSIONALITY)
-
-
-def _count_own_tokens(token_counts: list[int], added: int, max_length: int, long_text_mode: str) -> int:
-    """Sum the texts' tokens without `added` per chunk; tokens that two chunks share count twice, as in the client.
-
-    InputError for a text that is too long for "mean".
-    """
-    total = 0
-    for index, count in enumerate(token_counts):
-        chunks = -(-count // min(CHUNK_TOKENS, max_length))  # all but the last are full
-        own = count - chunks * added
-        length = own - (chunks - 1) * CHUNK_OVERLAP
-        if long_text_mode == "mean" and length > MAX_MEAN_TOKENS:
-            raise InputError(
-                f"text {index} is too long: {length} tokens; 'mean' supports {MAX_MEAN_TOKENS}, so shorten it"
-            )
-        total += own
-    return total

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,37 +18,37 @@ from unpadded.errors import InputError
 from unpadded.model.batch import PackedBatch, pack
 
 
-def unpad(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    spec: EncoderSpec,
-    *,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-) -> tuple[PackedBatch | None, np.ndarray | None, tuple[int, int]]:
+class PaddedInputs(NamedTuple):
+    """The inputs of transformers' models, in the order of their arguments."""
+
+    input_ids: Tensor | None  # [batch, length] integers
+    attention_mask: Tensor | None  # [batch, length], 0 for padding, which may precede, follow or separate tokens
+    token_type_ids: Tensor | None  # [batch, length] or [1, length]
+    position_ids: Tensor | None  # [batch, length] or [1, length]
+    inputs_embeds: Tensor | None  # [batch, length, hidden] floats, in place of input_ids
+
+
+def unpad(inputs: PaddedInputs, spec: EncoderSpec) -> tuple[PackedBatch | None, np.ndarray | None, tuple[int, int]]:
     """Pack the tokens that the mask keeps, on the CPU. Return the batch and the two arguments of `pad`.
 
-    input_ids: [batch, length] integers. inputs_embeds: [batch, length, hidden], in place of input_ids; the ids of the
-    packed batch are then row indices of inputs_embeds.flatten(0, 1). attention_mask: [batch, length], 0 for padding,
-    which may precede, follow or separate tokens. token_type_ids, position_ids: [batch, length] or [1, length]. Without
-    position_ids, rotary positions count from a text's first token, and learned ones are those of transformers: the
-    column, or RoBERTa's count.
-    The batch is None if no token is kept. InputError for ids that the encoder would look up out of bounds.
+    The batch is None if no token is kept. For inputs_embeds, its ids are row indices of inputs_embeds.flatten(0, 1).
+    Without position_ids, rotary positions count from a text's first token, and learned ones are those of transformers:
+    the column, or RoBERTa's count. InputError for ids that the encoder would look up out of bounds.
     """
-    shape = _input_shape(input_ids, inputs_embeds, spec)
-    if attention_mask is not None and attention_mask.shape != shape:
+    shape = _input_shape(inputs, spec)
+    mask = inputs.attention_mask
+    if mask is not None and mask.shape != shape:
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but the tokens have shape {shape}; "
+            f"attention_mask has shape {tuple(mask.shape)}, but the tokens have shape {shape}; "
             "pass zeros and ones in the shape of the tokens"
         )
-    if position_ids is not None and spec.alibi:
+    if inputs.position_ids is not None and spec.alibi:
         raise InputError(f"position_ids were passed to {spec.family}, which uses ALiBi instead; omit them")
-    token_type_ids = token_type_ids if spec.token_types else None
-    _check_shape("position_ids", position_ids, shape)
-    _check_shape("token_type_ids", token_type_ids, shape)
-    mask = None if attention_mask is None else attention_mask != 0
-    ids, given_mask, given_positions, token_types = to_host(input_ids, mask, position_ids, token_type_ids)
+    types = inputs.token_type_ids if spec.token_types else None
+    _check_shape("position_ids", inputs.position_ids, shape)
+    _check_shape("token_type_ids", types, shape)
+    nonzero = None if mask is None else mask != 0
+    ids, given_mask, given_positions, token_types = to_host(inputs.input_ids, nonzero, inputs.position_ids, types)
     kept = np.ones(shape, bool) if given_mask is None else given_mask
     indices = None if kept.all() else np.flatnonzero(kept)
     tokens = (np.arange(math.prod(shape)).reshape(shape) if ids is None else ids)[kept]
@@ -98,18 +99,19 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None, spec: EncoderSpec) -> tuple[int, int]:
+def _input_shape(inputs: PaddedInputs, spec: EncoderSpec) -> tuple[int, int]:
     """Return (batch, length) of input_ids or inputs_embeds."""
-    if input_ids is not None and inputs_embeds is not None:
-        raise InputError("both input_ids and inputs_embeds were passed; pass one of them")
+    input_ids, inputs_embeds = inputs.input_ids, inputs.inputs_embeds
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither input_ids nor" if input_ids is None else "both input_ids and"
+        raise InputError(f"{given} inputs_embeds were passed; pass one of them")
     if input_ids is not None:
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise InputError(
                 f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; pass [batch, length] integers"
             )
         return input_ids.shape[0], input_ids.shape[1]
-    if inputs_embeds is None:
-        raise InputError("neither input_ids nor inputs_embeds were passed; pass one of them")
+    assert inputs_embeds is not None
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != spec.hidden or not inputs_embeds.is_floating_point():
         raise InputError(
             f"inputs_embeds are {inputs_embeds.dtype} of shape {tuple(inputs_embeds.shape)}; pass floats of shape "

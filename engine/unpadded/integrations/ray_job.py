@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -19,22 +19,13 @@ from unpadded.bulk.atomic_files import write_error
 from unpadded.bulk.dataset_output import PART_ROWS
 from unpadded.bulk.file_output import OUTPUT_EXTENSIONS, output_extension
 from unpadded.bulk.formats import STDIN, TABLE_EXTENSIONS, extension
-from unpadded.bulk.job import check_carried_columns
+from unpadded.bulk.job import Totals, check_carried_columns
 from unpadded.bulk.rows import DEFAULT_COLUMN
 from unpadded.bulk.writers import GROUP_ROWS, RESULT_COLUMNS
 from unpadded.errors import InputError, OptionError, OutputError, UnpaddedError
 from unpadded.integrations.ray_data import embed
 
 NOT_PARQUET = {".txt", *TABLE_EXTENSIONS} - {".parquet"}
-
-
-class RayTotals(NamedTuple):
-    """A summary of a job. `seconds` includes loading the models."""
-
-    texts: int
-    tokens: int
-    truncated: int
-    seconds: float
 
 
 def run_on_ray(
@@ -47,66 +38,12 @@ def run_on_ray(
     id_column: str | None = None,
     carried_columns: Sequence[str] = (),
     settings: Mapping[str, Any],
-) -> RayTotals:
+) -> Totals:
     """Embed files, folders or buckets of Parquet on the cluster at `address`: "local", "auto", or as for ray.init.
 
-    The output has the columns of a dataset that one machine writes; its files are named by Ray.
-    settings: those of `UnpaddedEmbedder`.
+    The output has the columns of a dataset that one machine writes; its files are named by Ray. The seconds include
+    loading the models. settings: those of `UnpaddedEmbedder`.
     """
-    output, id_column = _check(inputs, output, id_column, carried_columns)
-    # Workers run in another folder.
-    output, *inputs = (name if "://" in name else os.path.abspath(name) for name in (output, *inputs))
-    model = os.path.abspath(model) if os.path.exists(model) else model
-    started = time.perf_counter()
-    if not ray.is_initialized():
-        _connect(address)
-    job = (inputs, output, model, column or DEFAULT_COLUMN, id_column, list(carried_columns), dict(settings))
-    try:
-        # Ray Data cannot be driven through Ray Client, so behind ray:// the driver is a task in the cluster.
-        is_client = address.startswith("ray://")
-        counts = ray.get(ray.remote(num_cpus=0)(_run).remote(*job)) if is_client else _run(*job)
-    except RayError as error:
-        raise original_error(error) from error
-    return RayTotals(*counts, time.perf_counter() - started)
-
-
-def _run(
-    inputs: list[str],
-    output: str,
-    model: str,
-    text_column: str,
-    id_column: str,
-    carried_columns: list[str],
-    settings: dict[str, Any],
-) -> tuple[int, int, int]:
-    """Write the output; return the numbers of its rows, of their tokens and of truncated texts."""
-
-    def arrange(table: pa.Table) -> pa.Table:
-        """Select and name the columns as a dataset has them."""
-        names = list(RESULT_COLUMNS)
-        return table.select([id_column, *names[1:], *carried_columns]).rename_columns([*names, *carried_columns])
-
-    _check_is_empty(output)
-    rows = _read(inputs, [text_column, id_column, *carried_columns])
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") and not str(settings["device"]).startswith("cpu") else "CPU"
-    actors = (1, max(1, int(resources[kind])))
-    embedded = embed(rows, model, actors=actors, column=text_column, **{f"num_{kind.lower()}s": 1}, **settings)
-    embedded.map_batches(arrange, batch_format="pyarrow").write_parquet(
-        output,
-        min_rows_per_file=PART_ROWS,
-        row_group_size=GROUP_ROWS,
-        compression="zstd",
-        use_dictionary=["id", *carried_columns],
-        write_page_checksum=True,
-    )
-    return _count(output)
-
-
-def _check(
-    inputs: Sequence[str], output: str | None, id_column: str | None, carried_columns: Sequence[str]
-) -> tuple[str, str]:
-    """Return output and id_column; OptionError for what does not work with --ray."""
     for name in inputs:
         if name == STDIN or extension(name) in NOT_PARQUET:
             raise OptionError(f"--ray reads only Parquet: {name!r}; pass files, folders or buckets of Parquet")
@@ -115,7 +52,44 @@ def _check(
     if id_column is None:
         raise OptionError("--ray needs ids, because rows have no number on a cluster; pass --id-column")
     check_carried_columns(carried_columns)
-    return output, id_column
+    # Workers run in another folder.
+    output, *inputs = (name if "://" in name else os.path.abspath(name) for name in (output, *inputs))
+    model = os.path.abspath(model) if os.path.exists(model) else model
+    text_column, carried = column or DEFAULT_COLUMN, list(carried_columns)
+
+    def arrange(table: pa.Table) -> pa.Table:
+        """Select and name the columns as a dataset has them."""
+        names = list(RESULT_COLUMNS)
+        return table.select([id_column, *names[1:], *carried]).rename_columns([*names, *carried])
+
+    def run() -> tuple[int, int, int]:
+        """Write the output; return the numbers of its rows, of their tokens and of truncated texts."""
+        _check_is_empty(output)
+        rows = _read(inputs, [text_column, id_column, *carried])
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU") and not str(settings["device"]).startswith("cpu") else "CPU"
+        actors = (1, max(1, int(resources[kind])))
+        embedded = embed(rows, model, actors=actors, column=text_column, **{f"num_{kind.lower()}s": 1}, **settings)
+        embedded.map_batches(arrange, batch_format="pyarrow").write_parquet(
+            output,
+            min_rows_per_file=PART_ROWS,
+            row_group_size=GROUP_ROWS,
+            compression="zstd",
+            use_dictionary=["id", *carried],
+            write_page_checksum=True,
+        )
+        return _count(output)
+
+    started = time.perf_counter()
+    if not ray.is_initialized():
+        _connect(address)
+    try:
+        # Ray Data cannot be driven through Ray Client, so behind ray:// the driver is a task in the cluster.
+        is_client = address.startswith("ray://")
+        texts, tokens, truncated = ray.get(ray.remote(num_cpus=0)(run).remote()) if is_client else run()
+    except RayError as error:
+        raise original_error(error) from error
+    return Totals(texts=texts, tokens=tokens, truncated=truncated, seconds=time.perf_counter() - started)
 
 
 def _check_is_empty(output: str) -> None:

@@ -1,7 +1,4 @@
-"""Ray Serve: the HTTP server with one engine per replica.
-
-`option` returns a dataclass field, which ruff cannot know.
-"""
+"""Ray Serve: the HTTP server with one engine per replica."""
 
 from __future__ import annotations
 
@@ -53,16 +50,15 @@ class ReplicaOptions:
         """Return the arguments of a deployment for the number of replicas."""
         if self.max_replicas is None:
             return {"num_replicas": self.replicas}
-        policy = {
-            "policy_function": f"{__name__}:{QueuedTokensPolicy.__name__}",
-            "policy_kwargs": {"tokens_per_replica": self.queued_tokens},
-        }
         autoscaling = {
             "min_replicas": self.replicas,
             "max_replicas": self.max_replicas,
             "upscale_delay_s": self.scale_up_seconds,
             "downscale_delay_s": self.scale_down_seconds,
-            "policy": policy,
+            "policy": {
+                "policy_function": f"{__name__}:{QueuedTokensPolicy.__name__}",
+                "policy_kwargs": {"tokens_per_replica": self.queued_tokens},
+            },
         }
         return {"autoscaling_config": autoscaling}
 

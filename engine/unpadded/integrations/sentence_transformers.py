@@ -15,7 +15,6 @@ Written for sentence-transformers >= 6.2, < 7, because it overrides methods that
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from dataclasses import replace
@@ -69,8 +68,6 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
     ) -> None:
         if backend != "torch":
             raise OptionError(f"backend = {backend!r} is not supported; omit it, or use sentence_transformers")
-        if trust_remote_code:
-            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run")
         super().__init__(model_name_or_path, **options)
 
     def _load_module_class_from_ref(
@@ -174,11 +171,8 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         if path is None:
             return
         file = Path(path) / "modules.json"
-        entries = json.loads(file.read_text())
-        for entry in entries:
-            if entry["type"] == f"{Transformer.__module__}.{Transformer.__qualname__}":
-                entry["type"] = "sentence_transformers.models.Transformer"
-        file.write_text(json.dumps(entries, indent=2))
+        own = f'"{Transformer.__module__}.{Transformer.__qualname__}"'
+        file.write_text(file.read_text().replace(own, '"sentence_transformers.models.Transformer"'))
 
 
 class Transformer(modules.Transformer):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -31,29 +32,21 @@ from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner, in_thread
-from unpadded.integrations import attention_interface
-from unpadded.integrations.padding import pad, to_device, unpad
+from unpadded.integrations.padding import PaddedInputs, pad, to_device, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
 from unpadded.model.heads import Dense
 from unpadded.model.tensor_loader import STORED_DTYPES
 from unpadded.model.weights import LINEARS, EncoderWeights, plain_weights, prepacked_weights
+from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
 
 # transformers' names of attention implementations -> the names that `unpadded.load` takes
 ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "torch"}
 # Arguments of transformers' from_pretrained that do not affect the values computed here.
-IGNORED_ARGUMENTS = {
-    "add_pooling_layer",
-    "low_cpu_mem_usage",
-    "safe_serialization",
-    "trust_remote_code",
-    "use_safetensors",
-}
+IGNORED_ARGUMENTS = {"add_pooling_layer", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
 NO_ATTENTIONS = "output_attentions = True is not supported: attention weights are never stored"
-
-attention_interface.register()
 
 
 class UnpaddedModel(nn.Module):
@@ -71,7 +64,9 @@ class UnpaddedModel(nn.Module):
         self.engine = engine
         self.config = make_config(engine.checkpoint)
         weights = in_thread(partial(plain_weights, engine._pipeline.runner.encoder.weights))
-        self._weights = _as_parameters(weights, lambda name, value: self.register_parameter(name, value))
+        self._weights: EncoderWeights = _as_parameters(
+            weights, lambda name, value: self.register_parameter(name, value)
+        )
         self.eval()
 
     @classmethod
@@ -99,26 +94,23 @@ class UnpaddedModel(nn.Module):
         """
         if unknown := sorted(set(ignored) - IGNORED_ARGUMENTS):
             raise OptionError(f"from_pretrained does not support {', '.join(unknown)}; omit it")
-        if ignored.get("trust_remote_code"):
-            logger.info("trust_remote_code is not needed: no code of a checkpoint is ever run")
-        folder = model
-        if not Path(model).is_dir() and (cache_dir or token is not None or local_files_only):
-            folder = fetch(
-                os.fspath(model), revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-            )
-        folder_revision = revision if folder is model and not Path(model).is_dir() else None
+        if Path(model).is_dir():
+            revision = None
+        elif cache_dir or token is not None or local_files_only:
+            options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+            model, revision = fetch(os.fspath(model), revision, **options), None
         dtype = dtype or torch_dtype or "auto"
         if dtype in LINEARS:
             raise OptionError(f"dtype={dtype!r} is not supported by a module, which may be cast; use unpadded.load")
         if dtype == "auto":
-            dtype = _stored_dtype(open_checkpoint(folder, revision=folder_revision))
+            dtype = _stored_dtype(open_checkpoint(model, revision=revision))
         engine = load(
-            folder,
+            model,
             device=device or ("cpu" if device_map is None else device_map),
             dtype=dtype,
             attention=ATTENTION.get(attn_implementation, attn_implementation or "auto"),
             rotary_scaling_factor=rotary_scaling_factor,
-            revision=folder_revision,
+            revision=revision,
         )
         return cls(engine)
 
@@ -147,27 +139,18 @@ class UnpaddedModel(nn.Module):
         if output_attentions:
             raise OptionError(f"{NO_ATTENTIONS}; omit it, or use transformers' model")
         if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        output = run_padded(
-            self.engine._pipeline.runner,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_hidden_states=output_hidden_states,
-        )
+            output_hidden_states = self.config.output_hidden_states
+        inputs = PaddedInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        output = run_padded(self.engine._pipeline.runner, inputs, output_hidden_states)
         return output.to_tuple() if return_dict is False else output
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._weights.word.device
-        return device
+        return self._weights.word.device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._weights.word.dtype
-        return dtype
+        return self._weights.word.dtype
 
     def can_generate(self) -> bool:
         """Return False; transformers' pipelines call this."""
@@ -191,74 +174,59 @@ class UnpaddedModel(nn.Module):
         for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else []), *adapters):
             inside = path.is_relative_to(checkpoint.folder)  # not so the weights of an adapter's base model
             target = folder / (path.relative_to(checkpoint.folder) if inside else path.name)
-            if path.resolve() != target.resolve():
-                target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(shutil.SameFileError):
                 shutil.copyfile(path, target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpaddedModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._move()
+        self._make_engine(*self._engine_parts())
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._move()
-
-    def _move(self) -> None:
-        """Make a runner for the parameters as they are after a move, a cast or `load_state_dict`."""
-        pipeline = self.engine._pipeline
-        old = pipeline.runner
-        name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
-        runner = _make_runner(pipeline.checkpoint, self._weights, name, old.dense)
-        self.engine = Engine(EmbeddingPipeline(pipeline.checkpoint, pipeline.tokenizer, runner, pipeline.token_budget))
+        self._make_engine(*self._engine_parts())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the engine, whose kernels cannot be copied; `__setstate__` makes another."""
-        pipeline = self.engine._pipeline
-        runner = pipeline.runner
-        parts = (
-            pipeline.checkpoint,
-            pipeline.tokenizer,
-            pipeline.token_budget,
-            runner.encoder.attention.name,
-            runner.dense,
-        )
-        return {**self.__dict__, "engine": parts}
+        return {**self.__dict__, "engine": self._engine_parts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        checkpoint, tokenizer, token_budget, attention, dense = state.pop("engine")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        runner = _make_runner(checkpoint, self._weights, attention, dense)
-        self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, token_budget))
+        self._make_engine(*state["engine"])
+
+    def _engine_parts(self) -> tuple[Checkpoint, Tokenizer, int, str, tuple[Dense, ...]]:
+        """Return the arguments of `_make_engine` that make an engine like this one."""
+        pipeline = self.engine._pipeline
+        attention, dense = pipeline.runner.encoder.attention.name, pipeline.runner.dense
+        return pipeline.checkpoint, pipeline.tokenizer, pipeline.token_budget, attention, dense
+
+    def _make_engine(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, budget: int, attention: str, dense: tuple[Dense, ...]
+    ) -> None:
+        """Make an engine for the parameters as they are after a move, a cast, `load_state_dict` or a copy."""
+        device = self.device
+        backend = attention_backend(attention if device.type == "cuda" else "auto", device, self.dtype)
+        prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, self._weights))
+        encoder = make_encoder(checkpoint.spec, prepacked, backend)
+        moved = tuple(
+            (weight.to(device), bias if bias is None else bias.to(device), name) for weight, bias, name in dense
+        )
+        runner = Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
+        self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
 
 
 @torch.no_grad()
-def run_padded(
-    runner: Runner,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    *,
-    output_hidden_states: bool,
-) -> BaseModelOutputWithPooling:
+def run_padded(runner: Runner, inputs: PaddedInputs, output_hidden_states: bool) -> BaseModelOutputWithPooling:
     """Run the packed encoder on padded tensors and pad its results; see `UnpaddedModel.forward`."""
     weights = runner.encoder.weights
-    batch, kept, shape = unpad(
-        input_ids,
-        attention_mask,
-        runner.encoder.spec,
-        token_type_ids=token_type_ids,
-        position_ids=position_ids,
-        inputs_embeds=inputs_embeds,
-    )
+    batch, kept, shape = unpad(inputs, runner.encoder.spec)
     states: list[Tensor] | None = [] if output_hidden_states else None
     if batch is None:
         last = weights.word.new_zeros(*shape, weights.word.shape[1])
         padded = (last,) * (len(weights.layers) + 1)
     else:
-        embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
+        embeds = None if inputs.inputs_embeds is None else inputs.inputs_embeds.flatten(0, 1)
         indices = None if kept is None else to_device(kept, runner.device)  # before the pass, so that nothing waits
         last = pad(runner.forward(batch, states, embeds), indices, shape)
         padded = tuple(pad(state, indices, shape) for state in states or ())
@@ -314,17 +282,3 @@ def _as_parameters(value: Any, register: Callable[[str, nn.Parameter], None], na
         }
         return replace(value, **parameters)
     return copy.copy(value)
-
-
-def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str, dense: tuple[Dense, ...]) -> Runner:
-    """Make a runner on the device of the weights."""
-    device = weights.word.device
-    backend = attention_backend(attention, device, weights.word.dtype)
-    prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, weights))
-    encoder = make_encoder(checkpoint.spec, prepacked, backend)
-    moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
-    return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

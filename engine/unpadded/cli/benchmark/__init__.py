@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from unpadded.cli.benchmark.comparison import compare
-from unpadded.cli.benchmark.comparison import scaling as measure_scaling
 from unpadded.cli.benchmark.machine import card, matmul_rate
 from unpadded.cli.benchmark.providers import PROVIDERS, REFERENCE, Model, make_providers
 from unpadded.cli.benchmark.workloads import TEXTS, TextSampler
@@ -24,7 +23,6 @@ def measure(
     *,
     against: Sequence[str] = tuple(PROVIDERS),
     rounds: int = 3,
-    scaling: Sequence[int] = (),
     result: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on workloads and print each table as soon as it is complete.
@@ -33,7 +31,6 @@ def measure(
     engines: the model loaded by unpadded, by dtype.
     workloads: by name, the texts, or how many to sample for a workload of `TEXTS`; None for its default number.
     against: names of `PROVIDERS` to compare with.
-    scaling: numbers of paragraphs to embed, one after the other, with the last engine.
     result: the dict to fill and return, so that an interrupted run keeps what it has measured.
     """
     device = next(iter(engines.values()))._pipeline.runner.device
@@ -43,7 +40,7 @@ def measure(
         print(f"{provider}: {reason}")
     result = {} if result is None else result
     result.setdefault("model", model.engine.checkpoint.name)
-    result |= {"workloads": [], "not run": reasons, "scaling": []}
+    result |= {"workloads": [], "not run": reasons}
     rates = {dtype: matmul_rate(device, getattr(torch, dtype)) for dtype in engines if hasattr(torch, dtype)}
     sampler = TextSampler(model.engine)
     for workload, texts in workloads.items():
@@ -51,11 +48,6 @@ def measure(
             texts = sampler.workload(workload, texts)
         result["workloads"].append(compare(workload, texts, model, providers, rates, rounds))
         print(table(result["workloads"][-1]), flush=True)
-    if scaling:
-        texts = sampler.workload("paragraphs", max(scaling))
-        for row in measure_scaling(list(engines.values())[-1], texts, scaling):
-            result["scaling"].append(row)
-            print(f"{row['texts']:,} texts: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
     return result
 
 

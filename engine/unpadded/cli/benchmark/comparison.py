@@ -1,4 +1,4 @@
-"""Interleaved measurements of several providers, the stages of one engine, and its speed as the corpus grows."""
+"""Interleaved measurements of several providers, the stages of one engine."""
 
 from __future__ import annotations
 
@@ -102,15 +102,6 @@ def interleave(
             if memory is not None:
                 peaks[name] = memory.increase()
     return seconds, results, peaks
-
-
-def scaling(engine: Engine, texts: Sequence[str], counts: Sequence[int]) -> Iterator[dict[str, float]]:
-    """Measure tokens/s of `stream` over the first `count` texts, for each count."""
-    engine.encode(texts[:WARM_UP], prompt="")
-    for count in counts:
-        start = time.perf_counter()
-        tokens = sum(int(block.token_counts.sum()) for block in engine.stream(texts[:count], prompt=""))
-        yield {"texts": count, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - start)}
 
 
 def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:

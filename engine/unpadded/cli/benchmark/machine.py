@@ -7,7 +7,6 @@ import importlib.metadata
 import itertools
 import platform
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 import unpadded
 from unpadded_kernels import linear
 
-PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "fastembed", "infinity-emb")
+PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
 GPU_SETTINGS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"  # nvidia-smi fields
 
 
@@ -55,13 +54,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 20) -> fl
     m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (2048, 768, 3072)
     x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
     return 2 * m * k * n / min(seconds(lambda: linear(x, weight, None), device, times))
-
-
-def copy_rate(device: torch.device) -> float:
-    """Return the median bytes/s, read and written, of copying 2 GiB on CUDA or 256 MiB on a CPU."""
-    source = torch.randn(2**29 if device.type == "cuda" else 2**26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), device, 10))
 
 
 def seconds(run: Callable[[], object], device: torch.device, times: int) -> list[float]:
@@ -130,11 +122,9 @@ def _output(*command: str) -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: *(.*\S)", file.read_text(), re.MULTILINE) if file.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unpadded.checkpoint.reader import Checkpoint
 from unpadded.engine import Engine
 
 Encode: TypeAlias = Callable[[Sequence[str]], np.ndarray]  # texts -> [texts, dimensions]
@@ -76,7 +74,9 @@ def _transformers(model: Model) -> Encode:
     """Follow the example of the model cards: batches in the given order, padded, pooled over the mask."""
     from transformers import AutoModel, AutoTokenizer
 
-    checkpoint = _without_dense(model.engine.checkpoint)
+    checkpoint = model.engine.checkpoint
+    if checkpoint.dense:
+        raise ValueError(f"{checkpoint.name} has Dense modules after its pooling, which this provider does not run")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     encoder = AutoModel.from_pretrained(checkpoint.folder).to(model.device).eval()
 
@@ -103,50 +103,10 @@ def _transformers(model: Model) -> Encode:
     return encode
 
 
-def _fastembed(model: Model) -> Encode:
-    """Run the checkpoint's own ONNX export."""
-    fastembed = importlib.import_module("fastembed")
-    description = importlib.import_module("fastembed.common.model_description")
-    checkpoint = _without_dense(model.engine.checkpoint)
-    file = next((name for name in ("onnx/model.onnx", "model.onnx") if (checkpoint.folder / name).exists()), None)
-    if file is None:
-        raise FileNotFoundError(f"{checkpoint.folder} has no onnx/model.onnx; export the model to ONNX")
-    fastembed.TextEmbedding.add_custom_model(
-        model=f"bench/{checkpoint.name}",
-        pooling=getattr(description.PoolingType, checkpoint.pooling.upper()),
-        normalization=checkpoint.normalize,
-        sources=description.ModelSource(hf=f"bench/{checkpoint.name}"),
-        dim=model.engine.dimensions,
-        model_file=file,
-    )
-    loaded = fastembed.TextEmbedding(
-        f"bench/{checkpoint.name}", specific_model_path=str(checkpoint.folder), threads=torch.get_num_threads()
-    )
-    return lambda texts: np.array(list(loaded.embed(texts)))
-
-
-def _infinity(model: Model) -> Encode:
-    infinity = importlib.import_module("infinity_emb")
-    options = infinity.EngineArgs(
-        model_name_or_path=model.name, engine="torch", device=model.device.type, bettertransformer=False
-    )
-    array = infinity.SyncEngineArray.from_args([options])
-    return lambda texts: np.array(array.embed(model=model.name, sentences=list(texts)).result()[0])
-
-
-def _without_dense(checkpoint: Checkpoint) -> Checkpoint:
-    """Raise for a checkpoint with Dense modules, which a provider that only pools would leave out."""
-    if checkpoint.dense:
-        raise ValueError(f"{checkpoint.name} has Dense modules after its pooling, which this provider does not run")
-    return checkpoint
-
-
 PROVIDERS: dict[str, Callable[[Model], Encode]] = {
     REFERENCE: _sentence_transformers,
     "sentence-transformers-best": _sentence_transformers_best,
     "sentence-transformers-onnx": partial(_sentence_transformers, backend="onnx"),
     "sentence-transformers-openvino": partial(_sentence_transformers, backend="openvino"),
     "transformers": _transformers,
-    "fastembed": _fastembed,
-    "infinity": _infinity,
 }

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from unpadded.errors import OptionError, install_command
-
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
-except ImportError as error:
-    raise OptionError(f"matplotlib is not installed: plots need it; {install_command('bench')}") from error
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 WIDTH, BAR, HEIGHT = 9, 0.22, 4.5  # inches: of a figure, of one bar with its gap, of a line chart
 
