@@ -175,7 +175,7 @@ HEAD_LINES = (
     b"Content-Length: -1|Content-Length: 9999999999|x: \xff\x01|: x|\r\nx|Accept: application/octet-stream|"
     b"Content-Encoding: gzip|x-request-id: \xe9|x: " + b"v" * 9000 + b"|x: " + b"v" * 90_000
 ).split(b"|")
-RAW_STATUSES = STATUSES | {405, 408, 417, 429, 431, 501}
+RAW_STATUSES = STATUSES | {405, 408, 429, 431, 501}
 
 
 def raw_request(draw):

@@ -1,7 +1,7 @@
 """HTTP/1.1 by uvicorn and httptools, with limits for every client.
 
 uvicorn parses heads of any size, keeps what a client does not read, waits without limit for the rest of a head or of a
-discarded body, drops the bodies of requests that offer an upgrade, and closes half-closed connections unanswered.
+discarded body, and drops the bodies of requests that offer an upgrade.
 `request_body.read_body` limits the size and the time of bodies.
 """
 
@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 import httptools
-import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from unpadded.server.endpoint import ServerState
@@ -24,7 +23,6 @@ PIECE_BYTES = 4096  # parsed at a time, which bounds the number of pipelined req
 MAX_HEAD_BYTES = 65_536  # plus a piece; also between two parts of a body: sizes of chunks, extensions, trailers
 MAX_HELD_BYTES = 65_536  # received before the previous response is sent; then reading pauses
 LINGER_SECONDS = 2  # for the client to read an error before the connection is closed
-PROBE_SECONDS = 0.25
 
 
 class Protocol(HttpToolsProtocol):
@@ -37,7 +35,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # set when a request starts
         self._held = bytearray()  # received and not parsed
         self._unparsed_bytes = 0  # parsed since the last head or part of a body; -1 after one
-        self._ignores_input = self._half_closed = False
+        self._ignores_input = False
         self._send_timer: asyncio.TimerHandle | None = None
         self.url = b""
 
@@ -59,14 +57,6 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._held += data
         self._parse_held()
-
-    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never keeps a connection open
-        """Return whether the connection stays open for the responses to a client that has finished sending."""
-        stays = self._must_hold() and not self._ignores_input and self.scheme == "http"
-        if stays and not self._half_closed:
-            self._half_closed = True
-            self._probe()
-        return stays
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -112,8 +102,6 @@ class Protocol(HttpToolsProtocol):
         if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
             self._arm(self._options.read_timeout)  # for the rest of the body, which is discarded
         self._parse_held()
-        if self._half_closed and not self._must_hold():
-            self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -161,19 +149,11 @@ class Protocol(HttpToolsProtocol):
 
     def _check_head(self, method: bytes, version: str) -> None:
         """Raise HTTPError for what RFC 9110 and 9112 do not allow, or do not ask a server to support."""
-        hosts, codings, expectations = (
-            [value.decode("latin-1").lower() for name, value in self.headers if name == header]
-            for header in (b"host", b"transfer-encoding", b"expect")
-        )
+        hosts = [value for name, value in self.headers if name == b"host"]
         if method == b"CONNECT":
             raise HTTPError("not_implemented", "the method is not supported: CONNECT; use GET or POST")
         if len(hosts) > 1 or (not hosts and version == "1.1"):
             raise HTTPError("malformed", f"the request has {len(hosts)} Host headers; send one")
-        if codings not in ([], ["chunked"]):
-            kind = "not_implemented" if codings[-1].endswith("chunked") else "malformed"  # RFC 9112, 6.1 and 6.3
-            raise HTTPError(kind, f"the Transfer-Encoding is not supported: {codings}; use chunked")
-        if expectations not in ([], ["100-continue"]):
-            raise HTTPError("expectation", f"the Expect header is not supported: {expectations}; use 100-continue")
 
     def _fail(self, error: HTTPError) -> None:
         """Respond to bytes that are not a request, after the responses to those before, and ignore what follows."""
@@ -187,8 +167,7 @@ class Protocol(HttpToolsProtocol):
                 return self.transport.close()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        api = api_of_path(self.url.decode("latin-1"))
-        status, body = error.status_code(api), orjson.dumps(error.body(api))
+        status, body = error.encode(api_of_path(self.url.decode("latin-1")))
         self._state.service.metrics.errors.labels(error.kind).inc()
         fields = {"client": self.client and self.client[0], "status": status, "error": str(error)}
         logger.info("invalid request", extra={"fields": fields})
@@ -197,16 +176,6 @@ class Protocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._arm(LINGER_SECONDS)  # a close with unread input is a reset, which discards the response at the client
-
-    def _probe(self) -> None:
-        """Write an interim response from time to time: it fails if the client has left, but not if it half-closed.
-
-        The end of the input looks the same for both.
-        """
-        if self._running is not None and self._must_hold() and not self.transport.is_closing():
-            if not self._running.response_started and self._running.scope["http_version"] == "1.1":
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def _arm(self, seconds: float) -> None:
         self._unset_keepalive_if_required()

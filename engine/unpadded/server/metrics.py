@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from unpadded.execution.batcher import Batcher, Timing
-from unpadded.execution.pipeline import EmbeddingPipeline
-from unpadded.execution.runner import Runner
+from unpadded.execution.batcher import Timing
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 COUNT_BUCKETS = tuple(2**power for power in range(4, 18))
@@ -35,62 +32,42 @@ class Metrics:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        self.requests = Counter("unpadded_requests", "requests answered", ["path", "status"], registry=registry)
-        self.errors = Counter("unpadded_errors", "requests answered with an error", ["kind"], registry=registry)
-        self.disconnects = Counter(
-            "unpadded_disconnects", "clients that disconnected before the response", registry=registry
-        )
-        self.texts = Counter("unpadded_texts", "texts embedded", registry=registry)
-        self.tokens = Counter("unpadded_tokens", "tokens embedded", registry=registry)
-        self.truncated = Counter("unpadded_truncated_texts", "texts that were truncated", registry=registry)
-        self.active = Gauge("unpadded_active_requests", "requests in progress", registry=registry)
-        self.body_bytes = Gauge("unpadded_body_bytes", "bodies of the requests in progress", registry=registry)
-        self.seconds = Histogram(
-            "unpadded_request_seconds", "seconds per stage", ["stage"], buckets=SECONDS_BUCKETS, registry=registry
-        )
-        self.batch_seconds = Histogram(
-            "unpadded_batch_seconds", "seconds per batch", buckets=SECONDS_BUCKETS, registry=registry
-        )
-        self.batch_tokens = Histogram(
-            "unpadded_batch_tokens", "tokens per batch", buckets=COUNT_BUCKETS, registry=registry
-        )
-        self.batch_texts = Histogram(
-            "unpadded_batch_texts", "texts per batch", buckets=COUNT_BUCKETS, registry=registry
-        )
+        self._registry = CollectorRegistry()
+        self.requests = self._counter("requests", "requests answered", "path", "status")
+        self.errors = self._counter("errors", "requests answered with an error", "kind")
+        self.disconnects = self._counter("disconnects", "clients that disconnected before the response")
+        self.texts = self._counter("texts", "texts embedded")
+        self.tokens = self._counter("tokens", "tokens embedded")
+        self.truncated = self._counter("truncated_texts", "texts that were truncated")
+        self.seconds = self._histogram("request_seconds", "seconds per stage", SECONDS_BUCKETS, "stage")
+        self.batch_seconds = self._histogram("batch_seconds", "seconds per batch", SECONDS_BUCKETS)
+        self.batch_tokens = self._histogram("batch_tokens", "tokens per batch", COUNT_BUCKETS)
+        self.batch_texts = self._histogram("batch_texts", "texts per batch", COUNT_BUCKETS)
 
-    def watch(self, pipeline: EmbeddingPipeline, batcher: Batcher) -> None:
-        """Report the pipeline's devices and the batcher's queue at every scrape."""
-        backend = pipeline.backend
-        devices = Gauge("unpadded_devices", "devices that accept batches", registry=self._registry)
-        devices.set_function(lambda: backend.ready_devices)
-        if isinstance(backend, Runner) and backend.device.type == "cuda":  # worker processes hold their own memory
-            memory = Gauge("unpadded_gpu_memory_bytes", "GPU memory held by tensors", registry=self._registry)
-            memory.set_function(partial(torch.cuda.memory_allocated, backend.device))
-        calls = Gauge("unpadded_queued_requests", "requests waiting for a batch", registry=self._registry)
-        calls.set_function(lambda: batcher.queued_calls)
-        tokens = Gauge("unpadded_queued_tokens", "tokens waiting for a batch", registry=self._registry)
-        tokens.set_function(lambda: batcher.queued_tokens)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"unpadded_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"unpadded_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Report a value that is read at every scrape."""
+        Gauge(f"unpadded_{name}", text, registry=self._registry).set_function(read)
 
     def observe_batch(self, texts: int, tokens: int, seconds: float) -> None:
         self.batch_texts.observe(texts)
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
 
-    def observe_usage(self, usage: Usage) -> None:
-        self.texts.inc(usage.texts)
-        self.tokens.inc(usage.tokens)
-        self.truncated.inc(usage.truncated)
-
-    def observe_request(self, path: str, status: int, timing: Timing, encode_seconds: float, seconds: float) -> None:
+    def observe_request(self, path: str, status: int, usage: Usage, encode_seconds: float, seconds: float) -> None:
         self.requests.labels(path, status).inc()
-        if status != 200:
-            return
-        self.seconds.labels("tokenize").observe(timing.tokenize)
-        self.seconds.labels("queue").observe(timing.queue)
-        self.seconds.labels("inference").observe(timing.inference)
-        self.seconds.labels("serialize").observe(encode_seconds)
-        self.seconds.labels("total").observe(seconds)
+        if status == 200:
+            self.texts.inc(usage.texts)
+            self.tokens.inc(usage.tokens)
+            self.truncated.inc(usage.truncated)
+            stages = {**vars(usage.timing), "serialize": encode_seconds, "total": seconds}
+            for stage, value in stages.items():
+                self.seconds.labels(stage).observe(value)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -60,7 +60,7 @@ def decode_request(
         except msgspec.ValidationError:
             if not isinstance(given := msgspec.json.decode(body), dict):
                 raise
-            fields, ignored = _adapt(given, set(request_type.__struct_fields__), service)
+            fields, ignored = _adapt(given, set(request_type.__struct_encode_fields__), service)
             return msgspec.convert(fields, request_type), ignored
     except msgspec.ValidationError as error:
         raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
@@ -72,9 +72,8 @@ def decode_request(
 
 def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
     """Return the fields with the request type's names, and the names of those that are ignored."""
-    parameters = given.get("parameters")
-    if isinstance(parameters, dict) and not isinstance(given.get("inputs"), dict):
-        given = {name: value for name, value in given.items() if name != "parameters"} | parameters
+    if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
+        given = given | (given.pop("parameters", None) or {})
     found: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in given.items():
