@@ -5,8 +5,7 @@ serve          start, listen, drain on SIGTERM
 app            ASGI application: one route per endpoint, and the OpenAPI document
 endpoint       one request from its first byte to its log line; API keys
 http_protocol  HTTP/1.1: limits for heads, held and unread bytes; upgrades
-request_fields JSON to request types, with the fields of other APIs
-request_body   body size and time limits, decompression
+request_body   limits of a body's size and time, decompression, JSON to request types, with the fields of other APIs
 service        the engine as endpoints use it: model names, limits, shared batches
 responses      response bodies, and the pages in pages/
 errors         error responses

@@ -1,7 +1,5 @@
 """The ASGI application: one route per endpoint, the OpenAPI document, and CORS if configured."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -4,8 +4,6 @@
 handler computes the response, `_encode` or `_error_reply` makes bytes of it, and `_record` counts and logs it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac
@@ -17,17 +15,17 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response as Reply
 from starlette.types import Receive, Scope, Send
 
 from unpadded.errors import WorkerError
-from unpadded.server.errors import Api, HTTPError
+from unpadded.server.errors import Api, HTTPError, check_maximum, to_http_error
 from unpadded.server.metrics import Usage
-from unpadded.server.request_body import decompress, read_body
-from unpadded.server.request_fields import decode_request
+from unpadded.server.request_body import decode_request, decompress, read_body
 from unpadded.server.responses import JSON, Response
 from unpadded.server.service import Service
 
@@ -84,14 +82,6 @@ class Endpoint:
         return "GET" if self.request_type is None else "POST"
 
 
-class Reply(NamedTuple):
-    """An encoded response or error."""
-
-    status: int
-    body: bytes
-    headers: dict[str, str]
-
-
 class ServerState:
     """The state that all requests share. `draining` is set on SIGTERM."""
 
@@ -113,15 +103,11 @@ class ServerState:
         """Count bytes of a request's or response's body until that is sent; 429 if all of them get too large."""
         limit = MAX_BODIES * self.service.options.max_body
         with self._lock:
-            others = self.held_bytes - context.held_bytes
-            if others and self.held_bytes + count > limit and context.held_bytes + count > INLINE_REQUEST_BYTES:
-                raise HTTPError(
-                    "overloaded",
-                    f"the bodies in progress are too large: {self.held_bytes + count} bytes, maximum {limit}; try "
-                    "again later",
-                )
-            self.held_bytes += count
-            context.held_bytes += count
+            total, own = self.held_bytes + count, context.held_bytes + count
+            if own > INLINE_REQUEST_BYTES and total > own:
+                what = "the bodies in progress are too large, in bytes"
+                check_maximum("overloaded", what, total, limit, "try again later")
+            self.held_bytes, context.held_bytes = total, own
 
 
 class EndpointApp:
@@ -161,7 +147,6 @@ class EndpointApp:
         return await self._encode(await self._run_handler(request, context), context)
 
     def _check_access(self, context: RequestContext) -> None:
-        limit = self.service.options.max_concurrent_requests
         accepted = context.scope.get("state", {}).get("accepted")  # set by `Protocol` if it began before SIGTERM
         if self.state.draining and not accepted and self.endpoint.path != "/metrics":
             raise HTTPError("draining", "the server is shutting down; use another")
@@ -172,9 +157,8 @@ class EndpointApp:
         matches = [hmac.compare_digest(received, digest) for digest in self.state.key_digests]  # all, for constant time
         if matches and (scheme.lower() != "bearer" or not any(matches)):
             raise HTTPError("unauthorized", "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
-        if self.state.active > limit:
-            message = f"too many concurrent requests: {self.state.active}, maximum {limit}; try again later"
-            raise HTTPError("overloaded", message)
+        active, limit = self.state.active, self.service.options.max_concurrent_requests
+        check_maximum("overloaded", "too many concurrent requests", active, limit, "try again later")
 
     def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
         assert self.endpoint.request_type is not None, self.endpoint.path
@@ -209,10 +193,10 @@ class EndpointApp:
         body = await asyncio.to_thread(response.encode) if large else response.encode()
         context.encode_seconds = time.perf_counter() - start
         self.state.hold(context, len(body))
-        headers = {"content-type": response.media_type} | response.headers | self._usage_headers(context)
+        headers = response.headers | self._usage_headers(context)
         if context.ignored_fields:
             headers["x-ignored-fields"] = ", ".join(context.ignored_fields)
-        return Reply(200, body, headers)
+        return Reply(body, 200, headers, response.media_type)
 
     def _usage_headers(self, context: RequestContext) -> dict[str, str]:
         """Return the headers of text-embeddings-inference, times in milliseconds, and the number of truncated texts."""
@@ -233,26 +217,25 @@ class EndpointApp:
         }
 
     def _error_reply(self, exception: BaseException) -> Reply:
-        error = HTTPError.from_exception(exception)
+        error = to_http_error(exception)
         if isinstance(exception, WorkerError) and not self.service.ready:
             error.kind = "no_device"  # the worker processes failed, not these texts
-        if error.kind == "internal":
-            logger.error("a request raised", exc_info=exception)
-        elif error.kind == "model_failed" and exception.__cause__ is not None:
-            logger.error("the model failed", exc_info=exception.__cause__)
+        if error.kind == "internal" or (error.kind == "model_failed" and exception.__cause__ is not None):
+            logger.error("a request failed", exc_info=exception)
         self.service.metrics.errors.labels(error.kind).inc()
-        headers = {"content-type": JSON}
+        headers = {}
         if error.kind in ("overloaded", "draining", "no_device"):
             seconds = 1 if error.kind == "draining" else self.service.estimate_queue_seconds()
             headers["retry-after"] = str(seconds)
         if error.kind == "unauthorized":
             headers["www-authenticate"] = "Bearer"
-        return Reply(*error.encode(self.endpoint.api), headers)
+        status, body = error.encode(self.endpoint.api)
+        return Reply(body, status, headers, JSON)
 
     def _record(self, context: RequestContext, reply: Reply) -> None:
         """Update the metrics and write the log line."""
         path, usage, seconds = self.endpoint.path, context.usage, time.perf_counter() - context.started
-        self.service.metrics.observe_request(path, reply.status, usage, context.encode_seconds, seconds)
+        self.service.metrics.observe_request(path, reply.status_code, usage, context.encode_seconds, seconds)
         if self.endpoint.public:
             return
         fields = {
@@ -260,7 +243,7 @@ class EndpointApp:
             "client": context.client and context.client.host,
             "method": context.method,
             "path": path,
-            "status": reply.status,
+            "status": reply.status_code,
             "seconds": round(seconds, 6),
             "texts": usage.texts,
             "tokens": usage.tokens,
@@ -272,12 +255,11 @@ class EndpointApp:
 
     async def _send(self, context: RequestContext, reply: Reply, send: Send) -> bool:
         """Send a reply, and return whether the client read all of it."""
-        headers = {"x-request-id": context.request_id} | reply.headers | {"content-length": str(len(reply.body))}
+        reply.headers["x-request-id"] = context.request_id
         # A client that still waits for "100 Continue" may or may not send its body after an error.
-        if self.state.draining or (reply.status >= 400 and "expect" in context.headers):
-            headers["connection"] = "close"
-        raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+        if self.state.draining or (reply.status_code >= 400 and "expect" in context.headers):
+            reply.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
         # `send` waits until the piece before has left the process, see `Protocol`; the last piece is empty.
         for start in range(0, len(reply.body) + SEND_BYTES, SEND_BYTES):
             piece = reply.body[start : start + SEND_BYTES]

@@ -1,7 +1,5 @@
 """HTTP errors: the status code of each kind, and the error body of each API."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import orjson
@@ -43,17 +41,15 @@ OPENAI_CODES = {
 TEI_TYPES = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
 
 
-# Kinds of the exceptions that the package raises; all others are "internal".
-KINDS: dict[type[Exception], str] = {
-    OverloadedError: "overloaded",
-    OutputError: "model_failed",
-    UnpaddedError: "invalid",
-}
-
-
 def api_of_path(path: str) -> Api:
     """Return the API whose error bodies a client expects that requests a path without an endpoint."""
     return "openai" if path.startswith("/v1/") else "tei"
+
+
+def check_maximum(kind: str, what: str, count: int, maximum: int, advice: str) -> None:
+    """Raise HTTPError if a count exceeds its maximum."""
+    if count > maximum:
+        raise HTTPError(kind, f"{what}: {count}, maximum {maximum}; {advice}")
 
 
 class HTTPError(Exception):
@@ -62,14 +58,6 @@ class HTTPError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-
-    @classmethod
-    def from_exception(cls, error: BaseException) -> HTTPError:
-        """Return the HTTP error for any exception."""
-        if isinstance(error, HTTPError):
-            return error
-        kind = next((kind for type_, kind in KINDS.items() if isinstance(error, type_)), None)
-        return cls(kind, str(error)) if kind else cls("internal", "the server failed on this request; see its log")
 
     def encode(self, api: Api) -> tuple[int, bytes]:
         """Return the status code, and the JSON body as OpenAI, text-embeddings-inference or nomic defines it."""
@@ -82,3 +70,13 @@ class HTTPError(Exception):
         elif api == "tei":
             body = {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}
         return code, orjson.dumps(body)
+
+
+def to_http_error(error: BaseException) -> HTTPError:
+    """Return the HTTP error for any exception."""
+    if isinstance(error, HTTPError):
+        return error
+    kinds = {OverloadedError: "overloaded", OutputError: "model_failed", UnpaddedError: "invalid"}
+    kind = next((kind for type_, kind in kinds.items() if isinstance(error, type_)), None)
+    message = str(error) if kind else "the server failed on this request; see its log"
+    return HTTPError(kind or "internal", message)

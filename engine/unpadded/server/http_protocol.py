@@ -5,8 +5,6 @@ discarded body, and drops the bodies of requests that offer an upgrade.
 `request_body.read_body` limits the size and the time of bodies.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

@@ -1,17 +1,55 @@
-"""Request bodies: limits of their size and time, and decompression."""
+"""A request's body: limits of its size and time, decompression, and JSON to the request's type.
 
-from __future__ import annotations
+A field that clients of other APIs send is mapped to the type's own field of this meaning, ignored if it cannot change
+the response, and otherwise rejected like any unknown field.
+"""
 
 import asyncio
+import codecs
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 
 from unpadded.server.errors import HTTPError
+from unpadded.server.service import Service
 
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # selects gzip framing in zlib
 MAX_GZIP_MEMBERS = 64  # zlib copies the rest of the body at the end of each
+# Names of one option in the APIs of OpenAI, TEI, nomic, Cohere, Voyage, Jina and NVIDIA.
+SYNONYMS = (
+    ("task", "task_type", "prompt_name", "input_type"),
+    ("dimensions", "dimensionality", "output_dimension"),
+    ("truncate", "truncation"),
+    ("normalize", "normalized"),
+)
+# Names of the prompt that an `input_type` may stand for.
+INPUT_TYPES = (
+    ("query", "search_query", "retrieval.query"),
+    ("document", "passage", "search_document", "retrieval.passage"),
+)
+TRUNCATE_WORDS: dict[str, dict[str, Any]] = {
+    "NONE": {"truncate": False},
+    "END": {"truncate": True},
+    "START": {"truncate": True, "truncation_direction": "left"},
+}
+IGNORED = frozenset({"user", "options", "metadata", "request_id", "priority", "safety_identifier", "modality"})
+# Ignored if they ask for what is done anyway.
+DEFAULTS: dict[str, object] = {
+    "add_special_tokens": True,
+    "late_chunking": False,
+    "embedding_type": "float",
+    "output_dtype": "float",
+    "truncate_prompt_tokens": None,
+}
+# In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89aAbB][\da-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB][\da-fA-F]{2})\\u[dD][c-fC-F][\da-fA-F]{2}"
+    rb"|\xed[\xa0-\xbf][\x80-\xbf]"
+)
 
 
 async def read_body(request: Request, hold: Callable[[int], None], *, max_bytes: int, seconds: float) -> bytes:
@@ -59,3 +97,60 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> HTTPError:
     return HTTPError("too_large", f"the body is too large: more than {max_bytes} bytes; send fewer texts per request")
+
+
+def decode_request(
+    body: bytes, request_type: type[msgspec.Struct], service: Service
+) -> tuple[msgspec.Struct, list[str]]:
+    """Return the request and the names of its fields that were ignored."""
+    body = body.removeprefix(codecs.BOM_UTF8)
+    try:
+        try:
+            return msgspec.json.decode(body, type=request_type), []
+        except msgspec.ValidationError:
+            if not isinstance(given := msgspec.json.decode(body), dict):
+                raise
+            fields, ignored = _adapt(given, set(request_type.__struct_encode_fields__), service)
+            return msgspec.convert(fields, request_type), ignored
+    except msgspec.ValidationError as error:
+        raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        surrogate = LONE_SURROGATE.search(body)
+        what = str(error) if surrogate is None else f"it has a lone surrogate at byte {surrogate.start()}"
+        raise HTTPError("malformed", f"the body is not JSON: {what}; send a JSON object in UTF-8") from error
+
+
+def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields with the request type's names, and the names of those that are ignored."""
+    if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
+        given = given | (given.pop("parameters", None) or {})
+    found: dict[str, Any] = {}
+    ignored: list[str] = []
+    for name, value in given.items():
+        own = next((own for group in SYNONYMS if name in group for own in group if own in names), name)
+        if name == "input_type" and isinstance(value, str):
+            value = _task(value, service.engine.checkpoint.prompts)
+        if name == "model" and name not in names and isinstance(value, str):
+            service.task_of_model(value)  # raises for another model
+            ignored.append(name)
+        elif own in names and own != name and value is None:
+            ignored.append(name)
+        elif own in names:
+            words = TRUNCATE_WORDS.get(str(value).upper()) if own == "truncate" else None
+            for key, option in (words or {own: value}).items():
+                if found.setdefault(key, option) != option:
+                    raise HTTPError("invalid", f"{key} has two values: {found[key]!r} and {option!r}; send one")
+        elif name in IGNORED or value == DEFAULTS.get(name, msgspec.UNSET):
+            ignored.append(name)
+        else:
+            found[name] = value  # `msgspec.convert` names it
+    return found, ignored
+
+
+def _task(input_type: str, prompts: Mapping[str, str]) -> str | None:
+    """Return the task for an `input_type`; None if the model has no prompts, so that all are alike."""
+    group: tuple[str, ...] = next((group for group in INPUT_TYPES if input_type in group), ())
+    task = next((name for name in (input_type, *group) if name in prompts), None)
+    if task is None and any(prompts.values()):
+        raise HTTPError("invalid", f"the input_type is unknown: {input_type!r}; use one of {', '.join(prompts)}")
+    return task

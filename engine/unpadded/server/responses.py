@@ -1,7 +1,5 @@
 """Responses as bytes. Vectors never become Python floats: orjson and base64 read numpy rows."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable
@@ -53,15 +51,15 @@ def negotiate(accept: str, *offers: str) -> str:
     RFC 9110, 12.5.1: of the ranges that include a type, the most specific one has its weight.
     """
 
+    ranges: dict[str, tuple[float, int]] = {}  # weight, and position from the end
+    for position, item in enumerate(accept.lower().replace(" ", "").split(",")):
+        media_range, _, parameters = item.partition(";")
+        weight = re.search(r"(?:^|;)q=([01](?:\.\d*)?)(?:;|$)", parameters)
+        ranges[media_range] = (float(weight[1]) if weight else 1.0, -position)
+
     def rank(offer: str) -> tuple[float, int]:
-        best = (-1, 0.0, -len(accept))  # specificity, weight, and position from the end
-        for position, item in enumerate(accept.lower().split(",")):
-            media_range, _, parameters = item.replace(" ", "").partition(";")
-            ranges = ("*/*", offer.partition("/")[0] + "/*", offer)
-            if media_range in ranges:
-                weight = re.search(r"(?:^|;)q=([01](?:\.\d*)?)(?:;|$)", parameters)
-                best = max(best, (ranges.index(media_range), float(weight[1]) if weight else 1.0, -position))
-        return best[1:] if best[1] else (0.0, -len(accept))
+        names = [name for name in (offer, offer.partition("/")[0] + "/*", "*/*") if name in ranges]
+        return ranges[names[0]] if names and ranges[names[0]][0] else (0.0, -len(accept))
 
     return max(offers, key=rank)
 

@@ -1,7 +1,5 @@
 """The engine as endpoints use it: model names, limits, and batches shared by all requests."""
 
-from __future__ import annotations
-
 import math
 import re
 import time
@@ -18,7 +16,7 @@ from unpadded.execution import cuda_graphs
 from unpadded.execution.batcher import Limits, Rows, run_windows
 from unpadded.execution.runner import Runner
 from unpadded.options import EncodeKeywords, Plan
-from unpadded.server.errors import HTTPError
+from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
 from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
@@ -43,15 +41,11 @@ class Service:
         self.options = options
         self.metrics = Metrics()
         self.batcher = self.pipeline.batcher(self.metrics.observe_batch)
-        self._watch()
         self.model_name = engine.checkpoint.name
         self.model_names = tuple(dict.fromkeys([self.model_name, self.model_name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
         self.description = engine.describe()
         self.device_type = re.split("[:,]", str(self.description["device"]))[0]
-
-    def _watch(self) -> None:
-        """Report the devices and the queue in the metrics."""
         backend, batcher, watch = self.pipeline.backend, self.batcher, self.metrics.watch
         watch("devices", "devices that accept batches", lambda: backend.ready_devices)
         watch("queued_requests", "requests waiting for a batch", lambda: batcher.queued_calls)
@@ -161,11 +155,8 @@ class Service:
                 f"the input mixes token ids with texts: {given[index]} at {index}; put each text's ids in a list"
             )
         texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
-        if len(texts) > self.options.max_inputs:
-            raise HTTPError(
-                "too_many_inputs",
-                f"the input has too many texts: {len(texts)}, maximum {self.options.max_inputs}; send fewer",
-            )
+        maximum = self.options.max_inputs
+        check_maximum("too_many_inputs", "the input has too many texts", len(texts), maximum, "send fewer")
         check_characters(max((len(text) for text in texts if isinstance(text, str)), default=0))
         return texts
 
@@ -196,16 +187,12 @@ class Service:
                 )
             usage.truncated += len(truncated)
             usage.tokens += int(window.token_counts.sum())
-            if not pooled and usage.tokens > MAX_TOKEN_VECTORS:
-                raise HTTPError(
-                    "too_many_inputs",
-                    f"the response would have too many token vectors: {usage.tokens}, maximum {MAX_TOKEN_VECTORS}; "
-                    "send fewer texts",
-                )
+            if not pooled:
+                what = "the response would have too many token vectors"
+                check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "send fewer texts")
             yield window
 
 
 def check_characters(count: int) -> None:
     """Raise HTTPError if a text has too many characters."""
-    if count > MAX_CHARACTERS:
-        raise HTTPError("too_long", f"a text is too long: {count} characters, maximum {MAX_CHARACTERS}; split it")
+    check_maximum("too_long", "a text has too many characters", count, MAX_CHARACTERS, "split it")

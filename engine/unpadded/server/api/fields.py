@@ -1,7 +1,5 @@
 """Types and fields that requests of several APIs have."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """Nomic's API: /v1/embedding/text, and /v1/user, which its client requests at login."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from msgspec import field

@@ -1,7 +1,5 @@
 """OpenAI's API: /v1/embeddings and /v1/models."""
 
-from __future__ import annotations
-
 import base64
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The API of text-embeddings-inference (TEI)."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import unpadded
 from unpadded.execution.batcher import MAX_READERS
 from unpadded.server.api.fields import Dimensions, Direction, Input, Request, Texts, TokenId
 from unpadded.server.endpoint import Endpoint, RequestContext
-from unpadded.server.errors import HTTPError
+from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.responses import Response, html_page, json_response, negotiate, vectors_response
 from unpadded.server.service import Service, check_characters
 
@@ -122,8 +120,7 @@ async def _decode(service: Service, request: DecodeRequest, context: RequestCont
 
 
 def _check_listed(count: int) -> None:
-    if count > MAX_LISTED_TOKENS:
-        raise HTTPError("too_many_inputs", f"too many tokens: {count}, maximum {MAX_LISTED_TOKENS}; send fewer texts")
+    check_maximum("too_many_inputs", "too many tokens", count, MAX_LISTED_TOKENS, "send fewer texts")
 
 
 def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
