@@ -224,7 +224,7 @@ def converse(client, draw, data, received):
         client.sendall(data[:size])
         data = data[size:] if size >= 1000 or len(data) < 5000 else data[-5000:]
         data = data if draw.random() < 0.95 else b""
-    end = draw.choice(["read", "half-close", "half-close", "leave", "reset"])
+    end = draw.choice(["read", "read", "half-close", "leave", "reset"])
     if end == "reset":
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if end in ("leave", "reset"):

@@ -26,12 +26,11 @@ def make_app(state: ServerState) -> Starlette:
     origins = state.service.options.cors_origin
     allowed: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
     cors = Middleware(CORSMiddleware, allow_origins=origins, **allowed)
-    documents = {"/openapi.json": Response(orjson.dumps(openapi()), media_type=JSON)}
-    documents["/docs"] = HTMLResponse(html_page("docs.html"))
     return Starlette(
         routes=[
             *(Route(endpoint.path, EndpointApp(endpoint, state), methods=[endpoint.method]) for endpoint in ENDPOINTS),
-            *(Route(path, document, methods=["GET"]) for path, document in documents.items()),
+            Route("/openapi.json", Response(orjson.dumps(openapi()), media_type=JSON), methods=["GET"]),
+            Route("/docs", HTMLResponse(html_page("docs.html")), methods=["GET"]),
         ],
         middleware=[cors] if origins else [],
         exception_handlers={HTTPException: _routing_error},

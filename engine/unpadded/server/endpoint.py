@@ -52,11 +52,6 @@ class RequestContext(Request):
         self.held_bytes = 0  # of its body, in all forms; `ServerState.hold` adds to it
         self.request_id = self.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
 
-    @property
-    def accept(self) -> str:
-        """The media types that the client accepts."""
-        return ",".join(self.headers.getlist("accept"))
-
     async def wait_for_disconnect(self) -> None:
         """Wait until the client disconnects, after its body is read."""
         while (await self.receive())["type"] != "http.disconnect":
@@ -105,8 +100,8 @@ class ServerState:
         with self._lock:
             total, own = self.held_bytes + count, context.held_bytes + count
             if own > INLINE_REQUEST_BYTES and total > own:
-                what = "the bodies in progress are too large, in bytes"
-                check_maximum("overloaded", what, total, limit, "try again later")
+                what = "the bodies in progress are too large"
+                check_maximum("overloaded", what, total, limit, "bytes", "try again later")
             self.held_bytes, context.held_bytes = total, own
 
 
@@ -158,7 +153,7 @@ class EndpointApp:
         if matches and (scheme.lower() != "bearer" or not any(matches)):
             raise HTTPError("unauthorized", "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
         active, limit = self.state.active, self.service.options.max_concurrent_requests
-        check_maximum("overloaded", "too many concurrent requests", active, limit, "try again later")
+        check_maximum("overloaded", "the server is busy", active, limit, "requests", "try again later")
 
     def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
         assert self.endpoint.request_type is not None, self.endpoint.path
@@ -218,7 +213,7 @@ class EndpointApp:
 
     def _error_reply(self, exception: BaseException) -> Reply:
         error = to_http_error(exception)
-        if isinstance(exception, WorkerError) and not self.service.ready:
+        if isinstance(exception, WorkerError) and not self.service.backend.ready_devices:
             error.kind = "no_device"  # the worker processes failed, not these texts
         if error.kind == "internal" or (error.kind == "model_failed" and exception.__cause__ is not None):
             logger.error("a request failed", exc_info=exception)

@@ -46,10 +46,10 @@ def api_of_path(path: str) -> Api:
     return "openai" if path.startswith("/v1/") else "tei"
 
 
-def check_maximum(kind: str, what: str, count: int, maximum: int, advice: str) -> None:
+def check_maximum(kind: str, what: str, count: int, maximum: int, unit: str, advice: str) -> None:
     """Raise HTTPError if a count exceeds its maximum."""
     if count > maximum:
-        raise HTTPError(kind, f"{what}: {count}, maximum {maximum}; {advice}")
+        raise HTTPError(kind, f"{what}: {count}, maximum {maximum} {unit}; {advice}")
 
 
 class HTTPError(Exception):

@@ -79,7 +79,11 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = -1
         self._state.heads.discard(self)
-        self._check_head(self.parser.get_method(), self.parser.get_http_version())
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if self.parser.get_method() == b"CONNECT":
+            raise HTTPError("not_implemented", "the method is not supported: CONNECT; use GET or POST")
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise HTTPError("malformed", f"the request has {hosts} Host headers; send one")
         if not self.parser.should_upgrade():  # otherwise `_decline_upgrade` parses the head again
             self._unset_keepalive_if_required()
             super().on_headers_complete()
@@ -144,14 +148,6 @@ class Protocol(HttpToolsProtocol):
         lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self._parse(b"\r\n".join([*lines, b"", b""]))
-
-    def _check_head(self, method: bytes, version: str) -> None:
-        """Raise HTTPError for what RFC 9110 and 9112 do not allow, or do not ask a server to support."""
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if method == b"CONNECT":
-            raise HTTPError("not_implemented", "the method is not supported: CONNECT; use GET or POST")
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise HTTPError("malformed", f"the request has {len(hosts)} Host headers; send one")
 
     def _fail(self, error: HTTPError) -> None:
         """Respond to bytes that are not a request, after the responses to those before, and ignore what follows."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -31,26 +32,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.requests = self._counter("requests", "requests answered", "path", "status")
-        self.errors = self._counter("errors", "requests answered with an error", "kind")
-        self.disconnects = self._counter("disconnects", "clients that disconnected before the response")
-        self.texts = self._counter("texts", "texts embedded")
-        self.tokens = self._counter("tokens", "tokens embedded")
-        self.truncated = self._counter("truncated_texts", "texts that were truncated")
-        self.seconds = self._histogram("request_seconds", "seconds per stage", SECONDS_BUCKETS, "stage")
-        self.batch_seconds = self._histogram("batch_seconds", "seconds per batch", SECONDS_BUCKETS)
-        self.batch_tokens = self._histogram("batch_tokens", "tokens per batch", COUNT_BUCKETS)
-        self.batch_texts = self._histogram("batch_texts", "texts per batch", COUNT_BUCKETS)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"unpadded_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"unpadded_{name}", text, labels, buckets=buckets, registry=self._registry)
+        counter = partial(Counter, namespace="unpadded", registry=self._registry)
+        histogram = partial(Histogram, namespace="unpadded", registry=self._registry)
+        self.requests = counter("requests", "requests answered", ["path", "status"])
+        self.errors = counter("errors", "requests answered with an error", ["kind"])
+        self.disconnects = counter("disconnects", "clients that disconnected before the response")
+        self.texts = counter("texts", "texts embedded")
+        self.tokens = counter("tokens", "tokens embedded")
+        self.truncated = counter("truncated_texts", "texts that were truncated")
+        self.seconds = histogram("request_seconds", "seconds per stage", ["stage"], buckets=SECONDS_BUCKETS)
+        self.batch_seconds = histogram("batch_seconds", "seconds per batch", buckets=SECONDS_BUCKETS)
+        self.batch_tokens = histogram("batch_tokens", "tokens per batch", buckets=COUNT_BUCKETS)
+        self.batch_texts = histogram("batch_texts", "texts per batch", buckets=COUNT_BUCKETS)
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Report a value that is read at every scrape."""
-        Gauge(f"unpadded_{name}", text, registry=self._registry).set_function(read)
+        Gauge(name, text, namespace="unpadded", registry=self._registry).set_function(read)
 
     def observe_batch(self, texts: int, tokens: int, seconds: float) -> None:
         self.batch_texts.observe(texts)

@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
-from unpadded.server.errors import HTTPError
+from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.service import Service
 
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # selects gzip framing in zlib
-MAX_GZIP_MEMBERS = 64  # zlib copies the rest of the body at the end of each
 # Names of one option in the APIs of OpenAI, TEI, nomic, Cohere, Voyage, Jina and NVIDIA.
 SYNONYMS = (
     ("task", "task_type", "prompt_name", "input_type"),
@@ -46,24 +45,19 @@ DEFAULTS: dict[str, object] = {
     "truncate_prompt_tokens": None,
 }
 # In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
-LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89aAbB][\da-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB][\da-fA-F]{2})\\u[dD][c-fC-F][\da-fA-F]{2}"
-    rb"|\xed[\xa0-\xbf][\x80-\xbf]"
-)
+LONE_SURROGATE = re.compile(rb"(?is)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..|\xed[\xa0-\xbf].")
 
 
 async def read_body(request: Request, hold: Callable[[int], None], *, max_bytes: int, seconds: float) -> bytes:
     """Return the body as received; `hold` is called with the size of each part. ClientDisconnect if it is not sent."""
     # httptools has checked that it is a number below 2 ** 64; int() raises for thousands of leading zeros.
-    if int(request.headers.get("content-length", "0").lstrip("0") or "0") > max_bytes:
-        raise _too_large(max_bytes)
+    _check_size(int(request.headers.get("content-length", "0").lstrip("0") or "0"), max_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
+                _check_size(size, max_bytes)
                 hold(len(part))
                 parts.append(part)
     except TimeoutError as error:
@@ -78,25 +72,19 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
         return body
     if encoding not in ("gzip", "x-gzip"):
         raise HTTPError("unsupported_encoding", f"the Content-Encoding is not supported: {encoding!r}; use gzip")
-    plain = bytearray()
-    for _ in range(MAX_GZIP_MEMBERS):
-        stream = zlib.decompressobj(GZIP_WBITS)
-        try:
-            plain += stream.decompress(body, max_bytes + 1 - len(plain))
-        except zlib.error as error:
-            raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
-        if len(plain) > max_bytes:
-            raise _too_large(max_bytes)
-        if not stream.eof:
-            raise HTTPError("malformed", "the gzip body has no end; send all of it")
-        body = stream.unused_data
-        if not body:
-            return bytes(plain)
-    raise HTTPError("malformed", f"the gzip body has more than {MAX_GZIP_MEMBERS} members; send one")
+    stream = zlib.decompressobj(GZIP_WBITS)
+    try:
+        plain = stream.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
+    _check_size(len(plain), max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise HTTPError("malformed", f"the gzip body is not one member: {len(body)} bytes; send all of it, as one")
+    return plain
 
 
-def _too_large(max_bytes: int) -> HTTPError:
-    return HTTPError("too_large", f"the body is too large: more than {max_bytes} bytes; send fewer texts per request")
+def _check_size(size: int, max_bytes: int) -> None:
+    check_maximum("too_large", "the body is too large", size, max_bytes, "bytes", "send fewer texts per request")
 
 
 def decode_request(
@@ -123,7 +111,7 @@ def decode_request(
 def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
     """Return the fields with the request type's names, and the names of those that are ignored."""
     if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
-        given = given | (given.pop("parameters", None) or {})
+        given |= given.pop("parameters", None) or {}
     found: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in given.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from starlette.datastructures import Headers
 
 JSON = "application/json"
 PAGES = Path(__file__).parent / "pages"
@@ -37,22 +38,23 @@ def _array_json(array: np.ndarray) -> Any:
     return orjson.Fragment(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def vectors_response(vectors: np.ndarray, accept: str, to_json: Callable[[], Any]) -> Response:
+def vectors_response(vectors: np.ndarray, headers: Headers, to_json: Callable[[], Any]) -> Response:
     """Return JSON, or little-endian fp32 rows with their shape in a header if the client prefers an octet stream."""
-    if negotiate(accept, JSON, OCTET_STREAM) == JSON:
+    if negotiate(headers, JSON, OCTET_STREAM) == JSON:
         return json_response(to_json)
-    headers = {"x-shape": ",".join(map(str, vectors.shape)), "x-dtype": "float32"}
-    return Response(lambda: vectors.astype("<f4").tobytes(), OCTET_STREAM, headers)
+    shape = {"x-shape": ",".join(map(str, vectors.shape)), "x-dtype": "float32"}
+    return Response(lambda: vectors.astype("<f4").tobytes(), OCTET_STREAM, shape)
 
 
-def negotiate(accept: str, *offers: str) -> str:
-    """Return the media type that an Accept header prefers, by weight and then by order; without preference the first.
+def negotiate(headers: Headers, *offers: str) -> str:
+    """Return the media type that the Accept headers prefer, by weight and then by order; without preference the first.
 
     RFC 9110, 12.5.1: of the ranges that include a type, the most specific one has its weight.
     """
 
+    accept = ",".join(headers.getlist("accept")).lower().replace(" ", "")
     ranges: dict[str, tuple[float, int]] = {}  # weight, and position from the end
-    for position, item in enumerate(accept.lower().replace(" ", "").split(",")):
+    for position, item in enumerate(accept.split(",")):
         media_range, _, parameters = item.partition(";")
         weight = re.search(r"(?:^|;)q=([01](?:\.\d*)?)(?:;|$)", parameters)
         ranges[media_range] = (float(weight[1]) if weight else 1.0, -position)

@@ -36,6 +36,7 @@ class Service:
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self.engine = engine
         self.pipeline = engine._pipeline
+        self.backend = self.pipeline.backend
         if options.default_task is not None:
             self.pipeline.plan(task=options.default_task)
         self.options = options
@@ -46,18 +47,13 @@ class Service:
         self.created = int(time.time())
         self.description = engine.describe()
         self.device_type = re.split("[:,]", str(self.description["device"]))[0]
-        backend, batcher, watch = self.pipeline.backend, self.batcher, self.metrics.watch
+        backend, batcher, watch = self.backend, self.batcher, self.metrics.watch
         watch("devices", "devices that accept batches", lambda: backend.ready_devices)
         watch("queued_requests", "requests waiting for a batch", lambda: batcher.queued_calls)
         watch("queued_tokens", "tokens waiting for a batch", lambda: batcher.queued_tokens)
         if isinstance(backend, Runner) and backend.device.type == "cuda":  # worker processes hold their own memory
             memory = partial(torch.cuda.memory_allocated, backend.device)
             watch("gpu_memory_bytes", "GPU memory held by tensors", memory)
-
-    @property
-    def ready(self) -> bool:
-        """Whether at least one device accepts batches."""
-        return self.pipeline.backend.ready_devices > 0
 
     def warm_up(self) -> None:
         """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture."""
@@ -67,7 +63,7 @@ class Service:
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # One call per device, submitted together so that each device runs one.
-            calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.devices)]
+            calls = [self.batcher.submit(sequences, work) for _ in range(self.backend.devices)]
             for call in calls:
                 call.future.result()
 
@@ -156,7 +152,7 @@ class Service:
             )
         texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
         maximum = self.options.max_inputs
-        check_maximum("too_many_inputs", "the input has too many texts", len(texts), maximum, "send fewer")
+        check_maximum("too_many_inputs", "the input has too many texts", len(texts), maximum, "texts", "send fewer")
         check_characters(max((len(text) for text in texts if isinstance(text, str)), default=0))
         return texts
 
@@ -189,10 +185,10 @@ class Service:
             usage.tokens += int(window.token_counts.sum())
             if not pooled:
                 what = "the response would have too many token vectors"
-                check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "send fewer texts")
+                check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
 
 
 def check_characters(count: int) -> None:
     """Raise HTTPError if a text has too many characters."""
-    check_maximum("too_long", "a text has too many characters", count, MAX_CHARACTERS, "split it")
+    check_maximum("too_long", "a text is too long", count, MAX_CHARACTERS, "characters", "split it")

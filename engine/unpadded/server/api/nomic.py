@@ -24,7 +24,7 @@ async def _embed_text(service: Service, request: TextRequest, context: RequestCo
     options = request.keywords() | {"truncate": request.long_text == "truncate" or None, "normalize": True}
     embeddings = await service.embed(request.texts, context.usage, **options, fallback_task="search_document")
     rest = {"usage": context.usage.as_json(), "model": request.model or service.model_name}
-    return vectors_response(embeddings.vectors, context.accept, lambda: {"embeddings": embeddings.vectors, **rest})
+    return vectors_response(embeddings.vectors, context.headers, lambda: {"embeddings": embeddings.vectors, **rest})
 
 
 async def _user(service: Service, request: None, context: RequestContext) -> Response:

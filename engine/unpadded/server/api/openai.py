@@ -37,7 +37,7 @@ async def _embeddings(service: Service, request: EmbeddingsRequest, context: Req
         rest = {"model": request.model or service.model_name, "usage": context.usage.as_json()}
         return {"object": "list", "data": data, **rest}
 
-    return vectors_response(vectors, context.accept, to_json)
+    return vectors_response(vectors, context.headers, to_json)
 
 
 def _model(service: Service, name: str) -> dict[str, object]:

@@ -75,7 +75,7 @@ class DecodeRequest(Request):
 async def _embed(service: Service, request: EmbedRequest, context: RequestContext) -> Response:
     options = request.keywords() | {"normalize": request.normalize is not False}
     embeddings = await service.embed(request.inputs, context.usage, **options)
-    return vectors_response(embeddings.vectors, context.accept, lambda: embeddings.vectors)
+    return vectors_response(embeddings.vectors, context.headers, lambda: embeddings.vectors)
 
 
 async def _embed_all(service: Service, request: EmbedAllRequest, context: RequestContext) -> Response:
@@ -120,7 +120,7 @@ async def _decode(service: Service, request: DecodeRequest, context: RequestCont
 
 
 def _check_listed(count: int) -> None:
-    check_maximum("too_many_inputs", "too many tokens", count, MAX_LISTED_TOKENS, "send fewer texts")
+    check_maximum("too_many_inputs", "the lists are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer texts")
 
 
 def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
@@ -158,13 +158,13 @@ async def _info(service: Service, request: None, context: RequestContext) -> Res
 
 
 async def _health(service: Service, request: None, context: RequestContext) -> Response:
-    if not service.ready:
+    if not service.backend.ready_devices:
         raise HTTPError("no_device", "no device accepts batches: its worker process exited; wait until it is restarted")
     return Response(lambda: b"", "text/plain")
 
 
 async def _home(service: Service, request: None, context: RequestContext) -> Response:
-    if negotiate(context.accept, "text/plain", "text/html") == "text/plain":
+    if negotiate(context.headers, "text/plain", "text/html") == "text/plain":
         return await _health(service, request, context)
     return Response(lambda: html_page("home.html"), "text/html; charset=utf-8")
 
