@@ -23,18 +23,15 @@ ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *tei.ENDPOINTS
 
 def make_app(state: ServerState) -> Starlette:
     """Return the application with the endpoints of every API."""
+    routes = [Route(endpoint.path, EndpointApp(endpoint, state), methods=[endpoint.method]) for endpoint in ENDPOINTS]
+    routes += [
+        Route("/openapi.json", Response(orjson.dumps(openapi()), media_type=JSON), methods=["GET"]),
+        Route("/docs", HTMLResponse(html_page("docs.html")), methods=["GET"]),
+    ]
     origins = state.service.options.cors_origin
     allowed: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
-    cors = Middleware(CORSMiddleware, allow_origins=origins, **allowed)
-    return Starlette(
-        routes=[
-            *(Route(endpoint.path, EndpointApp(endpoint, state), methods=[endpoint.method]) for endpoint in ENDPOINTS),
-            Route("/openapi.json", Response(orjson.dumps(openapi()), media_type=JSON), methods=["GET"]),
-            Route("/docs", HTMLResponse(html_page("docs.html")), methods=["GET"]),
-        ],
-        middleware=[cors] if origins else [],
-        exception_handlers={HTTPException: _routing_error},
-    )
+    cors = [Middleware(CORSMiddleware, allow_origins=origins, **allowed)] if origins else []
+    return Starlette(routes=routes, middleware=cors, exception_handlers={HTTPException: _routing_error})
 
 
 async def _routing_error(request: Request, exception: Exception) -> Response:

@@ -47,7 +47,6 @@ class RequestContext(Request):
         self.ignored_fields: list[str] = []
         self.usage = Usage()
         self.started = time.perf_counter()
-        self.encode_seconds = 0.0
         self.body_excerpt: str | None = None  # set when the body is decoded, with --log-requests
         self.held_bytes = 0  # of its body, in all forms; `ServerState.hold` adds to it
         self.request_id = self.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
@@ -58,9 +57,6 @@ class RequestContext(Request):
             pass
 
 
-Handler = Callable[[Service, Any, RequestContext], Awaitable[Response]]
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """A path of an API and its handler: POST if it has a request type, otherwise GET."""
@@ -68,7 +64,7 @@ class Endpoint:
     api: Api
     path: str
     summary: str
-    handler: Handler
+    handler: Callable[[Service, Any, RequestContext], Awaitable[Response]]
     request_type: type[msgspec.Struct] | None = None
     public: bool = False  # needs no API key, and is neither limited nor logged
 
@@ -186,7 +182,7 @@ class EndpointApp:
         start = time.perf_counter()
         large = context.usage.tokens > INLINE_RESPONSE_TOKENS
         body = await asyncio.to_thread(response.encode) if large else response.encode()
-        context.encode_seconds = time.perf_counter() - start
+        context.usage.encode = time.perf_counter() - start
         self.state.hold(context, len(body))
         headers = response.headers | self._usage_headers(context)
         if context.ignored_fields:
@@ -195,8 +191,7 @@ class EndpointApp:
 
     def _usage_headers(self, context: RequestContext) -> dict[str, str]:
         """Return the headers of text-embeddings-inference, times in milliseconds, and the number of truncated texts."""
-        usage, timing = context.usage, context.usage.timing
-        if not usage.texts:
+        if not (usage := context.usage).texts:
             return {}
         total = str(round((time.perf_counter() - context.started) * 1000))
         return {
@@ -205,9 +200,9 @@ class EndpointApp:
             "x-compute-characters": str(usage.characters),
             "x-compute-tokens": str(usage.tokens),
             "x-total-time": total,
-            "x-tokenization-time": str(round(timing.tokenize * 1000)),
-            "x-queue-time": str(round(timing.queue * 1000)),
-            "x-inference-time": str(round(timing.inference * 1000)),
+            "x-tokenization-time": str(round(usage.tokenize * 1000)),
+            "x-queue-time": str(round(usage.queue * 1000)),
+            "x-inference-time": str(round(usage.inference * 1000)),
             "x-truncated": str(usage.truncated),
         }
 
@@ -218,19 +213,17 @@ class EndpointApp:
         if error.kind == "internal" or (error.kind == "model_failed" and exception.__cause__ is not None):
             logger.error("a request failed", exc_info=exception)
         self.service.metrics.errors.labels(error.kind).inc()
-        headers = {}
+        headers = {"www-authenticate": "Bearer"} if error.kind == "unauthorized" else {}
         if error.kind in ("overloaded", "draining", "no_device"):
             seconds = 1 if error.kind == "draining" else self.service.estimate_queue_seconds()
             headers["retry-after"] = str(seconds)
-        if error.kind == "unauthorized":
-            headers["www-authenticate"] = "Bearer"
         status, body = error.encode(self.endpoint.api)
         return Reply(body, status, headers, JSON)
 
     def _record(self, context: RequestContext, reply: Reply) -> None:
         """Update the metrics and write the log line."""
         path, usage, seconds = self.endpoint.path, context.usage, time.perf_counter() - context.started
-        self.service.metrics.observe_request(path, reply.status_code, usage, context.encode_seconds, seconds)
+        self.service.metrics.observe_request(path, reply.status_code, usage, seconds)
         if self.endpoint.public:
             return
         fields = {

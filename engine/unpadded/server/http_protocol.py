@@ -53,8 +53,18 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse what is received, also before, unless it has to wait; b"" when this may have changed."""
         self._held += data
-        self._parse_held()
+        while self._held and not self._must_hold() and not self._ignores_input and not self.transport.is_closing():
+            piece = bytes(self._held[:PIECE_BYTES])
+            del self._held[:PIECE_BYTES]
+            self._parse(piece)
+        if self._ignores_input:
+            self._held.clear()
+        if len(self._held) > MAX_HELD_BYTES:
+            self.flow.pause_reading()
+        elif self.pipeline:
+            self.flow.resume_reading()  # uvicorn pauses at a pipelined request and would not notice a disconnect
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -103,7 +113,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
             self._arm(self._options.read_timeout)  # for the rest of the body, which is discarded
-        self._parse_held()
+        self.data_received(b"")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -113,18 +123,6 @@ class Protocol(HttpToolsProtocol):
         """Return whether requests wait for their responses, so that what follows them is not parsed."""
         waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         return waits or bool(self.pipeline)
-
-    def _parse_held(self) -> None:
-        while self._held and not self._must_hold() and not self._ignores_input and not self.transport.is_closing():
-            piece = bytes(self._held[:PIECE_BYTES])
-            del self._held[:PIECE_BYTES]
-            self._parse(piece)
-        if self._ignores_input:
-            self._held.clear()
-        if len(self._held) > MAX_HELD_BYTES:
-            self.flow.pause_reading()
-        elif self.pipeline:
-            self.flow.resume_reading()  # uvicorn pauses at a pipelined request and would not notice a disconnect
 
     def _parse(self, piece: bytes) -> None:
         try:

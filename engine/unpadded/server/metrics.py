@@ -1,7 +1,7 @@
 """Prometheus metrics."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,14 +13,14 @@ COUNT_BUCKETS = tuple(2**power for power in range(4, 18))
 
 
 @dataclass
-class Usage:
-    """Counts for one request. `Service` adds to them; headers, metrics and the log line are made from them."""
+class Usage(Timing):
+    """Counts and seconds of one request, for its response, the metrics and the log. `Service` adds to them."""
 
     texts: int = 0
     characters: int = 0
     tokens: int = 0
     truncated: int = 0
-    timing: Timing = field(default_factory=Timing)
+    encode: float = 0.0  # seconds
 
     def as_json(self) -> dict[str, int]:
         """Return OpenAI's `usage`, and the number of texts that were truncated, which OpenAI's API does not have."""
@@ -54,15 +54,17 @@ class Metrics:
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
 
-    def observe_request(self, path: str, status: int, usage: Usage, encode_seconds: float, seconds: float) -> None:
+    def observe_request(self, path: str, status: int, usage: Usage, seconds: float) -> None:
         self.requests.labels(path, status).inc()
         if status == 200:
             self.texts.inc(usage.texts)
             self.tokens.inc(usage.tokens)
             self.truncated.inc(usage.truncated)
-            stages = {**vars(usage.timing), "serialize": encode_seconds, "total": seconds}
-            for stage, value in stages.items():
-                self.seconds.labels(stage).observe(value)
+            self.seconds.labels("tokenize").observe(usage.tokenize)
+            self.seconds.labels("queue").observe(usage.queue)
+            self.seconds.labels("inference").observe(usage.inference)
+            self.seconds.labels("serialize").observe(usage.encode)
+            self.seconds.labels("total").observe(seconds)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -87,19 +87,17 @@ def _check_size(size: int, max_bytes: int) -> None:
     check_maximum("too_large", "the body is too large", size, max_bytes, "bytes", "send fewer texts per request")
 
 
-def decode_request(
-    body: bytes, request_type: type[msgspec.Struct], service: Service
-) -> tuple[msgspec.Struct, list[str]]:
+def decode_request(body: bytes, type_: type[msgspec.Struct], service: Service) -> tuple[msgspec.Struct, list[str]]:
     """Return the request and the names of its fields that were ignored."""
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         try:
-            return msgspec.json.decode(body, type=request_type), []
+            return msgspec.json.decode(body, type=type_), []
         except msgspec.ValidationError:
             if not isinstance(given := msgspec.json.decode(body), dict):
                 raise
-            fields, ignored = _adapt(given, set(request_type.__struct_encode_fields__), service)
-            return msgspec.convert(fields, request_type), ignored
+            fields, ignored = _adapt(given, set(type_.__struct_encode_fields__), service)
+            return msgspec.convert(fields, type_), ignored
     except msgspec.ValidationError as error:
         raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

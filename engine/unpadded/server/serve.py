@@ -26,7 +26,6 @@ from unpadded.server.service import Service
 logger = logging.getLogger("unpadded.server")
 
 POLL_SECONDS = 0.02
-BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 FORCED_EXIT_STATUS = 130
 
@@ -69,7 +68,6 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket, start
         access_log=False,
         lifespan="off",
         server_header=False,
-        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
@@ -94,7 +92,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, state: ServerState, started: float) -> None:
         super().__init__(config)
-        self._state, self._started = state, started
+        self._state = state
+        self._started = started
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
@@ -102,11 +101,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        assert sockets is not None, "uvicorn would bind the port again"
         service, options = self._state.service, self._state.service.options
         with _naming_the_port(options):  # another process may listen since `reserve`
             await super().startup(sockets)
-        host, port = sockets[0].getsockname()[:2]
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
         scheme = "http" if options.tls_cert is None else "https"
         fields = {
             "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",

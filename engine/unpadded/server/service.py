@@ -137,7 +137,7 @@ class Service:
         self.batcher.check(estimate, limits)
         windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, pooled)
         work, size = self.pipeline.work(plan, pooled=pooled), sum(map(len, texts))
-        return plan, await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage.timing)
+        return plan, await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
     def texts(self, given: str | list[Any]) -> list[Text]:
         """Return the texts of a request's input: a string, strings, one sequence of token ids, or several.
@@ -146,14 +146,12 @@ class Service:
         """
         kinds = {str} if isinstance(given, str) else {type(item) for item in given}
         if int in kinds and len(kinds) > 1:
-            index = next(index for index, item in enumerate(given) if isinstance(item, int))
-            raise OptionError(
-                f"the input mixes token ids with texts: {given[index]} at {index}; put each text's ids in a list"
-            )
+            first = next(item for item in given if isinstance(item, int))
+            raise OptionError(f"the input mixes token ids such as {first} with texts; put each text's ids in a list")
         texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
-        maximum = self.options.max_inputs
-        check_maximum("too_many_inputs", "the input has too many texts", len(texts), maximum, "texts", "send fewer")
-        check_characters(max((len(text) for text in texts if isinstance(text, str)), default=0))
+        check_maximum("too_many_inputs", "too many texts", len(texts), self.options.max_inputs, "texts", "send fewer")
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        check_maximum("too_long", "a text is too long", longest, MAX_CHARACTERS, "characters", "split it")
         return texts
 
     def _check_token_ids(self, texts: Sequence[Text], *, foreign: bool) -> None:
@@ -176,19 +174,12 @@ class Service:
         for window in windows:
             truncated = np.flatnonzero(window.truncated)
             if len(truncated) and not truncate:
-                raise HTTPError(
-                    "too_long",
-                    f"text {window.first_index + truncated[0]} is too long: more than "
-                    f"{self.engine.checkpoint.max_length} tokens; shorten it or request truncation",
-                )
+                index, maximum = window.first_index + truncated[0], self.engine.checkpoint.max_length
+                message = f"text {index} is too long: more than {maximum} tokens; shorten it or request truncation"
+                raise HTTPError("too_long", message)
             usage.truncated += len(truncated)
             usage.tokens += int(window.token_counts.sum())
             if not pooled:
                 what = "the response would have too many token vectors"
                 check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
-
-
-def check_characters(count: int) -> None:
-    """Raise HTTPError if a text has too many characters."""
-    check_maximum("too_long", "a text is too long", count, MAX_CHARACTERS, "characters", "split it")

@@ -11,7 +11,7 @@ from unpadded.server.api.fields import Dimensions, Direction, Input, Request, Te
 from unpadded.server.endpoint import Endpoint, RequestContext
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.responses import Response, html_page, json_response, negotiate, vectors_response
-from unpadded.server.service import Service, check_characters
+from unpadded.server.service import MAX_CHARACTERS, Service
 
 MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode
 
@@ -99,28 +99,25 @@ async def _tokenize(service: Service, request: TokenizeRequest, context: Request
     prompt = service.pipeline.plan(task=request.prompt_name or service.options.default_task).prompt
     prompted = [f"{prompt}{text}" for text in service.texts(request.inputs)]
     size = sum(map(len, prompted))
-    check_characters(size)
+    check_maximum("too_long", "the texts are too long", size, MAX_CHARACTERS, "characters", "send fewer")
     encode_batch = service.engine.tokenizer.backend.encode_batch
     encodings = await asyncio.get_running_loop().run_in_executor(
         service.batcher.reader(size), lambda: encode_batch(prompted, add_special_tokens=request.add_special_tokens)
     )
-    _check_listed(sum(map(len, encodings)))
+    count = sum(map(len, encodings))
+    check_maximum("too_many_inputs", "the texts are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
     return json_response([_token_objects(encoding, text) for encoding, text in zip(encodings, prompted, strict=True)])
 
 
 async def _decode(service: Service, request: DecodeRequest, context: RequestContext) -> Response:
     sequences: list[Any] = service.texts(request.ids)
-    total = sum(map(len, sequences))
-    _check_listed(total)
+    count = sum(map(len, sequences))
+    check_maximum("too_many_inputs", "the lists are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
     decode_batch = service.engine.tokenizer.backend.decode_batch
     texts = await asyncio.get_running_loop().run_in_executor(
-        service.batcher.reader(total), lambda: decode_batch(sequences, skip_special_tokens=request.skip_special_tokens)
+        service.batcher.reader(count), lambda: decode_batch(sequences, skip_special_tokens=request.skip_special_tokens)
     )
     return json_response(texts)
-
-
-def _check_listed(count: int) -> None:
-    check_maximum("too_many_inputs", "the lists are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer texts")
 
 
 def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
