@@ -108,11 +108,12 @@ def decode_request(body: bytes, type_: type[msgspec.Struct], service: Service) -
 
 def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
     """Return the fields with the request type's names, and the names of those that are ignored."""
+    parameters: dict[str, Any] = {}
     if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
-        given |= given.pop("parameters", None) or {}
+        parameters = given.pop("parameters", None) or {}
     found: dict[str, Any] = {}
     ignored: list[str] = []
-    for name, value in given.items():
+    for name, value in [*given.items(), *parameters.items()]:
         own = next((own for group in SYNONYMS if name in group for own in group if own in names), name)
         if name == "input_type" and isinstance(value, str):
             value = _task(value, service.engine.checkpoint.prompts)

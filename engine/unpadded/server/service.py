@@ -120,7 +120,8 @@ class Service:
         model: its name in the request, which may have a task. truncate: None follows --long-input. fallback_task: the
         task without --default-task. OverloadedError if the texts would not be done in time.
         """
-        texts, task, named = self.texts(given), options.get("task"), self.task_of_model(model)
+        named, task = self.task_of_model(model), options.get("task")
+        texts = self.texts(given)
         self._check_token_ids(texts, foreign=(model or "").startswith(OPENAI_MODEL_PREFIX))
         if named is not None and task not in (None, named):
             raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")

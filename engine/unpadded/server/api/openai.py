@@ -16,7 +16,6 @@ class EmbeddingsRequest(Request):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Dimensions | None = None
-    user: str | None = None
     # Not in OpenAI's API: the name of one of the model's prompts, such as search_query, and the options of TEI.
     task: str | None = None
     truncate: bool | None = None
@@ -25,8 +24,6 @@ class EmbeddingsRequest(Request):
 
 
 async def _embeddings(service: Service, request: EmbeddingsRequest, context: RequestContext) -> Response:
-    if request.user is not None:
-        context.ignored_fields.append("user")
     vectors = (await service.embed(request.input, context.usage, **request.keywords())).vectors
 
     def to_json() -> dict[str, Any]:
