@@ -101,10 +101,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None, "uvicorn would bind the port again"
         service, options = self._state.service, self._state.service.options
-        with _naming_the_port(options):  # another process may listen since `reserve`
-            await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        with _naming_the_port(options):  # another process may listen since `reserve`, which uvloop ignores
+            sockets[0].listen(self.config.backlog)
+        await super().startup(sockets)
+        host, port = sockets[0].getsockname()[:2]
         scheme = "http" if options.tls_cert is None else "https"
         fields = {
             "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
