@@ -15,6 +15,8 @@ from support.forks import run_cli
 from support.serving import serving, wait_until
 
 import unpadded
+from unpadded.server.options import ServerOptions
+from unpadded.server.serve import reserve, serve
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,15 @@ def test_a_second_sigterm_exits_immediately(minilm):
         assert server.stop() == 130
         assert time.perf_counter() - start < 2
         assert isinstance(response.exception(), http.client.HTTPException | ConnectionError)
+
+
+def test_a_port_that_is_taken_while_the_model_loads_is_an_error(engine):
+    with reserve(ServerOptions(port=0)) as listener:
+        options = ServerOptions(port=listener.getsockname()[1])
+        with reserve(options) as other:
+            other.listen()
+            with pytest.raises(unpadded.OptionError, match=f"cannot listen on 127.0.0.1 port {options.port}"):
+                serve(engine, options, listener, time.perf_counter())
 
 
 def test_invalid_flags_exit_with_2_and_a_message(minilm, limited):

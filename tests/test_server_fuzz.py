@@ -175,7 +175,7 @@ HEAD_LINES = (
     b"Content-Length: -1|Content-Length: 9999999999|x: \xff\x01|: x|\r\nx|Accept: application/octet-stream|"
     b"Content-Encoding: gzip|x-request-id: \xe9|x: " + b"v" * 9000 + b"|x: " + b"v" * 90_000
 ).split(b"|")
-RAW_STATUSES = STATUSES | {405, 408, 417, 429, 431, 501}
+RAW_STATUSES = STATUSES | {405, 408, 429, 431, 501}
 
 
 def raw_request(draw):
@@ -224,7 +224,7 @@ def converse(client, draw, data, received):
         client.sendall(data[:size])
         data = data[size:] if size >= 1000 or len(data) < 5000 else data[-5000:]
         data = data if draw.random() < 0.95 else b""
-    end = draw.choice(["read", "half-close", "half-close", "leave", "reset"])
+    end = draw.choice(["read", "read", "half-close", "leave", "reset"])
     if end == "reset":
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if end in ("leave", "reset"):

@@ -1,4 +1,4 @@
-"""HTTP as clients really send it: heads, upgrades, half-closed connections, pipelines, slow readers, SIGTERM."""
+"""HTTP as clients really send it: heads, upgrades, pipelines, slow readers, SIGTERM."""
 
 import contextlib
 import gzip
@@ -48,14 +48,12 @@ def connect(server, receive_bytes=None):
     return client
 
 
-def exchange(server, *parts, shut=False):
+def exchange(server, *parts):
     """Send bytes and return everything until the server closes the connection."""
     with connect(server) as client:
         for part in parts:
             client.sendall(part)
             time.sleep(0.02 if len(parts) > 1 else 0)
-        if shut:
-            client.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
@@ -93,12 +91,9 @@ CHUNKED = b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\
         (400, b"GET /info HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n"),
         (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
         (501, b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n"),
-        (501, b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
-        (501, b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: br\r\nTransfer-Encoding: chunked\r\n\r\n"),
         (400, b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n"),
         (400, b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n"),
         (400, CHUNKED + b"xyz\r\n"),
-        (417, post(TEXT, b"Expect: 200-ok")),
         (200, post(TEXT, b"Expect: 100-Continue")),
         (413, post(b"x", b"Expect: 100-continue").replace(b"Length: 1", b"Length: 99999999")),
         (200, b"POST /embed HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %015000d\r\n\r\n" % 15 + TEXT),
@@ -138,14 +133,6 @@ def test_an_upgrade_is_declined_and_the_body_kept(server, vector, protocol):
             assert statuses(received) == [200, 200]
             for body in received.split(b"HTTP/1.1 ")[1:]:
                 assert np.array_equal(np.array(json.loads(body.rpartition(b"\r\n\r\n")[2]), np.float32)[0], vector)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_half_closed_connection_gets_its_responses(server, count):
-    slow = json.dumps({"inputs": ["word " * 100] * 100}).encode()
-    received = exchange(server, post(slow, close=False) * count, shut=True)
-    assert statuses(received) == [200] * count
-    assert exchange(server, post()[:-3], shut=True) == b""
 
 
 def test_trailers_are_no_headers(folder):

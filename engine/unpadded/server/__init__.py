@@ -3,13 +3,12 @@
 options        flags of `unpadded serve` and their validation
 serve          start, listen, drain on SIGTERM
 app            ASGI application: one route per endpoint, and the OpenAPI document
-endpoint       one request from its first byte to its log line
-http_protocol  HTTP/1.1: limits for heads, held and unread bytes; upgrades, half-closed connections
-request_fields JSON to request types, with the fields of other APIs
-request_body   API keys, body size and time limits, decompression
+endpoint       one request from its first byte to its log line; API keys
+http_protocol  HTTP/1.1: limits for heads, held and unread bytes; upgrades
+request_body   limits of a body's size and time, decompression, JSON to request types, with the fields of other APIs
 service        the engine as endpoints use it: model names, limits, shared batches
 responses      response bodies, and the pages in pages/
 errors         error responses
 metrics        Prometheus metrics
-api/           openai, nomic, tei: the request types and handlers of each API
+api/           fields: what requests share; openai, nomic, tei: the request types and handlers of each API
 """

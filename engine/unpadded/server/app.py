@@ -1,7 +1,5 @@
 """The ASGI application: one route per endpoint, the OpenAPI document, and CORS if configured."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec
@@ -11,50 +9,38 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import unpadded
 from unpadded.server.api import nomic, openai, tei
 from unpadded.server.endpoint import Endpoint, EndpointApp, ServerState
 from unpadded.server.errors import HTTPError, api_of_path
-from unpadded.server.responses import JSON, html_response
+from unpadded.server.responses import JSON, html_page
 
 ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *tei.ENDPOINTS]
-ROUTING_ERRORS = {404: "not_found", 405: "method_not_allowed"}
 
 
 def make_app(state: ServerState) -> Starlette:
     """Return the application with the endpoints of every API."""
     routes = [Route(endpoint.path, EndpointApp(endpoint, state), methods=[endpoint.method]) for endpoint in ENDPOINTS]
-    document = orjson.dumps(openapi())
-
-    async def openapi_json(request: Request) -> Response:
-        return Response(document, media_type=JSON)
-
-    async def docs(request: Request) -> Response:
-        page = html_response("docs.html")
-        return Response(page.encode(), headers=page.headers, media_type=page.media_type)
-
-    origins = list(state.service.options.cors_origin)
+    routes += [
+        Route("/openapi.json", Response(orjson.dumps(openapi()), media_type=JSON), methods=["GET"]),
+        Route("/docs", HTMLResponse(html_page("docs.html")), methods=["GET"]),
+    ]
+    origins = state.service.options.cors_origin
     allowed: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["*"]}
-    cors = Middleware(CORSMiddleware, allow_origins=origins, **allowed)
-    return Starlette(
-        routes=[*routes, Route("/openapi.json", openapi_json), Route("/docs", docs)],
-        middleware=[cors] if origins else [],
-        exception_handlers={HTTPException: _routing_error},
-    )
+    cors = [Middleware(CORSMiddleware, allow_origins=origins, **allowed)] if origins else []
+    return Starlette(routes=routes, middleware=cors, exception_handlers={HTTPException: _routing_error})
 
 
 async def _routing_error(request: Request, exception: Exception) -> Response:
     assert isinstance(exception, HTTPException), exception
     path = request.url.path
-    api = api_of_path(path)
-    error = HTTPError(
-        ROUTING_ERRORS.get(exception.status_code, "invalid"),
-        f"there is no endpoint {request.method} {path}; see /openapi.json",
-    )
-    return Response(orjson.dumps(error.body(api)), error.status_code(api), exception.headers, JSON)
+    kind = "method_not_allowed" if exception.status_code == 405 else "not_found"
+    error = HTTPError(kind, f"there is no endpoint {request.method} {path}; see /openapi.json")
+    status, body = error.encode(api_of_path(path))
+    return Response(body, status, exception.headers, JSON)
 
 
 def openapi() -> dict[str, Any]:

@@ -4,30 +4,29 @@
 handler computes the response, `_encode` or `_error_reply` makes bytes of it, and `_record` counts and logs it.
 """
 
-from __future__ import annotations
-
 import asyncio
+import hashlib
+import hmac
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import msgspec
-import orjson
-from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response as Reply
 from starlette.types import Receive, Scope, Send
 
 from unpadded.errors import WorkerError
-from unpadded.server.errors import Api, HTTPError
+from unpadded.server.errors import Api, HTTPError, check_maximum, to_http_error
 from unpadded.server.metrics import Usage
-from unpadded.server.request_body import ApiKeys, decompress, read_body
-from unpadded.server.request_fields import decode_request
-from unpadded.server.responses import JSON, Response, send_body, wait_for_disconnect
+from unpadded.server.request_body import decode_request, decompress, read_body
+from unpadded.server.responses import JSON, Response
 from unpadded.server.service import Service
 
 logger = logging.getLogger("unpadded.server")
@@ -37,53 +36,41 @@ INLINE_REQUEST_BYTES = 16_384
 INLINE_RESPONSE_TOKENS = 256
 MAX_BODIES = 16  # bodies of the maximum size that all requests together may hold, before or after decompression
 BODY_EXCERPT_BYTES = 4096  # of each body in the log, with --log-requests
+SEND_BYTES = 1 << 20  # of a body at a time; --send-timeout is the time for so many
 
 
-@dataclass
-class RequestContext:
-    """A request without its body, and the usage that its handler counts."""
+class RequestContext(Request):
+    """A request, and the usage that its handler counts."""
 
-    scope: Scope
-    ignored_fields: list[str] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    started: float = field(default_factory=time.perf_counter)
-    body_excerpt: str | None = None  # set when the body is decoded, with --log-requests
-    held_bytes: int = 0  # of its body, in all forms; `ServerState.hold` adds to it
-
-    def __post_init__(self) -> None:
-        self.headers = Headers(scope=self.scope)
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        super().__init__(scope, receive)
+        self.ignored_fields: list[str] = []
+        self.usage = Usage()
+        self.started = time.perf_counter()
+        self.body_excerpt: str | None = None  # set when the body is decoded, with --log-requests
+        self.held_bytes = 0  # of its body, in all forms; `ServerState.hold` adds to it
         self.request_id = self.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex
 
-    @property
-    def accept(self) -> str:
-        """The media types that the client accepts."""
-        return ",".join(self.headers.getlist("accept"))
-
-
-Handler = Callable[[Service, Any, RequestContext], Awaitable[Response]]
+    async def wait_for_disconnect(self) -> None:
+        """Wait until the client disconnects, after its body is read."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A path of an API and its handler."""
+    """A path of an API and its handler: POST if it has a request type, otherwise GET."""
 
     api: Api
-    method: str
     path: str
     summary: str
-    handler: Handler
+    handler: Callable[[Service, Any, RequestContext], Awaitable[Response]]
     request_type: type[msgspec.Struct] | None = None
     public: bool = False  # needs no API key, and is neither limited nor logged
 
-
-@dataclass(frozen=True)
-class Reply:
-    """An encoded response or error."""
-
-    status: int
-    body: bytes
-    headers: dict[str, str]
-    encode_seconds: float = 0.0
+    @property
+    def method(self) -> str:
+        return "GET" if self.request_type is None else "POST"
 
 
 class ServerState:
@@ -91,7 +78,8 @@ class ServerState:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.api_keys = ApiKeys(service.options.api_keys)
+        # Digests, so that the time of a comparison reveals nothing about a key.
+        self.key_digests = [hashlib.sha256(key.encode()).digest() for key in service.options.api_keys]
         self.active = 0  # requests in progress, until their responses are sent
         self.heads: set[object] = set()  # connections that have sent a part of a request's head
         self.held_bytes = 0  # bodies of these requests and of their responses
@@ -99,25 +87,18 @@ class ServerState:
         # One thread, because a body of many empty lists takes 20 times its size until it is rejected.
         self.decoder = ThreadPoolExecutor(1, "unpadded-decode")
         self._lock = threading.Lock()
+        service.metrics.watch("active_requests", "requests in progress", lambda: self.active)
+        service.metrics.watch("body_bytes", "bodies of the requests in progress", lambda: self.held_bytes)
 
     def hold(self, context: RequestContext, count: int) -> None:
         """Count bytes of a request's or response's body until that is sent; 429 if all of them get too large."""
         limit = MAX_BODIES * self.service.options.max_body
         with self._lock:
-            others = self.held_bytes - context.held_bytes
-            if others and self.held_bytes + count > limit and context.held_bytes + count > INLINE_REQUEST_BYTES:
-                raise HTTPError(
-                    "overloaded",
-                    f"the bodies in progress are too large: {self.held_bytes + count} bytes, maximum {limit}; try "
-                    "again later",
-                )
-            self.held_bytes += count
-            context.held_bytes += count
-            self.service.metrics.body_bytes.set(self.held_bytes)
-
-    def add_active(self, change: int) -> None:
-        self.active += change
-        self.service.metrics.active.set(self.active)
+            total, own = self.held_bytes + count, context.held_bytes + count
+            if own > INLINE_REQUEST_BYTES and total > own:
+                what = "the bodies in progress are too large"
+                check_maximum("overloaded", what, total, limit, "bytes", "try again later")
+            self.held_bytes, context.held_bytes = total, own
 
 
 class EndpointApp:
@@ -129,62 +110,46 @@ class EndpointApp:
         self.service = state.service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext(scope)
-        self.state.add_active(1)
+        context = RequestContext(scope, receive)
+        self.state.active += 1
         try:
-            reply = await self._reply(context, receive)
-            if reply is None or not await self._send(context, reply, receive, send):
-                self.service.metrics.disconnects.inc()
+            [result] = await asyncio.gather(self._handle(context), return_exceptions=True)
+            if isinstance(result, BaseException) and not isinstance(result, ClientDisconnect):
+                result = self._error_reply(result)
+            if isinstance(result, Reply) and await self._send(context, result, send):
+                self._record(context, result)
             else:
-                self._record(context, reply)
+                self.service.metrics.disconnects.inc()
         finally:
-            self.state.add_active(-1)
+            self.state.active -= 1
             self.state.hold(context, -context.held_bytes)
 
-    async def _reply(self, context: RequestContext, receive: Receive) -> Reply | None:
-        """Return the response or error as bytes, or None if the client disconnected."""
-        work = asyncio.ensure_future(self._handle(context, receive))
-        try:
-            await asyncio.wait({work})
-        finally:
-            work.cancel()
-        error = work.exception()
-        return work.result() if error is None else self._error_reply(error)
-
-    async def _handle(self, context: RequestContext, receive: Receive) -> Reply | None:
+    async def _handle(self, context: RequestContext) -> Reply:
         self._check_access(context)
         request = None
         if self.endpoint.request_type is not None:
-            options = self.service.options
-            body = await read_body(
-                receive,
-                context.headers,
-                partial(self.state.hold, context),
-                max_bytes=options.max_body,
-                seconds=options.read_timeout,
-            )
-            if body is None:
-                return None
+            options, hold = self.service.options, partial(self.state.hold, context)
+            body = await read_body(context, hold, max_bytes=options.max_body, seconds=options.read_timeout)
             if len(body) <= INLINE_REQUEST_BYTES and "content-encoding" not in context.headers:
                 request = self._decode(body, context)
             else:
                 loop = asyncio.get_running_loop()
                 request = await loop.run_in_executor(self.state.decoder, self._decode, body, context)
-        response = await self._run_handler(request, context, receive)
-        return None if response is None else await self._encode(response, context)
+        return await self._encode(await self._run_handler(request, context), context)
 
     def _check_access(self, context: RequestContext) -> None:
-        endpoint, limit = self.endpoint, self.service.options.max_concurrent_requests
         accepted = context.scope.get("state", {}).get("accepted")  # set by `Protocol` if it began before SIGTERM
-        if self.state.draining and not accepted and endpoint.path != "/metrics":
-            raise HTTPError("draining", "the server is shutting down; use another", retry_after_seconds=1)
-        if endpoint.public:
+        if self.state.draining and not accepted and self.endpoint.path != "/metrics":
+            raise HTTPError("draining", "the server is shutting down; use another")
+        if self.endpoint.public:
             return
-        self.state.api_keys.check(context.headers)
-        if self.state.active > limit:
-            raise HTTPError(
-                "overloaded", f"too many concurrent requests: {self.state.active}, maximum {limit}; try again later"
-            )
+        scheme, _, key = context.headers.get("authorization", "").partition(" ")
+        received = hashlib.sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent, in UTF-8
+        matches = [hmac.compare_digest(received, digest) for digest in self.state.key_digests]  # all, for constant time
+        if matches and (scheme.lower() != "bearer" or not any(matches)):
+            raise HTTPError("unauthorized", "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
+        active, limit = self.state.active, self.service.options.max_concurrent_requests
+        check_maximum("overloaded", "the server is busy", active, limit, "requests", "try again later")
 
     def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
         assert self.endpoint.request_type is not None, self.endpoint.path
@@ -197,19 +162,17 @@ class EndpointApp:
         request, context.ignored_fields = decode_request(plain, self.endpoint.request_type, self.service)
         return request
 
-    async def _run_handler(
-        self, request: msgspec.Struct | None, context: RequestContext, receive: Receive
-    ) -> Response | None:
+    async def _run_handler(self, request: msgspec.Struct | None, context: RequestContext) -> Response:
         """Run the handler, and cancel it at the deadline or when the client disconnects."""
         deadline = self.service.options.deadline
         work = asyncio.ensure_future(self.endpoint.handler(self.service, request, context))
-        disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
+        disconnect = asyncio.ensure_future(context.wait_for_disconnect())
         try:
             await asyncio.wait({work, disconnect}, timeout=deadline or None, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
             if disconnect.done():
-                return None
+                raise ClientDisconnect
             raise HTTPError("deadline", f"the deadline passed: {deadline:g} s; send fewer texts, or try again later")
         finally:
             work.cancel()
@@ -219,18 +182,16 @@ class EndpointApp:
         start = time.perf_counter()
         large = context.usage.tokens > INLINE_RESPONSE_TOKENS
         body = await asyncio.to_thread(response.encode) if large else response.encode()
-        seconds = time.perf_counter() - start
+        context.usage.encode = time.perf_counter() - start
         self.state.hold(context, len(body))
-        self.service.metrics.observe_usage(context.usage)
-        headers = {"content-type": response.media_type} | response.headers | self._usage_headers(context)
+        headers = response.headers | self._usage_headers(context)
         if context.ignored_fields:
             headers["x-ignored-fields"] = ", ".join(context.ignored_fields)
-        return Reply(200, body, headers, seconds)
+        return Reply(body, 200, headers, response.media_type)
 
     def _usage_headers(self, context: RequestContext) -> dict[str, str]:
         """Return the headers of text-embeddings-inference, times in milliseconds, and the number of truncated texts."""
-        usage, timing = context.usage, context.usage.timing
-        if not usage.texts:
+        if not (usage := context.usage).texts:
             return {}
         total = str(round((time.perf_counter() - context.started) * 1000))
         return {
@@ -239,41 +200,38 @@ class EndpointApp:
             "x-compute-characters": str(usage.characters),
             "x-compute-tokens": str(usage.tokens),
             "x-total-time": total,
-            "x-tokenization-time": str(round(timing.tokenize * 1000)),
-            "x-queue-time": str(round(timing.queue * 1000)),
-            "x-inference-time": str(round(timing.inference * 1000)),
+            "x-tokenization-time": str(round(usage.tokenize * 1000)),
+            "x-queue-time": str(round(usage.queue * 1000)),
+            "x-inference-time": str(round(usage.inference * 1000)),
             "x-truncated": str(usage.truncated),
         }
 
     def _error_reply(self, exception: BaseException) -> Reply:
-        error = HTTPError.from_exception(exception)
-        if isinstance(exception, WorkerError) and not self.service.ready:
+        error = to_http_error(exception)
+        if isinstance(exception, WorkerError) and not self.service.backend.ready_devices:
             error.kind = "no_device"  # the worker processes failed, not these texts
-        if error.kind == "internal":
-            logger.error("a request raised", exc_info=exception)
-        elif error.kind == "model_failed" and exception.__cause__ is not None:
-            logger.error("the model failed", exc_info=exception.__cause__)
+        if error.kind == "internal" or (error.kind == "model_failed" and exception.__cause__ is not None):
+            logger.error("a request failed", exc_info=exception)
         self.service.metrics.errors.labels(error.kind).inc()
-        headers = {"content-type": JSON}
+        headers = {"www-authenticate": "Bearer"} if error.kind == "unauthorized" else {}
         if error.kind in ("overloaded", "draining", "no_device"):
-            headers["retry-after"] = str(error.retry_after_seconds or self.service.estimate_queue_seconds())
-        if error.kind == "unauthorized":
-            headers["www-authenticate"] = "Bearer"
-        api = self.endpoint.api
-        return Reply(error.status_code(api), orjson.dumps(error.body(api)), headers)
+            seconds = 1 if error.kind == "draining" else self.service.estimate_queue_seconds()
+            headers["retry-after"] = str(seconds)
+        status, body = error.encode(self.endpoint.api)
+        return Reply(body, status, headers, JSON)
 
     def _record(self, context: RequestContext, reply: Reply) -> None:
         """Update the metrics and write the log line."""
         path, usage, seconds = self.endpoint.path, context.usage, time.perf_counter() - context.started
-        self.service.metrics.observe_request(path, reply.status, usage.timing, reply.encode_seconds, seconds)
+        self.service.metrics.observe_request(path, reply.status_code, usage, seconds)
         if self.endpoint.public:
             return
         fields = {
             "id": context.request_id,
-            "client": (context.scope["client"] or [None])[0],
-            "method": context.scope["method"],
+            "client": context.client and context.client.host,
+            "method": context.method,
             "path": path,
-            "status": reply.status,
+            "status": reply.status_code,
             "seconds": round(seconds, 6),
             "texts": usage.texts,
             "tokens": usage.tokens,
@@ -283,12 +241,18 @@ class EndpointApp:
             fields["request"] = context.body_excerpt
         logger.info("request", extra={"fields": fields})
 
-    async def _send(self, context: RequestContext, reply: Reply, receive: Receive, send: Send) -> bool:
+    async def _send(self, context: RequestContext, reply: Reply, send: Send) -> bool:
         """Send a reply, and return whether the client read all of it."""
-        headers = {"x-request-id": context.request_id} | reply.headers | {"content-length": str(len(reply.body))}
+        reply.headers["x-request-id"] = context.request_id
         # A client that still waits for "100 Continue" may or may not send its body after an error.
-        if self.state.draining or (reply.status >= 400 and "expect" in context.headers):
-            headers["connection"] = "close"
-        raw = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": reply.status, "headers": raw})
-        return await send_body(reply.body, receive, send)
+        if self.state.draining or (reply.status_code >= 400 and "expect" in context.headers):
+            reply.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": reply.status_code, "headers": reply.raw_headers})
+        # `send` waits until the piece before has left the process, see `Protocol`; the last piece is empty.
+        for start in range(0, len(reply.body) + SEND_BYTES, SEND_BYTES):
+            piece = reply.body[start : start + SEND_BYTES]
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if len(reply.body) > SEND_BYTES and await context.is_disconnected():
+            return False
+        await send({"type": "http.response.body"})
+        return True

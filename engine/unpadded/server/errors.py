@@ -1,10 +1,10 @@
 """HTTP errors: the status code of each kind, and the error body of each API."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
-from unpadded.errors import DeadlineError, OutputError, OverloadedError, UnpaddedError, WorkerError
+import orjson
+
+from unpadded.errors import OutputError, OverloadedError, UnpaddedError
 
 Api = Literal["openai", "tei", "nomic"]
 
@@ -20,7 +20,6 @@ STATUS_CODES = {
     "too_long": 413,
     "too_large": 413,
     "unsupported_encoding": 415,
-    "expectation": 417,
     "model_failed": 424,
     "overloaded": 429,
     "head_too_large": 431,
@@ -31,7 +30,7 @@ STATUS_CODES = {
     "deadline": 504,
 }
 # OpenAI's API answers 400 for every invalid value in a request.
-OPENAI_STATUS_CODES = STATUS_CODES | {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
+OPENAI_STATUS_CODES = {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
 OPENAI_TYPES = {401: "authentication_error", 424: "server_error", 429: "rate_limit_error"}
 OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
@@ -47,38 +46,37 @@ def api_of_path(path: str) -> Api:
     return "openai" if path.startswith("/v1/") else "tei"
 
 
+def check_maximum(kind: str, what: str, count: int, maximum: int, unit: str, advice: str) -> None:
+    """Raise HTTPError if a count exceeds its maximum."""
+    if count > maximum:
+        raise HTTPError(kind, f"{what}: {count}, maximum {maximum} {unit}; {advice}")
+
+
 class HTTPError(Exception):
     """An error response. `kind` is a key of STATUS_CODES."""
 
-    def __init__(self, kind: str, message: str, *, retry_after_seconds: int | None = None) -> None:
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.retry_after_seconds = retry_after_seconds
 
-    @classmethod
-    def from_exception(cls, error: BaseException) -> HTTPError:
-        """Return the HTTP error for any exception; its kind is "internal" for one that the package does not raise."""
-        if isinstance(error, HTTPError):
-            return error
-        if isinstance(error, OverloadedError):
-            return cls("overloaded", str(error))
-        if isinstance(error, DeadlineError | TimeoutError):
-            return cls("deadline", str(error))
-        if isinstance(error, OutputError | WorkerError):
-            return cls("model_failed", str(error))
-        if isinstance(error, UnpaddedError):
-            return cls("invalid", str(error))
-        return cls("internal", "the server failed on this request; see its log")
-
-    def status_code(self, api: Api) -> int:
-        return (OPENAI_STATUS_CODES if api == "openai" else STATUS_CODES)[self.kind]
-
-    def body(self, api: Api) -> dict[str, Any]:
-        """Return the error body as OpenAI, text-embeddings-inference or nomic defines it."""
-        code, message = self.status_code(api), str(self)
+    def encode(self, api: Api) -> tuple[int, bytes]:
+        """Return the status code, and the JSON body as OpenAI, text-embeddings-inference or nomic defines it."""
+        code, message = STATUS_CODES[self.kind], str(self)
+        body: dict[str, Any] = {"detail": message}
         if api == "openai":
+            code = OPENAI_STATUS_CODES.get(self.kind, code)
             type_ = OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")
-            return {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
-        if api == "tei":
-            return {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}
-        return {"detail": message}
+            body = {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
+        elif api == "tei":
+            body = {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}
+        return code, orjson.dumps(body)
+
+
+def to_http_error(error: BaseException) -> HTTPError:
+    """Return the HTTP error for any exception."""
+    if isinstance(error, HTTPError):
+        return error
+    kinds = {OverloadedError: "overloaded", OutputError: "model_failed", UnpaddedError: "invalid"}
+    kind = next((kind for type_, kind in kinds.items() if isinstance(error, type_)), None)
+    message = str(error) if kind else "the server failed on this request; see its log"
+    return HTTPError(kind or "internal", message)

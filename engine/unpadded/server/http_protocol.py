@@ -1,18 +1,15 @@
 """HTTP/1.1 by uvicorn and httptools, with limits for every client.
 
 uvicorn parses heads of any size, keeps what a client does not read, waits without limit for the rest of a head or of a
-discarded body, drops the bodies of requests that offer an upgrade, and closes half-closed connections unanswered.
+discarded body, and drops the bodies of requests that offer an upgrade.
 `request_body.read_body` limits the size and the time of bodies.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
 from typing import Any
 
 import httptools
-import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from unpadded.server.endpoint import ServerState
@@ -24,7 +21,6 @@ PIECE_BYTES = 4096  # parsed at a time, which bounds the number of pipelined req
 MAX_HEAD_BYTES = 65_536  # plus a piece; also between two parts of a body: sizes of chunks, extensions, trailers
 MAX_HELD_BYTES = 65_536  # received before the previous response is sent; then reading pauses
 LINGER_SECONDS = 2  # for the client to read an error before the connection is closed
-PROBE_SECONDS = 0.25
 
 
 class Protocol(HttpToolsProtocol):
@@ -37,7 +33,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # set when a request starts
         self._held = bytearray()  # received and not parsed
         self._unparsed_bytes = 0  # parsed since the last head or part of a body; -1 after one
-        self._ignores_input = self._half_closed = False
+        self._ignores_input = False
         self._send_timer: asyncio.TimerHandle | None = None
         self.url = b""
 
@@ -57,16 +53,18 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse what is received, also before, unless it has to wait; b"" when this may have changed."""
         self._held += data
-        self._parse_held()
-
-    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never keeps a connection open
-        """Return whether the connection stays open for the responses to a client that has finished sending."""
-        stays = self._must_hold() and not self._ignores_input and self.scheme == "http"
-        if stays and not self._half_closed:
-            self._half_closed = True
-            self._probe()
-        return stays
+        while self._held and not self._must_hold() and not self._ignores_input and not self.transport.is_closing():
+            piece = bytes(self._held[:PIECE_BYTES])
+            del self._held[:PIECE_BYTES]
+            self._parse(piece)
+        if self._ignores_input:
+            self._held.clear()
+        if len(self._held) > MAX_HELD_BYTES:
+            self.flow.pause_reading()
+        elif self.pipeline:
+            self.flow.resume_reading()  # uvicorn pauses at a pipelined request and would not notice a disconnect
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -91,7 +89,11 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unparsed_bytes = -1
         self._state.heads.discard(self)
-        self._check_head(self.parser.get_method(), self.parser.get_http_version())
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if self.parser.get_method() == b"CONNECT":
+            raise HTTPError("not_implemented", "the method is not supported: CONNECT; use GET or POST")
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise HTTPError("malformed", f"the request has {hosts} Host headers; send one")
         if not self.parser.should_upgrade():  # otherwise `_decline_upgrade` parses the head again
             self._unset_keepalive_if_required()
             super().on_headers_complete()
@@ -111,9 +113,7 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
             self._arm(self._options.read_timeout)  # for the rest of the body, which is discarded
-        self._parse_held()
-        if self._half_closed and not self._must_hold():
-            self.transport.close()
+        self.data_received(b"")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -123,18 +123,6 @@ class Protocol(HttpToolsProtocol):
         """Return whether requests wait for their responses, so that what follows them is not parsed."""
         waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         return waits or bool(self.pipeline)
-
-    def _parse_held(self) -> None:
-        while self._held and not self._must_hold() and not self._ignores_input and not self.transport.is_closing():
-            piece = bytes(self._held[:PIECE_BYTES])
-            del self._held[:PIECE_BYTES]
-            self._parse(piece)
-        if self._ignores_input:
-            self._held.clear()
-        if len(self._held) > MAX_HELD_BYTES:
-            self.flow.pause_reading()
-        elif self.pipeline:
-            self.flow.resume_reading()  # uvicorn pauses at a pipelined request and would not notice a disconnect
 
     def _parse(self, piece: bytes) -> None:
         try:
@@ -159,22 +147,6 @@ class Protocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self._parse(b"\r\n".join([*lines, b"", b""]))
 
-    def _check_head(self, method: bytes, version: str) -> None:
-        """Raise HTTPError for what RFC 9110 and 9112 do not allow, or do not ask a server to support."""
-        hosts, codings, expectations = (
-            [value.decode("latin-1").lower() for name, value in self.headers if name == header]
-            for header in (b"host", b"transfer-encoding", b"expect")
-        )
-        if method == b"CONNECT":
-            raise HTTPError("not_implemented", "the method is not supported: CONNECT; use GET or POST")
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise HTTPError("malformed", f"the request has {len(hosts)} Host headers; send one")
-        if codings not in ([], ["chunked"]):
-            kind = "not_implemented" if codings[-1].endswith("chunked") else "malformed"  # RFC 9112, 6.1 and 6.3
-            raise HTTPError(kind, f"the Transfer-Encoding is not supported: {codings}; use chunked")
-        if expectations not in ([], ["100-continue"]):
-            raise HTTPError("expectation", f"the Expect header is not supported: {expectations}; use 100-continue")
-
     def _fail(self, error: HTTPError) -> None:
         """Respond to bytes that are not a request, after the responses to those before, and ignore what follows."""
         self._ignores_input = True
@@ -187,8 +159,7 @@ class Protocol(HttpToolsProtocol):
                 return self.transport.close()
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        api = api_of_path(self.url.decode("latin-1"))
-        status, body = error.status_code(api), orjson.dumps(error.body(api))
+        status, body = error.encode(api_of_path(self.url.decode("latin-1")))
         self._state.service.metrics.errors.labels(error.kind).inc()
         fields = {"client": self.client and self.client[0], "status": status, "error": str(error)}
         logger.info("invalid request", extra={"fields": fields})
@@ -197,16 +168,6 @@ class Protocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._arm(LINGER_SECONDS)  # a close with unread input is a reset, which discards the response at the client
-
-    def _probe(self) -> None:
-        """Write an interim response from time to time: it fails if the client has left, but not if it half-closed.
-
-        The end of the input looks the same for both.
-        """
-        if self._running is not None and self._must_hold() and not self.transport.is_closing():
-            if not self._running.response_started and self._running.scope["http_version"] == "1.1":
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def _arm(self, seconds: float) -> None:
         self._unset_keepalive_if_required()

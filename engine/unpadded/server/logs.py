@@ -1,7 +1,5 @@
 """Logs on stderr without the texts of requests: lines of text on a terminal, otherwise one JSON object per line."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -33,29 +31,19 @@ class TextFormatter(logging.Formatter):
         return super().format(record)
 
 
-class RepeatedWarningFilter(logging.Filter):
-    """Drop a warning whose message was logged before: the engine may repeat one for every request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._logged: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
-        message = record.getMessage()
-        repeated = message in self._logged
-        self._logged.add(message)
-        return not repeated
-
-
 def configure_logging() -> None:
-    """Send everything that the process logs to stderr."""
+    """Send everything that the process logs to stderr, a warning once: the engine may repeat one for every request."""
+    warnings: set[str] = set()
+
+    def is_first(record: logging.LogRecord) -> bool:
+        known = len(warnings)
+        if record.levelno == logging.WARNING:
+            warnings.add(record.getMessage())
+        return record.levelno != logging.WARNING or len(warnings) > known
+
     handler = logging.StreamHandler()
     text = TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
     handler.setFormatter(text if handler.stream.isatty() else JsonFormatter())
-    handler.addFilter(RepeatedWarningFilter())
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(logging.WARNING)
+    handler.addFilter(is_first)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("unpadded").setLevel(logging.INFO)

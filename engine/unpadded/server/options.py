@@ -14,7 +14,6 @@ from unpadded.errors import OptionError
 from unpadded.options import check_choice, convert, describe, option
 
 API_KEYS_VARIABLE = "UNPADDED_API_KEYS"
-
 LongInput = Literal["truncate", "reject"]
 
 
@@ -26,32 +25,22 @@ class ServerOptions:
     port: int = option(8080, "port to listen on; 0 selects a free one")
     tls_cert: str | None = option(None, "serve HTTPS with this certificate chain", metavar="PEM")
     tls_key: str | None = option(None, "private key of the certificate", metavar="PEM")
-    cors_origin: tuple[str, ...] = option(
-        (), "allow requests from web pages of this origin, * for all; repeatable", metavar="URL"
-    )
+    cors_origin: tuple[str, ...] = option((), "allow web pages of this origin, * for all; repeatable", metavar="URL")
     alias: tuple[str, ...] = option((), "additional name of the model; repeatable", metavar="NAME")
     default_task: str | None = option(None, "task of requests that do not name one", metavar="TASK")
     long_input: LongInput = option(
-        "truncate",
-        "texts longer than the model's maximum: truncate and count them, or reject the request",
-        literal=LongInput,
+        "truncate", "truncate and count texts that are too long for the model, or reject the request", literal=LongInput
     )
     max_concurrent_requests: int = option(512, "requests in progress; further ones get 429", metavar="N")
     max_queued_tokens: int = option(1_000_000, "tokens waiting for a batch; further ones get 429", metavar="N")
     max_inputs: int = option(2048, "texts per request; more get 413, or 400 over OpenAI's API", metavar="N")
     max_body: int = option(16 << 20, "size of a request body after decompression; larger ones get 413", metavar="BYTES")
     read_timeout: float = option(
-        30.0,
-        "time to receive the head of a request, then the connection is closed; and its body, then 408",
-        metavar="SECONDS",
+        30.0, "time to receive a head, then the connection is closed; and a body, then 408", metavar="SECONDS"
     )
-    send_timeout: float = option(
-        30.0, "time for a client to read 1 MiB, then the connection is closed", metavar="SECONDS"
-    )
+    send_timeout: float = option(30.0, "time for a client to read 1 MiB, then it is disconnected", metavar="SECONDS")
     deadline: float = option(60.0, "time to process a request, then 504; 0 for no limit", metavar="SECONDS")
-    grace: float = option(
-        30.0, "time to finish requests after SIGTERM; a second SIGTERM exits immediately", metavar="SECONDS"
-    )
+    grace: float = option(30.0, "time to finish requests after SIGTERM; a second one exits at once", metavar="SECONDS")
     log_requests: bool = option(False, "log the first 4096 bytes of each request body")
     api_keys: frozenset[str] = frozenset()  # empty: every request is accepted
 

@@ -1,64 +1,69 @@
-"""Authentication and request-body limits."""
+"""A request's body: limits of its size and time, decompression, and JSON to the request's type.
 
-from __future__ import annotations
+A field that clients of other APIs send is mapped to the type's own field of this meaning, ignored if it cannot change
+the response, and otherwise rejected like any unknown field.
+"""
 
 import asyncio
-import hashlib
-import hmac
+import codecs
+import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from starlette.datastructures import Headers
-from starlette.types import Receive
+import msgspec
+from starlette.requests import Request
 
-from unpadded.server.errors import HTTPError
+from unpadded.server.errors import HTTPError, check_maximum
+from unpadded.server.service import Service
 
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # selects gzip framing in zlib
-GZIP_PIECE_BYTES = 65_536  # zlib copies the rest of a piece at the end of each member
-MAX_GZIP_MEMBERS = 1024  # a member without contents takes 20 bytes and as much time as a small request
+# Names of one option in the APIs of OpenAI, TEI, nomic, Cohere, Voyage, Jina and NVIDIA.
+SYNONYMS = (
+    ("task", "task_type", "prompt_name", "input_type"),
+    ("dimensions", "dimensionality", "output_dimension"),
+    ("truncate", "truncation"),
+    ("normalize", "normalized"),
+)
+# Names of the prompt that an `input_type` may stand for.
+INPUT_TYPES = (
+    ("query", "search_query", "retrieval.query"),
+    ("document", "passage", "search_document", "retrieval.passage"),
+)
+TRUNCATE_WORDS: dict[str, dict[str, Any]] = {
+    "NONE": {"truncate": False},
+    "END": {"truncate": True},
+    "START": {"truncate": True, "truncation_direction": "left"},
+}
+IGNORED = frozenset({"user", "options", "metadata", "request_id", "priority", "safety_identifier", "modality"})
+# Ignored if they ask for what is done anyway.
+DEFAULTS: dict[str, object] = {
+    "add_special_tokens": True,
+    "late_chunking": False,
+    "embedding_type": "float",
+    "output_dtype": "float",
+    "truncate_prompt_tokens": None,
+}
+# In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
+LONE_SURROGATE = re.compile(rb"(?is)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..|\xed[\xa0-\xbf].")
 
 
-class ApiKeys:
-    """API keys, stored and compared as digests, so that the time of a comparison reveals nothing about a key."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def check(self, headers: Headers) -> None:
-        """Raise HTTPError unless the request carries one of the keys, or there are none."""
-        if not self._digests:
-            return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        received = hashlib.sha256(key.strip().encode("latin-1")).digest()  # the bytes as sent, in UTF-8
-        matches = [hmac.compare_digest(received, digest) for digest in self._digests]  # all, for constant time
-        if scheme.lower() != "bearer" or not any(matches):
-            raise HTTPError("unauthorized", "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
-
-
-async def read_body(
-    receive: Receive, headers: Headers, hold: Callable[[int], None], *, max_bytes: int, seconds: float
-) -> bytes | None:
-    """Return the body as received, or None if the client disconnected; `hold` is called with the size of each part."""
+async def read_body(request: Request, hold: Callable[[int], None], *, max_bytes: int, seconds: float) -> bytes:
+    """Return the body as received; `hold` is called with the size of each part. ClientDisconnect if it is not sent."""
     # httptools has checked that it is a number below 2 ** 64; int() raises for thousands of leading zeros.
-    if int(headers.get("content-length", "0").lstrip("0") or "0") > max_bytes:
-        raise _too_large(max_bytes)
+    _check_size(int(request.headers.get("content-length", "0").lstrip("0") or "0"), max_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                hold(len(parts[-1]))
-                if not message.get("more_body", False):
-                    return b"".join(parts)
+            async for part in request.stream():
+                size += len(part)
+                _check_size(size, max_bytes)
+                hold(len(part))
+                parts.append(part)
     except TimeoutError as error:
         late = f"the body did not arrive: {size} bytes in {seconds:g} s; send it faster"
         raise HTTPError("slow_body", late) from error
+    return b"".join(parts)
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -67,24 +72,72 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
         return body
     if encoding not in ("gzip", "x-gzip"):
         raise HTTPError("unsupported_encoding", f"the Content-Encoding is not supported: {encoding!r}; use gzip")
-    plain, start, members = bytearray(), 0, 0
-    while start < len(body) or not members:
-        stream = zlib.decompressobj(GZIP_WBITS)
-        members += 1
-        while not stream.eof and start < len(body) and members <= MAX_GZIP_MEMBERS:
-            piece = body[start : start + GZIP_PIECE_BYTES]
-            try:
-                plain += stream.decompress(piece, max_bytes + 1 - len(plain))
-            except zlib.error as error:
-                raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
-            if len(plain) > max_bytes:
-                raise _too_large(max_bytes)
-            start += len(piece) - len(stream.unused_data)
-        if not stream.eof:
-            message = f"the gzip body ends after {start} bytes or has over {MAX_GZIP_MEMBERS} members; send all, as one"
-            raise HTTPError("malformed", message)
-    return bytes(plain)
+    stream = zlib.decompressobj(GZIP_WBITS)
+    try:
+        plain = stream.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise HTTPError("malformed", f"the body is not gzip: {error}; compress it again") from error
+    _check_size(len(plain), max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise HTTPError("malformed", f"the gzip body is not one member: {len(body)} bytes; send all of it, as one")
+    return plain
 
 
-def _too_large(max_bytes: int) -> HTTPError:
-    return HTTPError("too_large", f"the body is too large: more than {max_bytes} bytes; send fewer texts per request")
+def _check_size(size: int, max_bytes: int) -> None:
+    check_maximum("too_large", "the body is too large", size, max_bytes, "bytes", "send fewer texts per request")
+
+
+def decode_request(body: bytes, type_: type[msgspec.Struct], service: Service) -> tuple[msgspec.Struct, list[str]]:
+    """Return the request and the names of its fields that were ignored."""
+    body = body.removeprefix(codecs.BOM_UTF8)
+    try:
+        try:
+            return msgspec.json.decode(body, type=type_), []
+        except msgspec.ValidationError:
+            if not isinstance(given := msgspec.json.decode(body), dict):
+                raise
+            fields, ignored = _adapt(given, set(type_.__struct_encode_fields__), service)
+            return msgspec.convert(fields, type_), ignored
+    except msgspec.ValidationError as error:
+        raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        surrogate = LONE_SURROGATE.search(body)
+        what = str(error) if surrogate is None else f"it has a lone surrogate at byte {surrogate.start()}"
+        raise HTTPError("malformed", f"the body is not JSON: {what}; send a JSON object in UTF-8") from error
+
+
+def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields with the request type's names, and the names of those that are ignored."""
+    parameters: dict[str, Any] = {}
+    if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
+        parameters = given.pop("parameters", None) or {}
+    found: dict[str, Any] = {}
+    ignored: list[str] = []
+    for name, value in [*given.items(), *parameters.items()]:
+        own = next((own for group in SYNONYMS if name in group for own in group if own in names), name)
+        if name == "input_type" and isinstance(value, str):
+            value = _task(value, service.engine.checkpoint.prompts)
+        if name == "model" and name not in names and isinstance(value, str):
+            service.task_of_model(value)  # raises for another model
+            ignored.append(name)
+        elif own in names and own != name and value is None:
+            ignored.append(name)
+        elif own in names:
+            words = TRUNCATE_WORDS.get(str(value).upper()) if own == "truncate" else None
+            for key, option in (words or {own: value}).items():
+                if found.setdefault(key, option) != option:
+                    raise HTTPError("invalid", f"{key} has two values: {found[key]!r} and {option!r}; send one")
+        elif name in IGNORED or value == DEFAULTS.get(name, msgspec.UNSET):
+            ignored.append(name)
+        else:
+            found[name] = value  # `msgspec.convert` names it
+    return found, ignored
+
+
+def _task(input_type: str, prompts: Mapping[str, str]) -> str | None:
+    """Return the task for an `input_type`; None if the model has no prompts, so that all are alike."""
+    group: tuple[str, ...] = next((group for group in INPUT_TYPES if input_type in group), ())
+    task = next((name for name in (input_type, *group) if name in prompts), None)
+    if task is None and any(prompts.values()):
+        raise HTTPError("invalid", f"the input_type is unknown: {input_type!r}; use one of {', '.join(prompts)}")
+    return task

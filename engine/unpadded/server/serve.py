@@ -1,18 +1,16 @@
 """Run a server: bind the port, warm up, listen, serve, and drain on SIGTERM."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from functools import partial
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
@@ -28,7 +26,6 @@ from unpadded.server.service import Service
 logger = logging.getLogger("unpadded.server")
 
 POLL_SECONDS = 0.02
-BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 FORCED_EXIT_STATUS = 130
 
@@ -67,24 +64,15 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket, start
         http=cast(Any, partial(Protocol, state)),
         ws="none",
         log_config=None,
+        log_level="warning",
         access_log=False,
         lifespan="off",
         server_header=False,
-        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
     )
-    config.load()
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    fields = {
-        "url": _url(listener, options),
-        "models": list(state.service.model_names),
-        "keys": len(options.api_keys),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), listener, state, fields))
+    _Server(config, state, started).run([listener])
     state.service.batcher.close()
     logger.info("stopped")
 
@@ -99,47 +87,44 @@ def _naming_the_port(options: ServerOptions) -> Iterator[None]:
         ) from error
 
 
-def _url(listener: socket.socket, options: ServerOptions) -> str:
-    host, port = listener.getsockname()[:2]
-    scheme = "http" if options.tls_cert is None else "https"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to `_run`: uvicorn would exit with the signal's status instead of 0."""
+    """A uvicorn server that answers while it drains, and then exits with 0 instead of the signal's status."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def __init__(self, config: uvicorn.Config, state: ServerState, started: float) -> None:
+        super().__init__(config)
+        self._state = state
+        self._started = started
 
-
-async def _run(server: _Server, listener: socket.socket, state: ServerState, ready: dict[str, object]) -> None:
-    """Serve until a signal, then drain. `ready`: the fields of the log line "ready"."""
-    loop = asyncio.get_running_loop()
-    stop_requested = asyncio.Event()
-
-    def handle_signal(number: int, frame: object) -> None:
-        if stop_requested.is_set():
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
             os._exit(FORCED_EXIT_STATUS)
-        loop.call_soon_threadsafe(stop_requested.set)
+        self.should_exit = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle_signal)  # loop.add_signal_handler does not exist on Windows
-    with _naming_the_port(state.service.options):  # another process may listen since `reserve`
-        listener.listen(BACKLOG)
-    logger.info("ready", extra={"fields": ready})  # after the handlers, so that SIGTERM drains from here on
-    serving = asyncio.ensure_future(server.serve([listener]))
-    stopping = asyncio.ensure_future(stop_requested.wait())
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    state.draining = True  # /health answers 503, and requests are rejected
-    deadline = time.perf_counter() + state.service.options.grace
-    logger.info("draining", extra={"fields": {"active": state.active}})
-    while (state.active or state.heads) and time.perf_counter() < deadline:
-        await asyncio.sleep(POLL_SECONDS)
-    if state.active:
-        logger.warning("the grace period is over: %d requests are aborted", state.active)
-    # Closed connections may have unsent bytes.
-    server.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.perf_counter()))
-    server.should_exit = True
-    await serving
-    stopping.cancel()
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None, "uvicorn would bind the port again"
+        service, options = self._state.service, self._state.service.options
+        with _naming_the_port(options):  # another process may listen since `reserve`, which uvloop ignores
+            sockets[0].listen(self.config.backlog)
+        await super().startup(sockets)
+        host, port = sockets[0].getsockname()[:2]
+        scheme = "http" if options.tls_cert is None else "https"
+        fields = {
+            "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+            "models": list(service.model_names),
+            "keys": len(options.api_keys),
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        logger.info("ready", extra={"fields": fields})  # from here on, SIGTERM drains
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        state = self._state
+        state.draining = True  # /health answers 503, and requests are rejected
+        deadline = time.perf_counter() + state.service.options.grace
+        logger.info("draining", extra={"fields": {"active": state.active}})
+        while (state.active or state.heads) and time.perf_counter() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        if state.active:
+            logger.warning("the grace period is over: %d requests are aborted", state.active)
+        # Closed connections may have unsent bytes.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.perf_counter()))
+        await super().shutdown(sockets)

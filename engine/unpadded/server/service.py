@@ -1,21 +1,22 @@
 """The engine as endpoints use it: model names, limits, and batches shared by all requests."""
 
-from __future__ import annotations
-
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
+import torch
 
 from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
-from unpadded.execution.batcher import Limits, Rows, Work, run_windows
+from unpadded.execution.batcher import Limits, Rows, run_windows
+from unpadded.execution.runner import Runner
 from unpadded.options import EncodeKeywords, Plan
-from unpadded.server.errors import HTTPError
+from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
 from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
@@ -23,7 +24,9 @@ from unpadded.tokenization.windows import Text, Window
 
 # Per text, and per /tokenize: tokenizing so many takes up to 2 s of a core and 0.3 GB (Chinese, BERT, Xeon, 2026-11).
 MAX_CHARACTERS = 1 << 19
-MAX_TOKEN_VECTORS = 32_768  # per /embed_all; with 768 dimensions, 96 MiB before they become JSON
+MAX_TOKEN_VECTORS = 32_768  # per request; with 768 dimensions, 96 MiB before they become JSON
+# Clients of OpenAI's own models may send token ids of OpenAI's tokenizer.
+OPENAI_MODEL_PREFIX = "text-embedding-"
 MAX_RETRY_AFTER_SECONDS = 60
 
 
@@ -33,22 +36,24 @@ class Service:
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self.engine = engine
         self.pipeline = engine._pipeline
+        self.backend = self.pipeline.backend
         if options.default_task is not None:
             self.pipeline.plan(task=options.default_task)
         self.options = options
         self.metrics = Metrics()
         self.batcher = self.pipeline.batcher(self.metrics.observe_batch)
-        self.metrics.watch(self.pipeline, self.batcher)
         self.model_name = engine.checkpoint.name
         self.model_names = tuple(dict.fromkeys([self.model_name, self.model_name.rpartition("/")[2], *options.alias]))
         self.created = int(time.time())
         self.description = engine.describe()
         self.device_type = re.split("[:,]", str(self.description["device"]))[0]
-
-    @property
-    def ready(self) -> bool:
-        """Whether at least one device accepts batches."""
-        return self.pipeline.backend.ready_devices > 0
+        backend, batcher, watch = self.backend, self.batcher, self.metrics.watch
+        watch("devices", "devices that accept batches", lambda: backend.ready_devices)
+        watch("queued_requests", "requests waiting for a batch", lambda: batcher.queued_calls)
+        watch("queued_tokens", "tokens waiting for a batch", lambda: batcher.queued_tokens)
+        if isinstance(backend, Runner) and backend.device.type == "cuda":  # worker processes hold their own memory
+            memory = partial(torch.cuda.memory_allocated, backend.device)
+            watch("gpu_memory_bytes", "GPU memory held by tensors", memory)
 
     def warm_up(self) -> None:
         """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture."""
@@ -58,7 +63,7 @@ class Service:
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # One call per device, submitted together so that each device runs one.
-            calls = [self.batcher.submit(sequences, work) for _ in range(self.pipeline.backend.devices)]
+            calls = [self.batcher.submit(sequences, work) for _ in range(self.backend.devices)]
             for call in calls:
                 call.future.result()
 
@@ -79,50 +84,51 @@ class Service:
         if name is None or name in self.model_names:
             return None
         base, _, task = name.rpartition(":")
-        prompts = self.engine.checkpoint.prompts
-        if base in self.model_names and task in prompts:
-            return task
-        if base in self.model_names:
-            raise HTTPError("invalid", f"the task is unknown: {task!r}; use one of {', '.join(prompts) or 'none'}")
-        raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.model_names)}")
+        if base not in self.model_names:
+            raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.model_names)}")
+        self.pipeline.plan(task=task)  # raises for an unknown one
+        return task
 
     def estimate_queue_seconds(self) -> int:
         """Return the seconds in which the model processes the queued tokens, from 1 to MAX_RETRY_AFTER_SECONDS."""
         rate = self.batcher.tokens_per_second
         return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
 
-    async def embed(
-        self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
-    ) -> Embeddings:
-        """Embed texts in batches shared with all other requests. truncate: None follows --long-input."""
-        plan = self._plan(texts, usage, options)
-        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate)
-        return self.pipeline.collect(await self._run(texts, windows, self.pipeline.work(plan), usage), plan)
+    async def embed(self, given: str | list[Any], usage: Usage, **options: Any) -> Embeddings:
+        """Embed a request's texts. options: those of `_run`."""
+        plan, results = await self._run(given, usage, **options)
+        return self.pipeline.collect(results, plan)
 
-    async def embed_tokens(
-        self, texts: Sequence[Text], usage: Usage, *, truncate: bool | None = None, **options: Unpack[EncodeKeywords]
-    ) -> list[np.ndarray]:
-        """Return the last hidden states of each text: [tokens, hidden]."""
-        plan = self._plan(texts, usage, options)
-        windows = self._count_windows(
-            self.pipeline.reader.windows(texts, plan), usage, truncate, max_tokens=MAX_TOKEN_VECTORS
-        )
-        results = await self._run(texts, windows, self.pipeline.work(plan, pooled=False), usage)
+    async def embed_tokens(self, given: str | list[Any], usage: Usage, **options: Any) -> list[np.ndarray]:
+        """Return the last hidden states of each text, [tokens, hidden]. options: those of `_run`."""
+        _, results = await self._run(given, usage, pooled=False, **options)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
-    def _plan(self, texts: Sequence[Text], usage: Usage, options: EncodeKeywords) -> Plan:
-        """Check the number and sizes of the texts, count them, and return the plan of their embedding."""
-        self.check_inputs(texts)
+    async def _run(
+        self,
+        given: str | list[Any],
+        usage: Usage,
+        *,
+        model: str | None = None,
+        truncate: bool | None = None,
+        fallback_task: str | None = None,
+        pooled: bool = True,
+        **options: Unpack[EncodeKeywords],
+    ) -> tuple[Plan, list[tuple[Window, Rows]]]:
+        """Check and count a request's texts, and run them in batches shared with all requests.
+
+        model: its name in the request, which may have a task. truncate: None follows --long-input. fallback_task: the
+        task without --default-task. OverloadedError if the texts would not be done in time.
+        """
+        named, task = self.task_of_model(model), options.get("task")
+        texts = self.texts(given)
+        self._check_token_ids(texts, foreign=(model or "").startswith(OPENAI_MODEL_PREFIX))
+        if named is not None and task not in (None, named):
+            raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")
+        options["task"] = named or task or self.options.default_task or fallback_task
+        plan = self.pipeline.plan(**options)
         usage.texts += len(texts)
         usage.characters += sum(len(text) for text in texts if isinstance(text, str))
-        if options.get("task") is None and "prompt" not in options:
-            options["task"] = self.options.default_task
-        return self.pipeline.plan(**options)
-
-    async def _run(
-        self, texts: Sequence[Text], windows: Iterator[Window], work: Work, usage: Usage
-    ) -> list[tuple[Window, Rows]]:
-        """Run windows in batches shared with all requests; OverloadedError if they would not be done in time."""
         deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
         limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.engine.checkpoint.max_length
         # Rejects most of what is too much before it is tokenized.
@@ -130,22 +136,38 @@ class Service:
             min(len(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str) else len(text) for text in texts
         )
         self.batcher.check(estimate, limits)
-        size = sum(map(len, texts))
-        return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage.timing)
+        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, pooled)
+        work, size = self.pipeline.work(plan, pooled=pooled), sum(map(len, texts))
+        return plan, await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
-    def check_inputs(self, texts: Sequence[Text]) -> None:
-        """Raise HTTPError for no texts, or for more texts or characters than a request may have."""
-        if not texts:
-            raise HTTPError("invalid", "the input is empty: []; send at least one text")
-        if len(texts) > self.options.max_inputs:
-            raise HTTPError(
-                "too_many_inputs",
-                f"the input has too many texts: {len(texts)}, maximum {self.options.max_inputs}; send fewer",
-            )
-        check_characters([len(text) for text in texts if isinstance(text, str)])
+    def texts(self, given: str | list[Any]) -> list[Text]:
+        """Return the texts of a request's input: a string, strings, one sequence of token ids, or several.
+
+        HTTPError for more texts or characters than a request may have.
+        """
+        kinds = {str} if isinstance(given, str) else {type(item) for item in given}
+        if int in kinds and len(kinds) > 1:
+            first = next(item for item in given if isinstance(item, int))
+            raise OptionError(f"the input mixes token ids such as {first} with texts; put each text's ids in a list")
+        texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
+        check_maximum("too_many_inputs", "too many texts", len(texts), self.options.max_inputs, "texts", "send fewer")
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        check_maximum("too_long", "a text is too long", longest, MAX_CHARACTERS, "characters", "split it")
+        return texts
+
+    def _check_token_ids(self, texts: Sequence[Text], *, foreign: bool) -> None:
+        """Raise HTTPError for token ids that the tokenizer does not make: those of another vocabulary."""
+        for index, text in enumerate(texts):
+            if not isinstance(text, str) and (foreign or not self.engine.tokenizer.could_return(text)):
+                raise HTTPError(
+                    "invalid",
+                    f"text {index} is token ids that the served model's tokenizer does not make, special tokens "
+                    f"included: {list(text[:8])}{' ...' if len(text) > 8 else ''}; send text (LangChain: "
+                    "OpenAIEmbeddings(check_embedding_ctx_length=False))",
+                )
 
     def _count_windows(
-        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, max_tokens: int | None = None
+        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, pooled: bool
     ) -> Iterator[Window]:
         """Yield the same windows; count their tokens and check the limits as they are tokenized."""
         if truncate is None:
@@ -153,37 +175,12 @@ class Service:
         for window in windows:
             truncated = np.flatnonzero(window.truncated)
             if len(truncated) and not truncate:
-                raise HTTPError(
-                    "too_long",
-                    f"text {window.first_index + truncated[0]} is too long: more than "
-                    f"{self.engine.checkpoint.max_length} tokens; shorten it or request truncation",
-                )
+                index, maximum = window.first_index + truncated[0], self.engine.checkpoint.max_length
+                message = f"text {index} is too long: more than {maximum} tokens; shorten it or request truncation"
+                raise HTTPError("too_long", message)
             usage.truncated += len(truncated)
             usage.tokens += int(window.token_counts.sum())
-            if max_tokens is not None and usage.tokens > max_tokens:
-                raise HTTPError(
-                    "too_many_inputs",
-                    f"the response would have too many token vectors: {usage.tokens}, maximum {max_tokens}; "
-                    "send fewer texts",
-                )
+            if not pooled:
+                what = "the response would have too many token vectors"
+                check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
-
-
-def check_characters(counts: Iterable[int]) -> None:
-    """Raise HTTPError if a text has too many characters."""
-    if (most := max(counts, default=0)) > MAX_CHARACTERS:
-        raise HTTPError("too_long", f"a text is too long: {most} characters, maximum {MAX_CHARACTERS}; split it")
-
-
-def to_texts(value: str | list[Any]) -> list[Text]:
-    """Convert a request's input (a string, strings, one sequence of token ids, or several) to a list of texts."""
-    if isinstance(value, str):
-        return [value]
-    if value and all(isinstance(item, int) for item in value):
-        return [value]
-    index = next((index for index, item in enumerate(value) if isinstance(item, int)), None)
-    if index is not None:
-        raise OptionError(
-            f"the input mixes token ids with texts: {value[index]} at {index}; put each text's ids in a list"
-        )
-    return value

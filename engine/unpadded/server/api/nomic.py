@@ -1,43 +1,30 @@
 """Nomic's API: /v1/embedding/text, and /v1/user, which its client requests at login."""
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Annotated, Literal
+from msgspec import field
 
-import orjson
-from msgspec import Meta, Struct
-
-from unpadded.server.api.openai import Dimensions
+from unpadded.server.api.fields import Dimensions, Request, Texts
 from unpadded.server.endpoint import Endpoint, RequestContext
-from unpadded.server.responses import Response, binary_response, json_response, rows_response
+from unpadded.server.responses import Response, json_response, vectors_response
 from unpadded.server.service import Service
 
 
-class TextRequest(Struct, forbid_unknown_fields=True):
+class TextRequest(Request):
     """Texts and their task."""
 
-    texts: Annotated[list[str], Meta(min_length=1)]
+    texts: Texts
     model: str | None = None
-    task_type: str | None = None  # None: --default-task, or search_document
-    dimensionality: Dimensions | None = None
-    long_text_mode: Literal["truncate", "mean"] | None = None  # None follows the server's --long-input
+    task: str | None = field(default=None, name="task_type")  # None: --default-task, or search_document
+    dimensions: Dimensions | None = field(default=None, name="dimensionality")
+    long_text: Literal["truncate", "mean"] | None = field(default=None, name="long_text_mode")  # None: --long-input
 
 
 async def _embed_text(service: Service, request: TextRequest, context: RequestContext) -> Response:
-    service.task_of_model(request.model)
-    embeddings = await service.embed(
-        list(request.texts),
-        context.usage,
-        truncate=request.long_text_mode == "truncate" or None,
-        task=request.task_type or service.options.default_task or "search_document",
-        dimensions=request.dimensionality,
-        normalize=True,
-        long_text=request.long_text_mode or "truncate",
-    )
-    if (binary := binary_response(embeddings.vectors, context.accept)) is not None:
-        return binary
+    options = request.keywords() | {"truncate": request.long_text == "truncate" or None, "normalize": True}
+    embeddings = await service.embed(request.texts, context.usage, **options, fallback_task="search_document")
     rest = {"usage": context.usage.as_json(), "model": request.model or service.model_name}
-    return rows_response(embeddings.vectors, b'{"embeddings":[', b"]," + orjson.dumps(rest).removeprefix(b"{"))
+    return vectors_response(embeddings.vectors, context.headers, lambda: {"embeddings": embeddings.vectors, **rest})
 
 
 async def _user(service: Service, request: None, context: RequestContext) -> Response:
@@ -45,6 +32,6 @@ async def _user(service: Service, request: None, context: RequestContext) -> Res
 
 
 ENDPOINTS = [
-    Endpoint("nomic", "POST", "/v1/embedding/text", "Embed texts for a task", _embed_text, TextRequest),
-    Endpoint("nomic", "GET", "/v1/user", "The owner of the API key", _user),
+    Endpoint("nomic", "/v1/embedding/text", "Embed texts for a task", _embed_text, TextRequest),
+    Endpoint("nomic", "/v1/user", "The owner of the API key", _user),
 ]

@@ -1,30 +1,27 @@
 """The API of text-embeddings-inference (TEI)."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Annotated, Any
 
-import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, field
 
 import unpadded
 from unpadded.execution.batcher import MAX_READERS
-from unpadded.server.api.openai import Dimensions, Direction, Input, TokenId, check_token_ids, side
+from unpadded.server.api.fields import Dimensions, Direction, Input, Request, Texts, TokenId
 from unpadded.server.endpoint import Endpoint, RequestContext
-from unpadded.server.errors import HTTPError
-from unpadded.server.responses import Response, binary_response, home_page, json_response, rows_response
-from unpadded.server.service import Service, check_characters, to_texts
+from unpadded.server.errors import HTTPError, check_maximum
+from unpadded.server.responses import Response, html_page, json_response, negotiate, vectors_response
+from unpadded.server.service import MAX_CHARACTERS, Service
 
 MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode
 
 
-class CommonOptions(Struct, forbid_unknown_fields=True, kw_only=True):
+class CommonOptions(Request, kw_only=True):
     """Options of every endpoint that embeds."""
 
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Direction | None = None
-    prompt_name: str | None = None  # None follows --default-task
+    task: str | None = field(default=None, name="prompt_name")  # None follows --default-task
 
 
 class EmbedAllRequest(CommonOptions, kw_only=True):
@@ -40,14 +37,14 @@ class EmbedRequest(EmbedAllRequest, kw_only=True):
     dimensions: Dimensions | None = None
 
 
-class SimilarityInputs(Struct, forbid_unknown_fields=True):
+class SimilarityInputs(Request):
     """A sentence and the sentences to compare it with."""
 
     source_sentence: str
-    sentences: Annotated[list[str], Meta(min_length=1)]
+    sentences: Texts
 
 
-class SimilarityRequest(Struct, forbid_unknown_fields=True):
+class SimilarityRequest(Request):
     """Input and options of /similarity."""
 
     inputs: SimilarityInputs
@@ -58,18 +55,17 @@ class RootRequest(EmbedRequest, kw_only=True):
     """The request of huggingface_hub's client to the root URL: embed, or compare sentences."""
 
     inputs: Input | SimilarityInputs  # type: ignore[assignment]
-    parameters: CommonOptions | None = None
 
 
-class TokenizeRequest(Struct, forbid_unknown_fields=True):
+class TokenizeRequest(Request):
     """Texts to tokenize."""
 
-    inputs: str | Annotated[list[str], Meta(min_length=1)]
+    inputs: str | Texts
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
 
-class DecodeRequest(Struct, forbid_unknown_fields=True):
+class DecodeRequest(Request):
     """Token ids to decode."""
 
     ids: Annotated[list[TokenId | list[TokenId]], Meta(min_length=1)]
@@ -77,100 +73,61 @@ class DecodeRequest(Struct, forbid_unknown_fields=True):
 
 
 async def _embed(service: Service, request: EmbedRequest, context: RequestContext) -> Response:
-    texts = to_texts(request.inputs)
-    check_token_ids(service, texts)
-    embeddings = await service.embed(
-        texts,
-        context.usage,
-        truncate=request.truncate,
-        dimensions=request.dimensions,
-        normalize=request.normalize is not False,
-        task=request.prompt_name,
-        truncation=side(request.truncation_direction),
-    )
-    return binary_response(embeddings.vectors, context.accept) or rows_response(embeddings.vectors)
+    options = request.keywords() | {"normalize": request.normalize is not False}
+    embeddings = await service.embed(request.inputs, context.usage, **options)
+    return vectors_response(embeddings.vectors, context.headers, lambda: embeddings.vectors)
 
 
 async def _embed_all(service: Service, request: EmbedAllRequest, context: RequestContext) -> Response:
-    texts = to_texts(request.inputs)
-    check_token_ids(service, texts)
-    rows = await service.embed_tokens(
-        texts,
-        context.usage,
-        truncate=request.truncate,
-        task=request.prompt_name,
-        truncation=side(request.truncation_direction),
-    )
-    return rows_response(rows)
+    return json_response(await service.embed_tokens(request.inputs, context.usage, **request.keywords()))
 
 
 async def _similarity(service: Service, request: SimilarityRequest, context: RequestContext) -> Response:
-    parameters = request.parameters or CommonOptions()
-    embeddings = await service.embed(
-        [request.inputs.source_sentence, *request.inputs.sentences],
-        context.usage,
-        truncate=parameters.truncate,
-        normalize=True,
-        task=parameters.prompt_name,
-        truncation=side(parameters.truncation_direction),
-    )
-    return json_response(embeddings.vectors[1:] @ embeddings.vectors[0])
+    options = (request.parameters or CommonOptions()).keywords() | {"normalize": True}
+    texts = [request.inputs.source_sentence, *request.inputs.sentences]
+    vectors = (await service.embed(texts, context.usage, **options)).vectors
+    return json_response(vectors[1:] @ vectors[0])
 
 
 async def _root(service: Service, request: RootRequest, context: RequestContext) -> Response:
     if isinstance(request.inputs, SimilarityInputs):
-        return await _similarity(service, SimilarityRequest(request.inputs, request.parameters), context)
-    for name in CommonOptions.__struct_fields__:
-        if getattr(request, name) is None and request.parameters is not None:
-            setattr(request, name, getattr(request.parameters, name))
+        return await _similarity(service, SimilarityRequest(inputs=request.inputs, parameters=request), context)
     return await _embed(service, request, context)
 
 
 async def _tokenize(service: Service, request: TokenizeRequest, context: RequestContext) -> Response:
-    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     prompt = service.pipeline.plan(task=request.prompt_name or service.options.default_task).prompt
-    backend = service.engine.tokenizer.backend
-    service.check_inputs(texts)
-    prompted = [prompt + text for text in texts]
+    prompted = [f"{prompt}{text}" for text in service.texts(request.inputs)]
     size = sum(map(len, prompted))
-    check_characters([size])
+    check_maximum("too_long", "the texts are too long", size, MAX_CHARACTERS, "characters", "send fewer")
+    encode_batch = service.engine.tokenizer.backend.encode_batch
     encodings = await asyncio.get_running_loop().run_in_executor(
-        service.batcher.reader(size),
-        lambda: backend.encode_batch(prompted, add_special_tokens=request.add_special_tokens),
+        service.batcher.reader(size), lambda: encode_batch(prompted, add_special_tokens=request.add_special_tokens)
     )
-    _check_listed(sum(map(len, encodings)))
-    tokens = [_token_objects(encoding, text) for encoding, text in zip(encodings, prompted, strict=True)]
-    return json_response(tokens)
-
-
-def _check_listed(count: int) -> None:
-    if count > MAX_LISTED_TOKENS:
-        raise HTTPError("too_many_inputs", f"too many tokens: {count}, maximum {MAX_LISTED_TOKENS}; send fewer texts")
-
-
-def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
-    tokens: list[dict[str, object]] = []
-    for id_, token, special, (start, stop) in zip(
-        encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
-    ):
-        if special:
-            tokens.append({"id": id_, "text": token, "special": True, "start": None, "stop": None})
-        else:
-            tokens.append({"id": id_, "text": text[start:stop], "special": False, "start": start, "stop": stop})
-    return tokens
+    count = sum(map(len, encodings))
+    check_maximum("too_many_inputs", "the texts are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
+    return json_response([_token_objects(encoding, text) for encoding, text in zip(encodings, prompted, strict=True)])
 
 
 async def _decode(service: Service, request: DecodeRequest, context: RequestContext) -> Response:
-    sequences = [np.asarray(ids).tolist() for ids in to_texts(request.ids)]
-    service.check_inputs(sequences)
-    total = sum(map(len, sequences))
-    _check_listed(total)
-    backend = service.engine.tokenizer.backend
+    sequences: list[Any] = service.texts(request.ids)
+    count = sum(map(len, sequences))
+    check_maximum("too_many_inputs", "the lists are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
+    decode_batch = service.engine.tokenizer.backend.decode_batch
     texts = await asyncio.get_running_loop().run_in_executor(
-        service.batcher.reader(total),
-        lambda: backend.decode_batch(sequences, skip_special_tokens=request.skip_special_tokens),
+        service.batcher.reader(count), lambda: decode_batch(sequences, skip_special_tokens=request.skip_special_tokens)
     )
     return json_response(texts)
+
+
+def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
+    columns = (encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets)
+    return [
+        {"id": id_, "text": token, "special": True, "start": None, "stop": None}
+        if special
+        else {"id": id_, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+        for id_, token, special, (start, stop) in zip(*columns, strict=True)
+    ]
 
 
 async def _info(service: Service, request: None, context: RequestContext) -> Response:
@@ -198,13 +155,15 @@ async def _info(service: Service, request: None, context: RequestContext) -> Res
 
 
 async def _health(service: Service, request: None, context: RequestContext) -> Response:
-    if not service.ready:
+    if not service.backend.ready_devices:
         raise HTTPError("no_device", "no device accepts batches: its worker process exited; wait until it is restarted")
     return Response(lambda: b"", "text/plain")
 
 
 async def _home(service: Service, request: None, context: RequestContext) -> Response:
-    return home_page(context.accept) or await _health(service, request, context)
+    if negotiate(context.headers, "text/plain", "text/html") == "text/plain":
+        return await _health(service, request, context)
+    return Response(lambda: html_page("home.html"), "text/html; charset=utf-8")
 
 
 async def _metrics(service: Service, request: None, context: RequestContext) -> Response:
@@ -212,17 +171,15 @@ async def _metrics(service: Service, request: None, context: RequestContext) -> 
 
 
 ENDPOINTS = [
-    Endpoint("tei", "POST", "/", "The same as /embed or /similarity", _root, RootRequest),
-    Endpoint("tei", "POST", "/embed", "One vector per text", _embed, EmbedRequest),
-    Endpoint("tei", "POST", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
-    Endpoint(
-        "tei", "POST", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest
-    ),
-    Endpoint("tei", "POST", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
-    Endpoint("tei", "POST", "/decode", "The texts of token ids", _decode, DecodeRequest),
-    Endpoint("tei", "GET", "/info", "The served model and the limits", _info),
-    Endpoint("tei", "GET", "/", "A page in a browser, otherwise the same as /health", _home, public=True),
-    Endpoint("tei", "GET", "/ping", "The same as /health", _health, public=True),
-    Endpoint("tei", "GET", "/health", "200 if ready, 503 if draining or without a device", _health, public=True),
-    Endpoint("tei", "GET", "/metrics", "Prometheus metrics", _metrics, public=True),
+    Endpoint("tei", "/", "The same as /embed or /similarity", _root, RootRequest),
+    Endpoint("tei", "/embed", "One vector per text", _embed, EmbedRequest),
+    Endpoint("tei", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
+    Endpoint("tei", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
+    Endpoint("tei", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
+    Endpoint("tei", "/decode", "The texts of token ids", _decode, DecodeRequest),
+    Endpoint("tei", "/info", "The served model and the limits", _info),
+    Endpoint("tei", "/", "A page in a browser, otherwise the same as /health", _home, public=True),
+    Endpoint("tei", "/ping", "The same as /health", _health, public=True),
+    Endpoint("tei", "/health", "200 if ready, 503 if draining or without a device", _health, public=True),
+    Endpoint("tei", "/metrics", "Prometheus metrics", _metrics, public=True),
 ]
