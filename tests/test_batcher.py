@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.corpus import PARAGRAPHS
-from support.serving import HANG_SECONDS, wait_until
+from support.serving import wait_until
 
 import unpadded
 from unpadded.errors import DeadlineError, InputError, OutputError, OverloadedError
 from unpadded.execution.batcher import Batcher, Limits, Work
+
+HANG = 60  # seconds after which a wait fails; no test computes that long
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ class Gate:
 
     def __call__(self, sequences):
         self.entered.set()
-        assert self.opened.wait(HANG_SECONDS)
+        assert self.opened.wait(HANG)
         self.batches.append([int(ids[0]) for ids in sequences])
         if any(ids[0] < 0 for ids in sequences):
             raise RuntimeError("a negative id")
@@ -62,11 +64,11 @@ def run_together(lengths, token_budget):
 
     work = Work("a", record)
     calls = [batcher.submit(sequences(-1, [1]), work)]
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     calls += [batcher.submit(sequences(name, one), work) for name, one in lengths.items()]
     gate.opened.set()
     for call in calls[1:]:
-        call.future.result(HANG_SECONDS)
+        call.future.result(HANG)
     batcher.close()
     assert batcher.queued_tokens == batcher.queued_calls == 0
     return batches[1:]
@@ -129,13 +131,13 @@ class Simulation:
         self.batches.append(sum(map(len, sequences)))
         self._end = self.now + self.batches[-1] * self.seconds_per_token
         self._started.release()
-        assert self._ended.acquire(timeout=HANG_SECONDS)
+        assert self._ended.acquire(timeout=HANG)
         return [np.zeros(1)] * len(sequences)
 
     def submit(self, sequences, deadline=math.inf):
         call = self.batcher.submit(sequences, self._work, limits=Limits(10**9, deadline))
         if self._end == math.inf:
-            assert self._started.acquire(timeout=HANG_SECONDS)
+            assert self._started.acquire(timeout=HANG)
         return call
 
     def advance(self, until):
@@ -144,7 +146,7 @@ class Simulation:
             self.now, self._end, another = self._end, math.inf, self.batcher.queued_tokens > 0
             self._ended.release()
             if another:
-                assert self._started.acquire(timeout=HANG_SECONDS)
+                assert self._started.acquire(timeout=HANG)
             else:
                 wait_until(lambda: not self.batcher._running)
         self.now = until
@@ -221,11 +223,11 @@ def test_the_cost_of_a_call_does_not_grow_with_those_that_wait():
         try:
             batcher, gate = Batcher(32768), Gate()
             batcher.submit(sequences(1, [10]), Work("a", gate))
-            assert gate.entered.wait(HANG_SECONDS)
+            assert gate.entered.wait(HANG)
             waiting = [batcher.submit(sequences(2, [16]), Work("a", gate), limits=Limits(10**9)) for _ in range(calls)]
             gate.opened.set()
             for call in waiting:
-                call.future.result(HANG_SECONDS)
+                call.future.result(HANG)
             batcher.close()
         finally:
             sys.setprofile(None)
@@ -239,24 +241,24 @@ def test_waiting_calls_share_a_batch(batcher):
     gate = Gate()
     work = Work("a", gate)
     first = batcher.submit(sequences(1, [10]), work)
-    assert gate.entered.wait(HANG_SECONDS)  # it starts at once, alone
+    assert gate.entered.wait(HANG)  # it starts at once, alone
     others = [batcher.submit(sequences(name, [20]), work) for name in (2, 3, 4)]
     gate.opened.set()
     for name, call in enumerate([first, *others], 1):
-        assert [row.tolist() for row in call.future.result(HANG_SECONDS)] == [[name, 10 if name == 1 else 20]]
+        assert [row.tolist() for row in call.future.result(HANG)] == [[name, 10 if name == 1 else 20]]
     assert gate.batches == [[1], [2, 3, 4]]
 
 
 def test_calls_with_different_keys_do_not_share_a_batch(batcher):
     gate, other = Gate(), Gate()
     calls = [batcher.submit(sequences(1, [10]), Work("a", gate))]
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     calls += [
         batcher.submit(sequences(name, [10]), Work(key, run)) for name, key, run in [(2, "a", gate), (3, "b", other)]
     ]
     gate.opened.set(), other.opened.set()
     for call in calls:
-        call.future.result(HANG_SECONDS)
+        call.future.result(HANG)
     assert gate.batches == [[1], [2]] and other.batches == [[3]]
 
 
@@ -264,13 +266,13 @@ def test_a_failing_call_fails_alone(batcher):
     gate = Gate()
     work = Work("a", gate)
     first = batcher.submit(sequences(1, [10]), work)
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     calls = [batcher.submit(sequences(name, [20]), work) for name in (2, -3, 4)]
     gate.opened.set()
     with pytest.raises(OutputError, match="a negative id"):
-        calls[1].future.result(HANG_SECONDS)
+        calls[1].future.result(HANG)
     for name, call in ((1, first), (2, calls[0]), (4, calls[2])):
-        assert call.future.result(HANG_SECONDS)[0][0] == name
+        assert call.future.result(HANG)[0][0] == name
     assert gate.batches[:2] == [[1], [2, -3, 4]] and sorted(gate.batches[2:]) == [[-3], [2], [4]]
 
 
@@ -278,13 +280,13 @@ def test_a_cancelled_call_leaves_the_queue(batcher):
     gate = Gate()
     work = Work("a", gate)
     first = batcher.submit(sequences(1, [90, 90]), work)
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     call = batcher.submit(sequences(2, [50] * 4), work)
     assert batcher.queued_tokens == 90 + 200
     assert call.future.cancel()
     assert batcher.queued_tokens == 90
     gate.opened.set()
-    first.future.result(HANG_SECONDS)
+    first.future.result(HANG)
     assert gate.batches == [[1], [1]]
 
 
@@ -292,23 +294,23 @@ def test_a_full_queue_rejects_calls(batcher):
     gate = Gate()
     work = Work("a", gate)
     batcher.submit(sequences(1, [10]), work)
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     accepted = batcher.submit(sequences(2, [500]), work, limits=Limits(300))  # the queue is empty
     with pytest.raises(OverloadedError, match="500 tokens wait, 10 more exceed the limit of 300"):
         batcher.submit(sequences(3, [10]), work, limits=Limits(300))
     gate.opened.set()
-    accepted.future.result(HANG_SECONDS)
-    assert batcher.submit(sequences(3, [10]), work, limits=Limits(300)).future.result(HANG_SECONDS)[0][0] == 3
+    accepted.future.result(HANG)
+    assert batcher.submit(sequences(3, [10]), work, limits=Limits(300)).future.result(HANG)[0][0] == 3
 
 
 def test_batches_run_in_parallel():
-    batcher, meeting = Batcher(token_budget=100, devices=2), threading.Barrier(2, timeout=HANG_SECONDS)
+    batcher, meeting = Batcher(token_budget=100, devices=2), threading.Barrier(2, timeout=HANG)
 
     def run(sequences):
         meeting.wait()  # for the other batch
         return np.stack([[ids[0], len(ids)] for ids in sequences])
 
-    found = batcher.submit(sequences(1, [90, 70, 80, 95]), Work("a", run)).future.result(HANG_SECONDS)
+    found = batcher.submit(sequences(1, [90, 70, 80, 95]), Work("a", run)).future.result(HANG)
     assert [row.tolist() for row in found] == [[1, 90], [1, 70], [1, 80], [1, 95]]
     batcher.close()
 
@@ -322,20 +324,20 @@ def test_the_throughput_is_that_of_all_devices(devices, seconds, error, monkeypa
 
     def run(sequences):
         started.release()
-        assert ends[int(sequences[0][0])].wait(HANG_SECONDS)
+        assert ends[int(sequences[0][0])].wait(HANG)
         return np.zeros((1, 1))
 
     assert batcher.tokens_per_second == 0
     calls = [batcher.submit(sequences(name, [100]), Work("a", run)) for name in range(len(seconds))]
     in_flight = min(3 * devices, len(seconds))
     for _ in range(in_flight):
-        assert started.acquire(timeout=HANG_SECONDS)
+        assert started.acquire(timeout=HANG)
     for index, (call, end) in enumerate(zip(calls, ends, strict=True)):
         clock[0] = seconds[index]
         end.set()
-        call.future.result(HANG_SECONDS)
+        call.future.result(HANG)
         if index + in_flight < len(seconds):
-            assert started.acquire(timeout=HANG_SECONDS)  # the next batch starts when one is done
+            assert started.acquire(timeout=HANG)  # the next batch starts when one is done
     batcher.close()
     assert batcher.queued_tokens == 0 and batcher.tokens_per_second == pytest.approx(100 * devices, rel=error)
 
@@ -344,7 +346,7 @@ def test_the_throughput_of_idle_devices_counts(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("unpadded.execution.batcher.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     batcher = Batcher(token_budget=100, devices=4, depth=3)
-    batcher.submit(sequences(1, [100]), Work("a", lambda sequences: np.zeros((1, 1)))).future.result(HANG_SECONDS)
+    batcher.submit(sequences(1, [100]), Work("a", lambda sequences: np.zeros((1, 1)))).future.result(HANG)
     batcher.close()
     assert batcher.tokens_per_second == 4 * 100
 
@@ -359,8 +361,8 @@ def test_a_call_fails_if_one_of_its_batches_fails():
 
     work = Work("a", run)
     with pytest.raises(OutputError, match="seventy"):
-        batcher.submit(sequences(1, [90, 70, 80, 95]), work).future.result(HANG_SECONDS)
-    assert batcher.submit(sequences(2, [10]), work).future.result(HANG_SECONDS)[0].tolist() == [2, 10]
+        batcher.submit(sequences(1, [90, 70, 80, 95]), work).future.result(HANG)
+    assert batcher.submit(sequences(2, [10]), work).future.result(HANG)[0].tolist() == [2, 10]
     batcher.close()  # waits for the threads, one of which may still drop the rest of the failed call
     assert batcher.queued_tokens == 0
 
@@ -368,14 +370,14 @@ def test_a_call_fails_if_one_of_its_batches_fails():
 def test_texts_without_tokens_run(batcher):
     """They do not fit behind a text that takes the whole budget."""
     work = Work("a", lambda sequences: np.array([[len(ids)] for ids in sequences]))
-    found = batcher.submit(sequences(1, [100, 0, 150, 0]), work).future.result(HANG_SECONDS)
+    found = batcher.submit(sequences(1, [100, 0, 150, 0]), work).future.result(HANG)
     assert np.concatenate(found).tolist() == [100, 0, 150, 0]
 
 
 def test_close_completes_every_call():
     batcher, gate = Batcher(token_budget=100), Gate()
     running = batcher.submit(sequences(1, [10]), Work("a", gate))
-    assert gate.entered.wait(HANG_SECONDS)
+    assert gate.entered.wait(HANG)
     waiting = batcher.submit(sequences(2, [10]), Work("a", gate))
     gate.opened.set()
     batcher.close()
@@ -418,7 +420,7 @@ def test_a_query_overtakes_a_corpus(engine, monkeypatch):
 
     def launch_when_queued(sequences, *arguments, **options):
         batches.append([ids.tolist() for ids in sequences])
-        assert queued.wait(HANG_SECONDS)
+        assert queued.wait(HANG)
         return launch(sequences, *arguments, **options)
 
     monkeypatch.setattr(engine._pipeline.backend, "launch", launch_when_queued)
