@@ -1,8 +1,10 @@
 """Several devices, one process each: the bits and the order of one device, whichever process is killed."""
 
 import asyncio
+import io
 import logging
 import os
+import pickle
 import pydoc_data.topics
 import random
 import signal
@@ -404,6 +406,36 @@ def test_a_hang_is_noticed_while_other_jobs_finish():
     assert worker.running == 7
     pool._finish_job(worker, "done", 4, None)
     assert worker.running == 0 and list(worker.jobs) == [6]
+
+
+def test_the_reason_for_a_kill_stays_until_the_exit_is_handled(monkeypatch):
+    pool, reasons, ticks = _Pool(echo_pipeline, [CPU]), [], iter(range(15))
+    (worker,) = pool.workers
+    worker.ready, worker.process = True, SimpleNamespace(kill=lambda: reasons.append(worker.hang))
+
+    def sleep(seconds):
+        pool._closed = next(ticks, None) is None
+
+    monkeypatch.setattr("unpadded.execution.worker_pool.time", SimpleNamespace(sleep=sleep))
+    pool._watch()
+    assert reasons == ["killed after 11 s without an answer"]
+
+
+def test_a_warning_of_two_processes_at_the_same_time_is_logged_once(monkeypatch):
+    pool, logged = _Pool(echo_pipeline, [CPU]), []
+
+    def read():
+        message = pickle.dumps(("log", (logging.WARNING, "a warning", "a warning")))
+        pool._read(pool.workers[0], SimpleNamespace(stdout=io.BytesIO(message), kill=lambda: None))
+
+    def log(*message):
+        logged.append(message)
+        if len(logged) == 1:
+            read()  # the message of the other process, while that of the first is logged
+
+    monkeypatch.setattr("unpadded.execution.worker_pool.logger", SimpleNamespace(log=log))
+    read()
+    assert len(logged) == 1
 
 
 def test_processes_share_the_cores(echoes):
