@@ -24,9 +24,7 @@ def engine(minilm):
 
 @pytest.fixture(scope="module")
 def limited(minilm):
-    flags = (
-        "--max-body 400000 --max-inputs 64 --long-input reject --max-concurrent-requests 4 --max-queued-tokens 4000"
-    )
+    flags = "--max-body 400000 --max-inputs 64 --long-input reject --max-concurrent-requests 4 --max-queued-tokens 4000"
     with serving(minilm, *flags.split()) as server:
         yield server
 
