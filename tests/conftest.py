@@ -52,8 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed() -> None:
+    """Seed torch, so that the random tensors of a test do not depend on the tests before it."""
     torch.manual_seed(0)
 
 

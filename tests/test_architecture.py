@@ -91,7 +91,7 @@ def test_imports_have_no_cycle() -> None:
 def test_checkpoint_does_not_import_torch() -> None:
     modules = ", ".join(name for name in MODULES if package(name) == "checkpoint")
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=600)
 
 
 def test_benchmarks_use_test_helpers_and_helpers_use_no_benchmark() -> None:
@@ -144,7 +144,7 @@ def test_packages_stay_small(part: str) -> None:
 def test_transformers_can_be_imported_in_the_root() -> None:
     """In the project's root `kernels/` is importable as a namespace package; Hugging Face's `kernels` must win."""
     code = "import transformers, transformers.integrations.hub_kernels; transformers.BertModel"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
 
 
 def test_help_imports_no_heavy_package() -> None:

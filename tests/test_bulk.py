@@ -19,6 +19,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from support.forks import ForkedProcess
+from support.serving import HANG_SECONDS, wait_until
 
 import unpadded
 from unpadded.bulk import RejectedRow, Row, read_rows
@@ -306,6 +307,9 @@ def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(tmp_pa
     command = ["embed", str(source), *flags, "--resume", "-o"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     small_windows = "import unpadded; unpadded.tokenization.windows.WindowReader.max_texts = 16"
+    few_parts = f"{small_windows}\nimport time; from unpadded.bulk.dataset_output import DatasetOutput as D\n"
+    few_parts += "finish, parts = D._finish_part, iter(range(8))  # otherwise a run may finish before it is killed\n"
+    few_parts += "D._finish_part = lambda self: (next(parts, None) is None and time.sleep(3600), finish(self))"
     assert main([*command, f"{whole}/"]) == 0
 
     def parts() -> int:
@@ -313,14 +317,14 @@ def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(tmp_pa
 
     progress = []
     for kill in range(10):
-        before, process = parts(), ForkedProcess([*command, f"{killed}/"], setup=small_windows)
-        deadline = time.monotonic() + 60
+        before, process = parts(), ForkedProcess([*command, f"{killed}/"], setup=few_parts)
+        deadline = time.monotonic() + HANG_SECONDS
         if kill % 5:  # the others are killed while the model loads
             while parts() == before:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
         moment = time.monotonic() + draw.uniform(0, 0.1)
-        while time.monotonic() < moment and parts() < before + 4:  # a fast machine would finish before the tenth kill
+        while time.monotonic() < moment and parts() < before + 4:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         with process.stderr:
@@ -335,16 +339,13 @@ def test_resuming_after_ten_kills_at_random_moments_writes_the_same_bytes(tmp_pa
 
 
 def test_a_stopped_job_says_how_to_continue(tmp_path: Path, minilm: Path) -> None:
-    source, parts = write_jsonl(tmp_path / "in.jsonl", TEXTS[:9]), tmp_path / "parts"
-    command = ["embed", str(source), "-m", str(minilm), "--device", "cpu", "--part-rows", "4", "-o", f"{parts}/"]
+    source, parts, written = write_jsonl(tmp_path / "in.jsonl", TEXTS[:9]), tmp_path / "parts", tmp_path / "written"
+    flags = ["-m", str(minilm), "--device", "cpu", "--part-rows", "4", "--quiet"]
     slow = "import time; from unpadded.bulk.dataset_output import DatasetOutput as D; write = D.write\n"
-    slow += "D.write = lambda self, block: (write(self, block), time.sleep(60))"
-    process = ForkedProcess(command, setup=slow)
-    deadline = time.monotonic() + 60
-    while not (parts / "_manifest.json").exists() or not (parts / ".part.parquet.tmp").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.2)  # until it sleeps
+    slow += f"D.write = lambda self, block: (write(self, block), os.mkdir({str(written)!r}), time.sleep(3600))"
+    process = ForkedProcess(["embed", str(source), *flags, "-o", f"{parts}/"], setup=slow)
+    wait_until(written.exists)
+    assert (parts / ".part.parquet.tmp").exists()
     process.send_signal(signal.SIGTERM)
     with process.stderr as stderr:
         advice = "finished parts are kept; run the same command with --resume to continue"

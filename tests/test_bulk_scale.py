@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import operator
 import os
 import re
@@ -18,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.forks import ENVIRONMENT
+from support.serving import wait_until
 from tqdm import tqdm
 
 import unpadded
 from unpadded.bulk import Row, read_rows
-from unpadded.bulk.progress import EstimatedTexts, ReadProgress
+from unpadded.bulk.progress import EstimatedTexts, ReadProgress, periodic_reports
 from unpadded.bulk.rows import ReadPosition
 from unpadded.cli.main import main
 
@@ -80,6 +82,22 @@ def test_standard_input_has_no_estimate() -> None:
     progress = ReadProgress(["-"])
     texts = EstimatedTexts(iter(["a", "b"]), progress)
     assert [operator.length_hint(texts) for _ in texts] == [0, 0]
+
+
+def test_a_report_while_the_first_batch_is_counted_has_no_numbers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("unpadded.bulk.progress.REPORT_SECONDS", 0.01)
+
+    class Texts(EstimatedTexts):
+        def __length_hint__(self) -> int:
+            caplog.clear()
+            wait_until(lambda: caplog.messages)
+            return 6
+
+    with caplog.at_level(logging.INFO, "unpadded"), periodic_reports(Texts([], ReadProgress(["-"]))) as advance:
+        advance(3, 7)
+    assert caplog.messages[0].startswith("computing the first batch")
 
 
 @pytest.mark.parametrize(("columns", "where"), [(120, "terminal"), (40, "terminal"), (120, "notebook")])

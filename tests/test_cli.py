@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 from support.forks import ENVIRONMENT, ForkedProcess, run_cli
+from support.serving import wait_until
 
 import unpadded
 from unpadded import bulk
@@ -354,36 +355,51 @@ def test_a_summary_has_one_line_and_what_is_not_zero(
     assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
+def monkeypatched_stderr(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Return a new stderr, which can be read while threads write to it."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    return stderr
+
+
 def test_a_job_reports_its_progress_without_a_terminal(
-    engine: FakeEngine,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    engine: FakeEngine, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.bulk.progress.REPORT_SECONDS", 0.2)
-    engine.each_block = lambda: time.sleep(0.7)
+    monkeypatch.setattr("unpadded.bulk.progress.REPORT_SECONDS", 0.05)
+    stderr = monkeypatched_stderr(monkeypatch)
+    expected, times = iter(["unpadded: computing the first batch", "unpadded: 6 texts of about 6"]), []
+
+    def wait_for_report() -> None:
+        times.append(time.perf_counter())
+        line = next(expected)
+        wait_until(lambda: any(found.startswith(line) for found in stderr.getvalue().split("\n")[:-1]))
+        times.append(time.perf_counter())
+
+    engine.each_block = wait_for_report
     assert embed(text_file, "-o", tmp_path / "out.npy") == 0
-    first, *_, last, summary = capsys.readouterr().err.splitlines()
+    first, *_, last, summary = stderr.getvalue().splitlines()
     assert first == "unpadded: computing the first batch, which also prepares the kernels"
-    assert re.fullmatch(r"unpadded: 6 texts of about 6, 0 s left, \d+ tokens/s", last), last
-    assert summary.startswith("unpadded: 6 texts, 12 tokens in 1.")
-    engine.each_block = lambda: time.sleep(0.3)
+    assert re.fullmatch(r"unpadded: 6 texts of about 6, 0 s left, [\d,]+ tokens/s", last), last
+    seconds = re.match(r"unpadded: 6 texts, 12 tokens in (\d+\.\d\d) s", summary)
+    assert seconds is not None and float(seconds[1]) >= times[-1] - times[0] - 0.01
+    stderr = monkeypatched_stderr(monkeypatch)
+    engine.each_block = lambda: time.sleep(0.2)
     assert embed(text_file, "-o", tmp_path / "out.npy", "--overwrite", "--quiet") == 0
-    assert capsys.readouterr().err == ""
+    assert stderr.getvalue() == ""
 
 
 def test_loading_says_what_it_waits_for(
-    engine: FakeEngine,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    engine: FakeEngine, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unpadded.cli.terminal.WAIT_SECONDS", 0.1)
-    monkeypatch.setattr(unpadded, "load", lambda model, **options: time.sleep(0.5) or engine)
+    stderr = monkeypatched_stderr(monkeypatch)
+    monkeypatch.setattr("unpadded.cli.terminal.WAIT_SECONDS", 0.05)
+
+    def load(model: str, **options: Any) -> FakeEngine:
+        wait_until(lambda: stderr.getvalue() == "unpadded: loading fake\n")
+        return engine
+
+    monkeypatch.setattr(unpadded, "load", load)
     assert embed(text_file, "-o", tmp_path / "out.npy") == 0
-    assert capsys.readouterr().err.startswith("unpadded: loading fake\n")
 
 
 @pytest.mark.parametrize(
@@ -496,7 +512,8 @@ def test_a_full_disk_behind_stderr_does_not_stop_a_command(text_file: Path, tmp_
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_reported(text_file: Path, minilm: Path) -> None:
-    status, stderr = run_cli("embed", str(text_file), "-m", str(minilm), "--device", "cpu", stdout="/dev/full")
+    flags = ["-m", str(minilm), "--device", "cpu", "--quiet"]
+    status, stderr = run_cli("embed", str(text_file), *flags, stdout="/dev/full")
     assert status == 2
     assert stderr.startswith("unpadded: error: the output cannot be written: 'stdout'") and stderr.count("\n") == 1
 
@@ -505,7 +522,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
     source, pipe = tmp_path / "in.txt", tmp_path / "pipe"
     source.write_text("a line\n" * 2000)
     os.mkfifo(pipe)
-    run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu"], stdout=pipe)
+    run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu", "--quiet"], stdout=pipe)
     with run.stderr:
         with open(pipe) as stdout:
             assert json.loads(stdout.readline())["index"] == 0
@@ -517,11 +534,9 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path, minilm: Path) -> None:
 def test_a_signal_leaves_no_file(tmp_path: Path, minilm: Path, name: str, status: int) -> None:
     source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("a\n" * 100_000)
-    run = ForkedProcess(["embed", str(source), "-m", str(minilm), "--device", "cpu", "-o", str(out)])
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    flags = ["-m", str(minilm), "--device", "cpu", "--quiet"]  # a busy machine would report what it waits for
+    run = ForkedProcess(["embed", str(source), *flags, "-o", str(out)])
+    wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".out.jsonl.*")))
     run.send_signal(getattr(signal, name))
     with run.stderr as stderr:
         assert stderr.read() == f"unpadded: {'interrupted' if name == 'SIGINT' else f'stopped by {name}'}\n"

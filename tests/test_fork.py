@@ -22,7 +22,7 @@ ids = [np.arange(5, 25, dtype=np.int32)] * 300
 def in_fork(run):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(60)
+        signal.alarm(600)
         run()
         os._exit(0)
     print(run.__name__, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -49,9 +49,10 @@ in_fork(every_method)
 
 encoder = engine._pipeline.runner.encoder
 weights_of = encoder.weights_of
-encoder.weights_of = lambda adapter: time.sleep(0.2) or weights_of(adapter)  # a batch runs at the time of the fork
+running = threading.Event()
+encoder.weights_of = lambda adapter: (running.set(), time.sleep(0.5), weights_of(adapter))[2]
 threading.Thread(target=engine.encode, args=(["a"],)).start()
-time.sleep(0.1)
+running.wait()  # a batch runs at the time of the fork
 
 def while_a_batch_runs():
     assert len(engine.encode(["a"])) == 1
@@ -64,7 +65,7 @@ def test_forked_processes_embed_or_say_why_not(tmp_path):
     folder = write_bert(tmp_path, layers=1, hidden=64, heads=2, intermediate=64)
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
     assert ran.stdout.splitlines() == ["torch_after_load 0", "every_method 0", "while_a_batch_runs 0"], ran.stderr
 
 

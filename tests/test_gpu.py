@@ -181,7 +181,7 @@ def test_a_worker_whose_context_breaks_is_replaced(folder):
         before, pids = pool.launch(SMALL, VECTORS)(), [worker.process.pid for worker in pool._pool.workers]
         with pytest.raises(unpadded.WorkerError):
             pool.launch(random_ids((BREAKING,)), VECTORS)()
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while pool.ready_devices < 2 and time.monotonic() < until:
             time.sleep(0.1)
         assert pool.ready_devices == 2 and [worker.process.pid for worker in pool._pool.workers] != pids

@@ -1,7 +1,9 @@
 """Ray Data and Ray Serve on a real cluster on this machine, some of whose processes are killed at work."""
 
 import argparse
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.checkpoints import MINILM
+from support.serving import HANG_SECONDS, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray emits warnings about pydantic
@@ -153,7 +157,8 @@ def test_embed_writes_the_same_with_ray(cluster, corpus, tmp_path, monkeypatch, 
     flags = ["-m", model, "--device", "cpu", "--id-column", "doc", "--carry", "year", "--precision", "float16"]
     assert main(["embed", "corpus", *flags, "-o", "here/"]) == 0
     command = [sys.executable, "-m", "unpadded", "embed", "corpus", *flags, "-o", "there/", "--ray", cluster]
-    ran = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **ENVIRONMENT}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ran.returncode == 0, ran.stderr
     assert "unpadded: 600 texts" in ran.stderr
     here, there = pq.read_table("here"), pq.read_table("there").sort_by("id")
@@ -211,19 +216,25 @@ def replicas():
     return {replica["pid"] for replica in details["replicas"] if replica["state"] == "RUNNING"}
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def free_port():
+    """Return a port that no program listens on, below those that the system gives to programs that let it choose."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
+def queued_tokens(port):
+    """Return the tokens that wait in one of the replicas."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_SECONDS) as response:
+        return float(re.search(rb"^unpadded_queued_tokens (\S+)", response.read(), re.MULTILINE)[1])
 
 
 @pytest.mark.slow
 def test_serve_scales_up_and_answers_all_requests_when_a_replica_is_killed(cluster, minilm_engine):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     ray.serve.start(http_options={"port": port})
-    arguments = {"model": os.path.relpath(MINILM), "device": "cpu", "alias": "text-embedding-3-small", "grace": "20"}
+    arguments = {"model": os.path.relpath(MINILM), "device": "cpu", "alias": "text-embedding-3-small", "grace": "600"}
     arguments |= {"max_replicas": "2", "queued_tokens": "1", "scale_up_seconds": "0.1", "max_inputs": "700"}
     ray.serve.run(serve(arguments), route_prefix="/")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=8)
@@ -248,14 +259,14 @@ def test_serve_scales_up_and_answers_all_requests_when_a_replica_is_killed(clust
 
         asking = [clients.submit(keep_asking, 20 * number) for number in range(8)]
         try:
-            wait_for(lambda: len(replicas()) == 2)
+            wait_until(lambda: len(replicas()) == 2)
             os.kill(first, signal.SIGKILL)
-            wait_for(lambda: len(replicas() - {first}) == 2)
+            wait_until(lambda: len(replicas() - {first}) == 2)
         finally:
             loaded = False
         assert all(future.result() > 1 for future in asking)
         last = clients.submit(embed, 0, 600)
-        time.sleep(0.2)
+        wait_until(lambda: last.done() or queued_tokens(port))
         ray.serve.delete("default")  # returns when the replicas are gone
         assert np.array_equal(last.result(), expected)
 

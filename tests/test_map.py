@@ -170,6 +170,7 @@ class Browser:
     def __init__(self, page) -> None:
         self.page = page
         self.unexpected: list[str] = []
+        page.set_default_timeout(600_000)  # a hang; on a busy machine, everything takes many times as long
         page.on("pageerror", lambda error: self.unexpected.append(str(error)))
         page.on("console", lambda message: message.type == "error" and self.unexpected.append(message.text))
         page.on("request", lambda request: request.url.startswith("file:") or self.unexpected.append(request.url))

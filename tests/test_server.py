@@ -211,7 +211,7 @@ def test_langchain_openai_client(server, engine):
 
 @pytest.mark.usefixtures("huggingface_online")
 def test_huggingface_client(server, engine):
-    client = huggingface_hub.InferenceClient(model=server.url, timeout=30)
+    client = huggingface_hub.InferenceClient(model=server.url, timeout=600)
     assert np.array_equal(client.feature_extraction(TEXTS[0], normalize=True)[0], engine.encode(TEXTS[0]))
     found = client.feature_extraction(TEXTS, truncate=True, truncation_direction="left", dimensions=64)
     assert np.array_equal(found, engine.encode(TEXTS, truncation="left", dimensions=64))
@@ -226,13 +226,13 @@ def test_langchain_huggingface_client(server, engine):
     embeddings = HuggingFaceEndpointEmbeddings(
         model="owner/name", huggingfacehub_api_token="none", model_kwargs={"truncate": True, "normalize": True}
     )
-    embeddings.client = huggingface_hub.InferenceClient(model=server.url, timeout=30)
+    embeddings.client = huggingface_hub.InferenceClient(model=server.url, timeout=600)
     expected = engine.encode(TEXTS)
     assert np.array_equal(np.array(embeddings.embed_documents(TEXTS), np.float32), expected)
     assert np.array_equal(np.array(embeddings.embed_query(TEXTS[0]), np.float32), engine.encode(TEXTS[0]))
 
     async def embed():
-        async with huggingface_hub.AsyncInferenceClient(model=server.url, timeout=30) as embeddings.async_client:
+        async with huggingface_hub.AsyncInferenceClient(model=server.url, timeout=600) as embeddings.async_client:
             return await embeddings.aembed_documents(TEXTS)
 
     found = asyncio.run(embed())

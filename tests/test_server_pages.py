@@ -38,6 +38,7 @@ def browser():
 def page(request, browser, server):
     width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.set_default_timeout(600_000)
     faults, urls = [], []
     page.on("pageerror", lambda fault: faults.append(fault))  # playwright sets attributes of the function
     page.on("request", lambda request: urls.append(request.url))
@@ -94,6 +95,16 @@ def test_the_documentation_lists_every_operation_and_field(server, page):
     assert fields == list(document["components"]["schemas"]["EmbeddingsRequest"]["properties"])
 
 
+@pytest.fixture
+def levels():
+    """Restore the levels of loggers by `setLevel`, which forgets what the loggers below have cached."""
+    before = {logger: logger.level for logger in (logging.getLogger(), logging.getLogger("unpadded"))}
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("levels")
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_log_is_text_on_a_terminal_and_json_otherwise(monkeypatch, terminal):
     stream = io.StringIO()
@@ -101,8 +112,6 @@ def test_the_log_is_text_on_a_terminal_and_json_otherwise(monkeypatch, terminal)
     monkeypatch.setattr("sys.stderr", stream)
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
-    monkeypatch.setattr(root, "level", root.level)
-    monkeypatch.setattr(logging.getLogger("unpadded"), "level", logging.WARNING)
     logs.configure_logging()
     logging.getLogger("unpadded.server").info("request", extra={"fields": {"id": "\x1b[31m\n\x9b", "status": 200}})
     line = stream.getvalue()

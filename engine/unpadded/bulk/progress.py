@@ -82,7 +82,7 @@ def periodic_reports(texts: EstimatedTexts) -> Iterator[Callable[[int, int], Non
     def report() -> None:
         while not stop.wait(REPORT_SECONDS):
             seconds, texts_after, tokens_after = time.perf_counter() - first[0], done - first[1], tokens - first[2]
-            if texts_after:
+            if texts_after > 0:  # below 0 while `advance` changes them
                 left = f" of about {total:,}, {max(0, total - done) * seconds / texts_after:,.0f} s left" * bool(total)
                 logger.info("%s", f"{done:,} texts{left}, {tokens_after / seconds:,.0f} tokens/s")
             elif not sys.stderr.isatty():  # a terminal has a bar

@@ -187,6 +187,8 @@ class _Pool:
                 with self._lock:
                     worker.silent += 1
                     worker.running = worker.running + 1 if worker.jobs else 0
+                    if worker.hang:  # the exit of the killed process is not handled yet
+                        continue
                     if worker.silent > (SILENT_SECONDS if worker.ready else START_SECONDS):
                         worker.hang = f"killed after {worker.silent} s without an answer"
                     elif worker.running > JOB_SECONDS[worker.device.type]:
@@ -250,9 +252,11 @@ class _Pool:
             worker.silent = 0
             if kind == "log":
                 level, message, text = value
-                if level != logging.WARNING or message not in self._warnings:  # every process may give the same one
+                with self._lock:  # every process may give the same warning, at the same time
+                    repeated = level == logging.WARNING and message in self._warnings
+                    self._warnings.add(message)
+                if not repeated:
                     logger.log(level, "%s", text)
-                self._warnings.add(message)
             elif kind == "ready":
                 with self._lock:
                     worker.ready, worker.depth = not self._closed, value[1]
