@@ -162,6 +162,7 @@ def makers(folder: Path, device: torch.device, dtype: str, part: str, small: boo
         found["unpadded, PyTorch's attention"] = lambda: unpadded_run(load(attention="torch"))
     if part != "headline":
         found |= {
+            "unpadded, flash-attn": lambda: unpadded_run(load(attention="flash-attn")),
             INVARIANT: lambda: unpadded_run(load(batch_invariant=True)),
             "unpadded, float8": lambda: unpadded_run(load(dtype="float8")),
             "transformers, flash-attn": lambda: partial(

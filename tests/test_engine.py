@@ -358,7 +358,7 @@ def test_wrong_options_raise(engine, option, message):
         ({"device": "cuda:7"}, "device does not exist: 'cuda:7'"),
         ({"dtype": "int4"}, "dtype is unknown: 'int4'"),
         ({"attention": "fast"}, "attention is unknown: 'fast'; use one of auto"),
-        ({"attention": "torch"}, "runs on CUDA in float16 or bfloat16 only"),
+        ({"attention": "flash-attn"}, "runs on CUDA in float16 or bfloat16 only"),
         ({"token_budget": 0}, "token_budget is not positive: 0"),
         ({"max_length": 513}, "513"),
         ({"rotary_scaling_factor": 2}, "rotary_scaling_factor"),

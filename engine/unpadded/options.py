@@ -103,7 +103,7 @@ class LoadOptions:
         "and a scale per row, less accurate: int8 on a CPU with VNNI or AMX; float8 (e4m3) on CUDA from compute "
         "capability 8.9, for the layers that follow a LayerNorm",
     )
-    attention: str = option("auto", "attention backend: auto, unpadded or torch")
+    attention: str = option("auto", "attention backend: auto, unpadded, torch or flash-attn")
     rotary_scaling_factor: float | Literal["config"] | None = option(
         "config",
         "factor of dynamic-NTK scaling for texts longer than the model was trained on, computed from each text's own "

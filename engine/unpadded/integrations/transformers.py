@@ -43,7 +43,7 @@ from unpadded.tokenization.tokenizer import Tokenizer
 logger = logging.getLogger("unpadded")
 
 # transformers' names of attention implementations -> the names that `unpadded.load` takes
-ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "torch"}
+ATTENTION = {None: "auto", "eager": "auto", "sdpa": "auto", "flash_attention_2": "flash-attn"}
 # Arguments of transformers' from_pretrained that do not affect the values computed here.
 IGNORED_ARGUMENTS = {"add_pooling_layer", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
 NO_ATTENTIONS = "output_attentions = True is not supported: attention weights are never stored"
@@ -89,7 +89,7 @@ class UnpaddedModel(nn.Module):
         """Load a folder or a hub id as `unpadded.load` does; no code of the checkpoint is run.
 
         dtype: None and "auto" mean the dtype of the checkpoint. device: None means the CPU. Both as in transformers.
-        attn_implementation: "auto", "unpadded", "torch", or transformers' names for them.
+        attn_implementation: "auto", "unpadded", "torch", "flash-attn", or transformers' names for them.
         rotary_scaling_factor: see `unpadded.load`. OptionError for an argument that is not supported.
         """
         if unknown := sorted(set(ignored) - IGNORED_ARGUMENTS):

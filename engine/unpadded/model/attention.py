@@ -1,4 +1,4 @@
-"""Attention backends by name, over packed qkv: this project's op, or PyTorch's build of FlashAttention-2."""
+"""Attention backends by name: this project's op, or a library's variable-length kernel, all over packed qkv."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unpadded.errors import OptionError
+from unpadded.errors import OptionError, install_command
 from unpadded.model.batch import PackedBatch
 from unpadded_kernels import attention
 
@@ -25,21 +25,21 @@ class Attention:
     attend: Attend
 
 
-NAMES = ("auto", "unpadded", "torch")
+NAMES = ("auto", "unpadded", "torch", "flash-attn")
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
     """Return the backend of that name, or the one that "auto" chooses; OptionError if it cannot run."""
     if name not in NAMES:
         raise OptionError(f"attention is unknown: {name!r}; use one of {', '.join(NAMES)}")
-    if name != "torch":
+    if name in ("auto", "unpadded"):
         return Attention("unpadded", _unpadded)
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         raise OptionError(
-            f"attention='torch' runs on CUDA in float16 or bfloat16 only: the device is {device}, the dtype {dtype}; "
+            f"attention={name!r} runs on CUDA in float16 or bfloat16 only: the device is {device}, the dtype {dtype}; "
             "use attention='auto'"
         )
-    return Attention("torch", _torch)
+    return Attention(name, _torch if name == "torch" else _flash_attn())
 
 
 def _unpadded(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ def _unpadded(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None,
 
 
 def _torch(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
-    """Call FlashAttention-2 directly: torch.nn.attention.varlen, which wraps it, adds a launch."""
+    """Run PyTorch's build of FlashAttention-2; torch.nn.attention.varlen, which wraps it, adds a launch."""
     q, k, v = qkv.unbind(1)
     cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
     out: Tensor = torch.ops.aten._flash_attention_forward(
@@ -59,3 +59,28 @@ def _torch(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, al
         alibi_slopes=alibi_slopes,
     )[0]
     return out.flatten(1)
+
+
+def _flash_attn() -> Attend:
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+    except ImportError as error:
+        raise OptionError(
+            "attention='flash-attn' needs the package flash-attn, whose import fails: "
+            f"{error}; {install_command('flash-attn')}, or use attention='auto'"
+        ) from error
+
+    def attend(
+        qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None
+    ) -> Tensor:
+        out: Tensor = flash_attn_varlen_qkvpacked_func(
+            qkv,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            softmax_scale=scale,
+            window_size=(-1, -1) if window is None else (window, window),
+            alibi_slopes=alibi_slopes,
+        )
+        return out.flatten(1)
+
+    return attend
