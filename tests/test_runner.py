@@ -18,7 +18,7 @@ from unpadded.execution.memory import bytes_per_token
 from unpadded.execution.runner import Runner
 from unpadded.execution.transfer import from_words, to_words
 from unpadded.model.batch import pack
-from unpadded.model.heads import select_pooled_tokens
+from unpadded.model.heads import Head, select_pooled_tokens
 from unpadded.model.weights import plain_weights
 from unpadded.options import VectorOptions
 from unpadded_kernels import activation, matryoshka
@@ -51,7 +51,7 @@ def test_a_batch_is_unchanged_after_the_transfer(runner, lengths, cuda):
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("lengths", [(1,), (64,), (7, 3, 40), (60, 60, 60, 60), (99, 1)])
 def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
-    runner = Runner(runner.encoder, runner.device, pooling=pooling, dense=())
+    runner = Runner(runner.encoder, runner.device, {"vector": Head(pooling)})
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
     bucket = bucket_of(batch)
@@ -81,7 +81,7 @@ def test_select_pooled_tokens_returns_tokens_and_their_tiles(pooling, places):
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
 def test_the_last_layer_computes_only_the_pooled_tokens(runner, pooling, monkeypatch):
-    runner, maps, rows_of_out = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
+    runner, maps, rows_of_out = Runner(runner.encoder, runner.device, {"vector": Head(pooling)}), [], []
     encoder = runner.encoder
     attention = encoder.attention
 

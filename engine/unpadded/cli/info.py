@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     described = checkpoint.describe()
     description = {
         "model": described.pop("model"),
-        "dimensions": checkpoint.dense[-1].out_features if checkpoint.dense else checkpoint.spec.hidden,
+        "dimensions": checkpoint.dense[-1].shape[0] if checkpoint.dense else checkpoint.spec.hidden,
         "matryoshka": described.pop("matryoshka"),
         "languages": _languages(checkpoint.folder),
         "max_length": described.pop("max_length"),

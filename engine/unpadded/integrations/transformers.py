@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from unpadded.integrations import attention_interface
 from unpadded.integrations.padding import pad, to_device, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
-from unpadded.model.heads import Dense
+from unpadded.model.heads import Head
 from unpadded.model.tensor_loader import STORED_DTYPES
 from unpadded.model.weights import LINEARS, EncoderWeights, plain_weights, prepacked_weights
 
@@ -209,7 +209,7 @@ class UnpaddedModel(nn.Module):
         pipeline = self.engine._pipeline
         old = pipeline.runner
         name = old.encoder.attention.name if self.device.type == "cuda" else "auto"
-        runner = _make_runner(pipeline.checkpoint, self._weights, name, old.dense)
+        runner = _make_runner(pipeline.checkpoint, self._weights, name, old.heads)
         self.engine = Engine(EmbeddingPipeline(pipeline.checkpoint, pipeline.tokenizer, runner, pipeline.token_budget))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,14 +221,14 @@ class UnpaddedModel(nn.Module):
             pipeline.tokenizer,
             pipeline.token_budget,
             runner.encoder.attention.name,
-            runner.dense,
+            runner.heads,
         )
         return {**self.__dict__, "engine": parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        checkpoint, tokenizer, token_budget, attention, dense = state.pop("engine")
+        checkpoint, tokenizer, token_budget, attention, heads = state.pop("engine")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        runner = _make_runner(checkpoint, self._weights, attention, dense)
+        runner = _make_runner(checkpoint, self._weights, attention, heads)
         self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, token_budget))
 
 
@@ -316,15 +316,10 @@ def _as_parameters(value: Any, register: Callable[[str, nn.Parameter], None], na
     return copy.copy(value)
 
 
-def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str, dense: tuple[Dense, ...]) -> Runner:
+def _make_runner(checkpoint: Checkpoint, weights: EncoderWeights, attention: str, heads: Mapping[str, Head]) -> Runner:
     """Make a runner on the device of the weights."""
     device = weights.word.device
     backend = attention_backend(attention, device, weights.word.dtype)
     prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, weights))
     encoder = make_encoder(checkpoint.spec, prepacked, backend)
-    moved = tuple((weight.to(device), _to(bias, device), activation) for weight, bias, activation in dense)
-    return Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return Runner(encoder, device, {name: head.to(device) for name, head in heads.items()})

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.families import nomic_bert
+from unpadded.checkpoint.families import nomic_bert, xlm_roberta
 from unpadded.checkpoint.families.bert import ACTIVATIONS
 from unpadded.checkpoint.families.nomic_bert import LAYER
 from unpadded.checkpoint.family import TRANSFORMERS, Family, choice, encoder_tensors, sizes
@@ -120,4 +120,6 @@ def _lora(config: Mapping[str, Any]) -> LoraSpec | None:
     return replace(lora, rank=rank, scale=required(config, ("lora_alpha",), float) / rank)
 
 
-FAMILY = Family(matches=matches, read_config=read_config, tensors=tensors, max_length=8192)
+FAMILY = Family(
+    matches=matches, read_config=read_config, tensors=tensors, score=xlm_roberta.FAMILY.score, max_length=8192
+)

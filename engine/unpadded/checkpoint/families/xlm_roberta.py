@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from unpadded.checkpoint.families import bert
-from unpadded.checkpoint.family import Family, by_type_or_name
+from unpadded.checkpoint.family import Family, by_type_or_name, score_layers
 from unpadded.checkpoint.json_config import optional
 from unpadded.checkpoint.spec import EncoderSpec
 
@@ -19,4 +19,5 @@ FAMILY = Family(
     matches=by_type_or_name("xlm-roberta", "roberta"),
     read_config=read_config,
     tensors=bert.FAMILY.tensors,
+    score=score_layers("classifier.dense", "classifier.out_proj"),
 )
