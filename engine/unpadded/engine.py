@@ -132,7 +132,7 @@ class Engine:
         self, texts: Texts, *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
     ) -> np.ndarray:
         """Return the vectors of `aembed`: [n, dimensions], or [dimensions] for one string."""
-        vectors: np.ndarray = (await self.aembed(texts, deadline=deadline, **options)).vectors
+        vectors = (await self._abatch(_as_texts(texts), self._pipeline.plan(**options), deadline)).vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def aembed(
@@ -143,17 +143,16 @@ class Engine:
         A call of one text waits for about one batch, however many texts other calls have queued. Cancelling drops
         what has not run. deadline: seconds after which DeadlineError is raised and the rest is dropped.
         """
-        size = len(texts) if isinstance(texts, str) else None
-        return await self._abatch(_as_texts(texts), self._pipeline.plan(**options), deadline, size)
+        return await self._abatch(_as_texts(texts), self._pipeline.plan(**options), deadline)
 
-    async def _abatch(
-        self, texts: Iterable[Text | Pair], plan: Plan, deadline: float | None, size: int | None = None
-    ) -> Embeddings:
+    async def _abatch(self, texts: Iterable[Text | Pair], plan: Plan, deadline: float | None) -> Embeddings:
+        only = texts[0] if isinstance(texts, list) and len(texts) == 1 else None
         windows = self._pipeline.reader.windows(texts, plan)
         if self._batcher is None or self._batcher_process != os.getpid():  # a fork has none of its threads
             self._batcher, self._batcher_process = self._pipeline.batcher(), os.getpid()
         try:
             async with asyncio.timeout(deadline):
+                size = len(only) if isinstance(only, str) else None
                 done = await run_windows(self._batcher, windows, self._pipeline.work(plan), size=size)
         except InputError as error:
             raise error.with_traceback(None) from None

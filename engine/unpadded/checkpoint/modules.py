@@ -10,7 +10,6 @@ from typing import Any, Literal
 from unpadded.checkpoint.json_config import (
     allow_only,
     not_implemented,
-    optional,
     read_json,
     read_object,
     read_value,
@@ -96,18 +95,20 @@ def read_modules(folder: Path) -> Modules:
         return Modules(transformer=folder, pooling="mean", dense=(), normalize=False, defaults=defaults)
 
     listed = _list_modules(modules)
-    kinds = " ".join(class_name.rpartition(".")[2] for class_name, _ in listed)
+    kinds = ", ".join(class_name.rpartition(".")[2] for class_name, _ in listed)
     unsupported = not_implemented(str(modules), kinds, "Transformer, Pooling, Dense or LayerNorm, Normalize")
-    if not re.fullmatch("Transformer( Pooling( Dense| LayerNorm)*( Normalize)?)?", kinds):
+    if not re.fullmatch("Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?", kinds):
         raise unsupported
     classifies = kinds == "Transformer"
     transformer_config = _read_transformer_config(listed[0][1], SCORE_DEFAULTS if classifies else VECTOR_DEFAULTS)
     if classifies and "transformer_task" not in transformer_config:
         raise unsupported
-    names = [_feature_names(module / "config.json") for _, module in listed[2:]]
-    modular = names[-1:] == [(SENTENCE, "scores")]
-    if any(name != (SENTENCE, SENTENCE) for name in (names[:-1] if modular else names)):
-        raise not_implemented(f"module_input_name and module_output_name in {folder}", names, SENTENCE)
+    last = listed[-1][1]
+    modular = len(listed) > 2 and read_object(last / "config.json", optional=True).get("module_output_name") == "scores"
+    for _, module in listed[2:]:
+        path, output = module / "config.json", "scores" if modular and module == last else SENTENCE
+        names = {"module_input_name": SENTENCE, "module_output_name": output}
+        allow_only(read_object(path, optional=True), names, path)
     model_config = read_object(folder / MODEL_CONFIG, optional=True)
     model_type = "CrossEncoder" if classifies or modular else "SentenceTransformer"
     allow_only(model_config, {"truncate_dim": None, "model_type": model_type}, MODEL_CONFIG)
@@ -153,13 +154,6 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
             raise ConfigError(f"{path} names {subfolder!r}, outside the checkpoint; correct it")
     return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
-
-
-def _feature_names(path: Path) -> tuple[str, str]:
-    """Return the names of what a module reads and writes."""
-    config = read_object(path, optional=True)
-    source = optional(config, "module_input_name", SENTENCE)
-    return source, optional(config, "module_output_name", source)
 
 
 def _read_transformer_config(folder: Path, task: dict[str, Any]) -> dict[str, Any]:

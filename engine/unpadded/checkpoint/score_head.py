@@ -35,9 +35,9 @@ def read_score_head(
     if dense:
         labels = tuple(f"LABEL_{index}" for index in range(output_width(dense, spec.hidden)))
     else:
-        classifies, architectures = modules.classifies, config.get("architectures") or [""]
+        classifies = modules.classifies
         if classifies is None:
-            classifies = str(architectures[0]).endswith("ForSequenceClassification")
+            classifies = "ForSequenceClassification" in str(config.get("architectures"))
         if not classifies or family.score is None:
             return None
         names = section(config, "id2label")

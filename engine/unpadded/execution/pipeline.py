@@ -208,12 +208,12 @@ def ranked(scores: np.ndarray, top_k: int | None = None) -> list[Ranked]:
 
 
 def _scores(activation: str, logits: np.ndarray) -> np.ndarray:
-    """Return [n] of [n, 1], or [n, labels], in fp32."""
-    tensor = torch.from_numpy(logits)
+    """Return [n] of [n, 1], or [n, labels], in fp32; in between in fp64, see `HeadLayer`."""
+    tensor = torch.from_numpy(logits).double()
     if activation != "none":
         tensor = tensor.sigmoid() if activation == "sigmoid" else tensor.softmax(dim=1)
-    scores: np.ndarray = (tensor[:, 0] if tensor.shape[1] == 1 else tensor).numpy()
-    return scores
+    scores: np.ndarray = tensor.float().numpy()
+    return scores[:, 0] if scores.shape[1] == 1 else scores
 
 
 def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:

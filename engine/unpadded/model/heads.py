@@ -34,9 +34,10 @@ def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: H
         block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
         rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, head.pooling, block_m))
         rows = rows.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
-    for layer in head.layers:
+    rows = rows.float()
+    for layer in head.layers:  # whose weights are fp32
         rows = layer(rows, encoder.linear)
-    return rows.float()
+    return rows
 
 
 def select_pooled_tokens(cu_seqlens: Tensor, pooling: str, block_m: int) -> SelectedTokens:

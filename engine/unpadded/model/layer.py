@@ -14,12 +14,8 @@ from unpadded.checkpoint.spec import Activation
 from unpadded.model.linear import AnyLinear, Linear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of layers after the encoder
-    "identity": lambda rows: rows,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "relu": torch.relu,
-}
+# of layers after the encoder
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +141,12 @@ class HeadLayer(NamedTuple):
 
     def __call__(self, rows: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """rows: [n, in_features]; linear: `linear` or `linear_invariant`. Returns [n, out_features]."""
-        rows = rows.to(self.weight.dtype)
         if self.weight.ndim == 1:
             return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
-        return ACTIVATIONS[self.activation](linear(rows, self.weight, self.bias))
+        rows = linear(rows, self.weight, self.bias)
+        # in fp64, because on a CPU torch computes the last elements by another function, which rounds fp32 differently
+        activation = ACTIVATIONS.get(self.activation)
+        return activation(rows.double()).to(rows.dtype) if activation else rows
 
     def to(self, device: torch.device) -> HeadLayer:
         return self._replace(weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))

@@ -124,7 +124,7 @@ class Tokenizer:
             if cut and other_cut:  # which of them is longer is unknown
                 lengths = len(next(self._encodings([first]))), len(next(self._encodings([second])))
             kept, other_kept = _longest_first(*lengths, limit)
-            truncated = kept + other_kept < sum(lengths)
+            truncated = cut or other_cut or kept + other_kept < sum(lengths)
             if truncated and truncation == "error":
                 raise InputError(f"pair {index} exceeds {max_length} tokens; shorten it or pass truncation='right'")
             second_ids = np.array(other_ids[:other_kept], np.int32)
