@@ -18,7 +18,7 @@ from unpadded.execution.memory import bytes_per_token
 from unpadded.execution.runner import Runner
 from unpadded.execution.transfer import from_words, to_words
 from unpadded.model.batch import pack
-from unpadded.model.heads import select_pooled_tokens
+from unpadded.model.heads import Head, select_pooled_tokens
 from unpadded.model.weights import plain_weights
 from unpadded.options import VectorOptions
 from unpadded_kernels import activation, matryoshka
@@ -51,7 +51,7 @@ def test_a_batch_is_unchanged_after_the_transfer(runner, lengths, cuda):
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 @pytest.mark.parametrize("lengths", [(1,), (64,), (7, 3, 40), (60, 60, 60, 60), (99, 1)])
 def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
-    runner = Runner(runner.encoder, runner.device, pooling=pooling, dense=())
+    runner = Runner(runner.encoder, runner.device, {"vector": Head(pooling)})
     texts = draw(lengths)
     batch = pack(texts, runner.encoder.spec)
     tokens, count = bucket_of(batch)
@@ -61,7 +61,7 @@ def test_padding_to_a_bucket_keeps_the_bits(runner, pooling, lengths):
     assert (len(filled.input_ids), len(filled.cu_seqlens)) == (tokens, count + 1)
     options = VectorOptions(layer_norm=False, dimensions=128, normalize=True)
     with torch.inference_mode():
-        rows = matryoshka(runner._run(filled, None, pooled=True), False, 128, True)[: len(texts)]
+        rows = matryoshka(runner._run(filled, None, "vector"), False, 128, True)[: len(texts)]
     alone = np.concatenate([runner.launch([ids], options)() for ids in texts])
     assert np.array_equal(rows.numpy(), alone)
 
@@ -81,7 +81,7 @@ def test_select_pooled_tokens_returns_tokens_and_their_tiles(pooling, places):
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
 def test_the_last_layer_computes_only_the_pooled_tokens(runner, pooling, monkeypatch):
-    runner, maps, rows_of_out = Runner(runner.encoder, runner.device, pooling=pooling, dense=()), [], []
+    runner, maps, rows_of_out = Runner(runner.encoder, runner.device, {"vector": Head(pooling)}), [], []
     encoder = runner.encoder
     attention = encoder.attention
 
@@ -140,7 +140,7 @@ def test_batches_without_a_bucket(runner):
     assert bucket_of(pack(draw([99] * 42), spec)) is None  # too many tokens
     assert bucket_of(pack(draw([101, 5]), spec)) is None  # a text with rotary frequencies of its own
     batch = pack(draw([5]), spec)
-    assert bucket_of(batch) == (64, 1) and bucket_of(replace(batch, token_types=batch.positions)) is None
+    assert bucket_of(batch) == bucket_of(replace(batch, token_types=batch.positions)) == (64, 1)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")

@@ -311,13 +311,13 @@ def test_a_file_truncated_after_its_header_was_read_is_rejected(tmp_path: Path) 
 def test_dense_modules(tmp_path: Path) -> None:
     folder = add_sentence_transformers_files(write_bert(tmp_path, **SMALL), dense=(128, 32))
     stored = load_file(folder / "2_Dense" / "model.safetensors")
-    ((weight, bias, activation),) = load_dense(open_checkpoint(folder), device=CPU)
+    ((weight, bias, activation, _),) = load_dense(open_checkpoint(folder).dense, device=CPU)
     assert torch.equal(weight, stored["linear.weight"]) and weight.shape == (32, 128)
     assert bias is not None and torch.equal(bias, stored["linear.bias"])
     assert activation == "tanh"
     change_json(folder / "2_Dense" / "config.json", bias=False)
     with pytest.raises(WeightsError, match=r"surplus: linear\.bias"):
-        load_dense(open_checkpoint(folder), device=CPU)
+        load_dense(open_checkpoint(folder).dense, device=CPU)
 
 
 PEAK = """

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
-from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, join
-from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, check_choice
+from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, Ranked, join, ranked
+from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded.tokenization.windows import Text
+from unpadded.tokenization.windows import Pair, Text
 
 Output = Literal["numpy", "torch", "list"]
 NARROW_COLUMNS = 70
@@ -132,7 +132,7 @@ class Engine:
         self, texts: Texts, *, deadline: float | None = None, **options: Unpack[EncodeKeywords]
     ) -> np.ndarray:
         """Return the vectors of `aembed`: [n, dimensions], or [dimensions] for one string."""
-        vectors: np.ndarray = (await self.aembed(texts, deadline=deadline, **options)).vectors
+        vectors = (await self._abatch(_as_texts(texts), self._pipeline.plan(**options), deadline)).vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def aembed(
@@ -143,13 +143,16 @@ class Engine:
         A call of one text waits for about one batch, however many texts other calls have queued. Cancelling drops
         what has not run. deadline: seconds after which DeadlineError is raised and the rest is dropped.
         """
-        plan = self._pipeline.plan(**options)
-        windows = self._pipeline.reader.windows(_as_texts(texts), plan)
+        return await self._abatch(_as_texts(texts), self._pipeline.plan(**options), deadline)
+
+    async def _abatch(self, texts: Iterable[Text | Pair], plan: Plan, deadline: float | None) -> Embeddings:
+        only = texts[0] if isinstance(texts, list) and len(texts) == 1 else None
+        windows = self._pipeline.reader.windows(texts, plan)
         if self._batcher is None or self._batcher_process != os.getpid():  # a fork has none of its threads
             self._batcher, self._batcher_process = self._pipeline.batcher(), os.getpid()
         try:
             async with asyncio.timeout(deadline):
-                size = len(texts) if isinstance(texts, str) else None
+                size = len(only) if isinstance(only, str) else None
                 done = await run_windows(self._batcher, windows, self._pipeline.work(plan), size=size)
         except InputError as error:
             raise error.with_traceback(None) from None
@@ -178,6 +181,36 @@ class Engine:
             for block in self._pipeline.blocks(texts, plan, advance):
                 vectors = quantize(block.vectors, plan.precision, plan.ranges)
                 yield Embeddings(vectors, block.token_counts, block.truncated)
+
+    def score(
+        self, pairs: Iterable[Pair | str], *, show_progress: bool | None = None, **options: Unpack[ScoreKeywords]
+    ) -> np.ndarray:
+        """Score pairs of texts, such as (query, document), or single texts: [n] fp32, [n, labels] if there are several.
+
+        activation: function of the logits: "auto" (the checkpoint's, else sigmoid for one label), "sigmoid", "softmax"
+        (over the labels) or "none". prompt: put before the first text of every pair; default: the checkpoint's default
+        prompt. truncation: "right" removes the last tokens of the longer text first, "error" raises.
+        Raises OptionError for a model without scores, and InputError, with the index, for a pair that cannot be scored.
+        """
+        plan, activation = self._pipeline.score_plan(**options)
+        with _progress_bar(pairs, show_progress) as advance:
+            return activation(join(self._pipeline.blocks(pairs, plan, advance), plan).vectors)
+
+    async def ascore(
+        self, pairs: Iterable[Pair | str], *, deadline: float | None = None, **options: Unpack[ScoreKeywords]
+    ) -> np.ndarray:
+        """Score as `score` does, in batches shared with all concurrent calls. deadline: as in `aembed`."""
+        plan, activation = self._pipeline.score_plan(**options)
+        return activation((await self._abatch(pairs, plan, deadline)).vectors)
+
+    def rank(
+        self, query: str, documents: Iterable[str], *, top_k: int | None = None, **options: Unpack[ScoreKeywords]
+    ) -> list[Ranked]:
+        """Return the documents' indices and scores for a query, best first, equal scores in the documents' order.
+
+        top_k: how many are returned, None for all. The keyword arguments are those of `score`.
+        """
+        return ranked(self.score([(query, document) for document in documents], **options), top_k)
 
     def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
         """Return the last hidden states of each text, prompt and special tokens included: [tokens, hidden] fp32."""

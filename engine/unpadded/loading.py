@@ -17,6 +17,7 @@ from unpadded.execution.runner import Runner, check_fork, in_thread
 from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
+from unpadded.model.heads import Head
 from unpadded.model.linear import Int8Linear
 from unpadded.model.weights import LINEARS, EncoderWeights, load_dense, load_weights, prepacked_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
@@ -103,7 +104,10 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     change = LINEARS.get(str(options.dtype), prepacked_linear)
     weights = load_weights(checkpoint, device=device, dtype=dtype, change=change)
     encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
-    return Runner(encoder, device, pooling=checkpoint.pooling, dense=load_dense(checkpoint, device=device))
+    heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
+    if checkpoint.score is not None:
+        heads["score"] = Head(checkpoint.score.pooling, load_dense(checkpoint.score.dense, device=device))
+    return Runner(encoder, device, heads)
 
 
 def make_encoder(

@@ -24,6 +24,7 @@ logger = logging.getLogger("unpadded")
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 Truncation = Literal["right", "left", "error"]
 LongText = Literal["truncate", "mean"]
+ScoreActivation = Literal["auto", "sigmoid", "softmax", "none"]
 
 
 class Option(NamedTuple):
@@ -197,14 +198,23 @@ class EncodeOptions:
         check_choice("long_text", self.long_text, get_args(LongText))
 
 
+class ScoreKeywords(TypedDict, total=False):
+    """The keyword arguments of `score` and `rank`."""
+
+    activation: ScoreActivation
+    prompt: str | None
+    truncation: Literal["right", "error"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class VectorOptions:
-    """Options for turning hidden states into vectors. Sequences with equal ones can share a batch."""
+    """Options for turning hidden states into rows of a head. Sequences with equal ones can share a batch."""
 
     layer_norm: bool
     dimensions: int
     normalize: bool
     adapter: str | None = None  # the task whose LoRA adapter is applied
+    head: Literal["vector", "score"] = "vector"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +280,30 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
             adapter=adapter,
         ),
     )
+
+
+def make_score_plan(
+    checkpoint: Checkpoint,
+    *,
+    activation: ScoreActivation = "auto",
+    prompt: str | None = None,
+    truncation: Literal["right", "error"] = "right",
+) -> tuple[Plan, ScoreActivation]:
+    """Check the options of `Engine.score` against a checkpoint; return the plan, and the activation that auto means."""
+    head = checkpoint.score
+    if head is None:
+        raise OptionError(
+            f"{checkpoint.name} has no head for scores; load a reranker or classifier, such as one whose architecture "
+            "in config.json ends in ForSequenceClassification"
+        )
+    check_choice("activation", activation, get_args(ScoreActivation))
+    check_choice("truncation", truncation, ("right", "error"))
+    options = EncodeOptions(prompt=prompt, truncation=truncation)
+    rows = VectorOptions(layer_norm=False, dimensions=len(head.labels), normalize=False, head="score")
+    resolved = vars(options) | {"prompt": _prompt(checkpoint, options, has_adapter=False)}
+    if activation == "auto":
+        activation = "sigmoid" if head.sigmoid else "none"
+    return Plan(**resolved, vector_options=rows), activation
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -81,7 +81,8 @@ def describe_vectors(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a fingerprint of each file of a model that determines its vectors."""
-    weights = [*checkpoint.weight_files, *checkpoint.lora_files, *(dense.weight_file for dense in checkpoint.dense)]
+    weights = [*checkpoint.weight_files, *checkpoint.lora_files]
+    weights += [file for dense in checkpoint.dense for file in dense.weight_files]
     weights += [checkpoint.adapter.file] if checkpoint.adapter else []
     small = [path for pattern in SMALL_MODEL_FILES for path in checkpoint.folder.glob(pattern)]
     return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]}

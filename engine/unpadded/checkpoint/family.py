@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any, TypeAlias
 
 from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, required
+from unpadded.checkpoint.modules import Dense, Pooling
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.errors import ConfigError
 
@@ -39,6 +40,9 @@ TRANSFORMERS: Layout = {
     "mlp_norm": "layers.{layer}.post_mlp_layernorm",
 }
 
+# The pooling of a model for sequence classification, and what follows it.
+ScoreLayers: TypeAlias = tuple[Pooling, tuple[Dense, ...]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -47,6 +51,7 @@ class Family:
     matches: Callable[[Mapping[str, Any], Collection[str]], bool]  # from config.json and the stored tensors' names
     read_config: Callable[[Mapping[str, Any]], EncoderSpec]  # raises ConfigError for what is not implemented
     tensors: Callable[[EncoderSpec], dict[str, TensorSpec]]  # as `encoder_tensors`
+    score: Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers] | None = None  # from config.json and labels
     max_length: int | None = None  # tokens, if no file states a length; None: as many as there are learned positions
     prompts: Mapping[str, str] = field(default_factory=dict)  # task -> prompt, if no file states any
     matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # published model -> trained dimensions
@@ -125,6 +130,23 @@ def encoder_tensors(
         if name in spec.biases or (name.endswith("norm") and "norm" in spec.biases):
             found[f"{field}_bias"] = TensorSpec(shape[:1], _parameters(modules, bias))
     return found
+
+
+def score_layers(dense: str, classifier: str) -> Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers]:
+    """Return a `Family.score`: the first token, a tanh layer and the classifier, by their stored names."""
+
+    def score(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> ScoreLayers:
+        square = (spec.hidden, spec.hidden)
+        layers = Dense(name=dense, shape=square, activation="tanh"), Dense(name=classifier, shape=(labels, spec.hidden))
+        return "cls", layers
+
+    return score
+
+
+def remove_prefixes(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _parameters(modules: Iterable[tuple[str, ...]], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:

@@ -1,6 +1,8 @@
-"""Modules after the encoder, read from sentence-transformers' files: a pooling, then Dense modules, then Normalize."""
+"""Modules after the encoder, from sentence-transformers' files: a pooling, then Dense and LayerNorm, then Normalize."""
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -27,42 +29,54 @@ POOLING_FLAGS = {  # one flag per mode, as written before sentence-transformers 
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-DENSE_ACTIVATIONS: dict[str, Literal["identity", "tanh"]] = {"Identity": "identity", "Tanh": "tanh"}
+DENSE_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
 TASK_TRANSFORMER = "custom_st.Transformer"  # of jina-embeddings-v3: a Transformer with an argument `task`
 # Keys of sentence_bert_config.json that are read, that have one supported value, and loading arguments among them.
 TRANSFORMER_KEYS = {"do_lower_case", "max_seq_length", "unpad_inputs"}  # the last one changes no vector
-TRANSFORMER_DEFAULTS = {
+TRANSFORMER_DEFAULTS: dict[str, Any] = {
+    "processing_kwargs": {},
+    **dict.fromkeys(("document_length", "query_expansion", "query_length", "tokenizer_name_or_path")),
+}
+# The task, which selects a model class of transformers, and what that returns.
+VECTOR_DEFAULTS: dict[str, Any] = {
     "transformer_task": "feature-extraction",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": "token_embeddings",
-    "processing_kwargs": {},
-    **dict.fromkeys(("document_length", "query_expansion", "query_length", "tokenizer_name_or_path")),
+}
+SCORE_DEFAULTS: dict[str, Any] = {
+    "transformer_task": "sequence-classification",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+    "module_output_name": "scores",
 }
 LOADING_ARGUMENTS = ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")
 # those that do not change the vectors
 IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
 MODEL_CONFIG = "config_sentence_transformers.json"
-ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+SENTENCE = "sentence_embedding"  # what the modules after the Transformer read and write
+KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A linear layer on the pooled vector."""
+    """A linear layer with an activation, or a LayerNorm, on the pooled vector."""
 
-    weight_file: Path  # safetensors with linear.weight [out_features, in_features], and linear.bias
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: Literal["identity", "tanh"]
+    name: str  # of the stored tensors, without .weight and .bias
+    shape: tuple[int, ...]  # of the weight: [out_features, in_features], or [features] of a LayerNorm
+    bias: bool = True
+    activation: str = "identity"  # a value of DENSE_ACTIVATIONS
+    eps: float = 1e-5  # of a LayerNorm
+    weight_files: tuple[Path, ...] = ()  # safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """The modules of a checkpoint, always in this order: Transformer, Pooling, Dense ..., Normalize."""
+    """The modules of a checkpoint, always in this order: Transformer, Pooling, Dense or LayerNorm ..., Normalize."""
 
     transformer: Path  # folder of the encoder and its tokenizer
     pooling: Pooling
     dense: tuple[Dense, ...]
+    score_dense: tuple[Dense, ...] = ()  # of a reranker, whose last module computes the scores
+    classifies: bool | None = None  # the encoder has a head for sequence classification; None: config.json decides
     normalize: bool
     defaults: tuple[str, ...]  # one phrase per setting that no file states
     takes_task: bool = False  # the first module is a TASK_TRANSFORMER
@@ -81,36 +95,48 @@ def read_modules(folder: Path) -> Modules:
         return Modules(transformer=folder, pooling="mean", dense=(), normalize=False, defaults=defaults)
 
     listed = _list_modules(modules)
-    kinds = [class_name.rpartition(".")[2] for class_name, _ in listed]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=ORDER.index) or kinds.count("Pooling") > 1:
-        raise not_implemented(str(modules), ", ".join(kinds), "Transformer, Pooling, Dense (any number), Normalize")
-    for _, module in listed[2:]:  # Dense and Normalize, which use only the pooled vector
-        path, keys = module / "config.json", ("module_input_name", "module_output_name")
-        allow_only(read_object(path, optional=True), dict.fromkeys(keys, "sentence_embedding"), path)
+    kinds = ", ".join(class_name.rpartition(".")[2] for class_name, _ in listed)
+    unsupported = not_implemented(str(modules), kinds, "Transformer, Pooling, Dense or LayerNorm, Normalize")
+    if not re.fullmatch("Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?", kinds):
+        raise unsupported
+    classifies = kinds == "Transformer"
+    transformer_config = _read_transformer_config(listed[0][1], SCORE_DEFAULTS if classifies else VECTOR_DEFAULTS)
+    if classifies and "transformer_task" not in transformer_config:
+        raise unsupported
+    last = listed[-1][1]
+    modular = len(listed) > 2 and read_object(last / "config.json", optional=True).get("module_output_name") == "scores"
+    for _, module in listed[2:]:
+        path, output = module / "config.json", "scores" if modular and module == last else SENTENCE
+        names = {"module_input_name": SENTENCE, "module_output_name": output}
+        allow_only(read_object(path, optional=True), names, path)
     model_config = read_object(folder / MODEL_CONFIG, optional=True)
-    allow_only(model_config, {"truncate_dim": None, "model_type": "SentenceTransformer"}, MODEL_CONFIG)
+    model_type = "CrossEncoder" if classifies or modular else "SentenceTransformer"
+    allow_only(model_config, {"truncate_dim": None, "model_type": model_type}, MODEL_CONFIG)
+    dense = tuple(_read_dense(module) for class_name, module in listed[2:] if not class_name.endswith(".Normalize"))
     return Modules(
         transformer=listed[0][1],
-        pooling=_read_pooling(listed[1][1] / "config.json"),
-        dense=tuple(_read_dense(module) for class_name, module in listed if class_name.endswith(".Dense")),
+        pooling="mean" if classifies else _read_pooling(listed[1][1] / "config.json"),
+        dense=() if modular else dense,
+        score_dense=dense if modular else (),
+        classifies=classifies,
         normalize="Normalize" in kinds,
         defaults=(),
         takes_task=listed[0][0] == TASK_TRANSFORMER,
-        transformer_config=_read_transformer_config(listed[0][1]),
+        transformer_config=transformer_config,
         model_config=model_config,
     )
 
 
-def output_width(modules: Modules, hidden: int) -> int:
+def output_width(dense: Iterable[Dense], hidden: int) -> int:
     """Return the width of the vectors after the last module; ConfigError if two modules do not fit together."""
     width = hidden
-    for dense in modules.dense:
-        if dense.in_features != width:
+    for module in dense:
+        if module.shape[-1] != width:
             raise ConfigError(
-                f"in_features = {dense.in_features} in {dense.weight_file.parent}/config.json does not fit "
+                f"in_features = {module.shape[-1]} in {module.weight_files[0].parent}/config.json does not fit "
                 f"its input of {width} dimensions; correct it"
             )
-        width = dense.out_features
+        width = module.shape[0]
     return width
 
 
@@ -123,23 +149,24 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
         raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
     for class_name, subfolder in types_and_paths:
         known = class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER))
-        if not known or class_name.rpartition(".")[2] not in ORDER:
-            raise not_implemented(f"the module type in {path}", class_name, ", ".join(ORDER))
+        if not known or class_name.rpartition(".")[2] not in KINDS:
+            raise not_implemented(f"the module type in {path}", class_name, ", ".join(KINDS))
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
             raise ConfigError(f"{path} names {subfolder!r}, outside the checkpoint; correct it")
     return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
 
 
-def _read_transformer_config(folder: Path) -> dict[str, Any]:
-    """Read sentence_bert_config.json, or the file with another model type in its name."""
+def _read_transformer_config(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """Read sentence_bert_config.json, or the file with another model type in its name. task: its supported values."""
     names = "bert roberta distilbert camembert albert xlm-roberta xlnet"
     paths = [folder / f"sentence_{name}_config.json" for name in names.split()]
     path, config = next(((path, found) for path in paths if (found := read_object(path, optional=True))), (folder, {}))
     for key in LOADING_ARGUMENTS:
         if unknown := sorted(section(config, key).keys() - IGNORED_ARGUMENTS):
             raise not_implemented(f"{key} in {path}", unknown, sorted(IGNORED_ARGUMENTS))
-    known = TRANSFORMER_KEYS | TRANSFORMER_DEFAULTS.keys() | {*LOADING_ARGUMENTS}
-    allow_only(config, TRANSFORMER_DEFAULTS | dict.fromkeys(config.keys() - known), path)
+    supported = TRANSFORMER_DEFAULTS | task
+    known = TRANSFORMER_KEYS | supported.keys() | {*LOADING_ARGUMENTS}
+    allow_only(config, supported | dict.fromkeys(config.keys() - known), path)
     return config
 
 
@@ -156,6 +183,7 @@ def _read_pooling(path: Path) -> Pooling:
 
 
 def _read_dense(folder: Path) -> Dense:
+    """Read a Dense or a LayerNorm."""
     path = folder / "config.json"
     config = read_object(path)
     allow_only(config, {"use_residual": False}, path)
@@ -169,10 +197,12 @@ def _read_dense(folder: Path) -> Dense:
         raise WeightsError(
             f"{weight_file} is absent (found: {present}); pickled weights are never loaded; convert them to safetensors"
         )
+    if "dimension" in config:
+        return Dense(name="norm", shape=(required(config, ("dimension",), int, path),), weight_files=(weight_file,))
     return Dense(
-        weight_file=weight_file,
-        in_features=required(config, ("in_features",), int, path),
-        out_features=required(config, ("out_features",), int, path),
+        name="linear",
+        shape=(required(config, ("out_features",), int, path), required(config, ("in_features",), int, path)),
         bias="bias" not in config or read_value(config, "bias", bool),
         activation=DENSE_ACTIVATIONS[activation],
+        weight_files=(weight_file,),
     )

@@ -14,6 +14,7 @@ from unpadded.checkpoint.json_config import allow_only, consistent, not_implemen
 from unpadded.checkpoint.lora_files import Adapter, find_lora_files, read_adapter
 from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
+from unpadded.checkpoint.score_head import ScoreHead, read_score_head
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
@@ -41,6 +42,7 @@ class Checkpoint:
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
+    score: ScoreHead | None  # of a reranker or classifier
     prompts: dict[str, str]  # prompt name or task -> text before the input
     default_prompt: str | None  # key of prompts
     lower_case: bool
@@ -56,6 +58,7 @@ class Checkpoint:
             "encoder": asdict(self.spec),
             "pooling": self.pooling,
             "normalize": self.normalize,
+            "scores": list(self.score.labels) if self.score else None,
             "prompts": self.prompts,
             "default_prompt": self.default_prompt,
             "max_length": self.max_length,
@@ -101,7 +104,8 @@ def open_checkpoint(
         raise not_implemented(
             f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "sentence_transformers' Transformer"
         )
-    width = output_width(modules, spec.hidden)
+    width = output_width(modules.dense, spec.hidden)
+    score = read_score_head(modules, config, family, spec, weight_files)
 
     prompts, default_prompt, prompt_defaults = _prompts(modules.model_config, family)
     if lora:
@@ -120,6 +124,7 @@ def open_checkpoint(
         pooling=modules.pooling,
         normalize=modules.normalize,
         dense=modules.dense,
+        score=score,
         prompts=prompts,
         default_prompt=default_prompt,
         lower_case=bool(modules.transformer_config.get("do_lower_case", False)),

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     described = checkpoint.describe()
     description = {
         "model": described.pop("model"),
-        "dimensions": checkpoint.dense[-1].out_features if checkpoint.dense else checkpoint.spec.hidden,
+        "dimensions": checkpoint.dense[-1].shape[0] if checkpoint.dense else checkpoint.spec.hidden,
         "matryoshka": described.pop("matryoshka"),
         "max_length": described.pop("max_length"),
         "prompts": described.pop("prompts"),

@@ -30,10 +30,9 @@ _one_capture = threading.Lock()  # torch supports one capture at a time per proc
 def bucket_of(batch: PackedBatch) -> Bucket | None:
     """Return the smallest bucket that holds a batch.
 
-    None if the batch exceeds every bucket, if a text has rotary frequencies of its own, or if tokens have types.
+    None if the batch exceeds every bucket, or if a text has rotary frequencies of its own.
     """
-    scaled = batch.inv_freq is not None and batch.inv_freq.shape[1] > 1
-    if scaled or batch.token_types is not None:
+    if batch.inv_freq is not None and batch.inv_freq.shape[1] > 1:
         return None
     tokens = next((size for size in TOKEN_BUCKETS if len(batch.input_ids) <= size), None)
     texts = next((size for size in TEXT_BUCKETS if len(batch.lengths) <= size), None)
@@ -51,6 +50,7 @@ def fill(batch: PackedBatch, bucket: Bucket, block_m: int) -> PackedBatch:
         input_ids=_extend(batch.input_ids, tokens),
         positions=_extend(batch.positions, tokens),
         cu_seqlens=_extend(batch.cu_seqlens, texts + 1, len(batch.input_ids)),
+        token_types=None if batch.token_types is None else _extend(batch.token_types, tokens),
         # the added tiles are of texts without tokens
         tile_map=None if batch.tile_map is None else _extend(batch.tile_map, tokens // block_m + texts),
     )

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, Unpack
 
 import numpy as np
+import torch
 
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError, OutputError
@@ -14,10 +16,18 @@ from unpadded.execution.runner import Runner
 from unpadded.execution.scheduler import schedule
 from unpadded.execution.transfer import Wait
 from unpadded.execution.worker_pool import WorkerPool
-from unpadded.options import EncodeKeywords, EncodeOptions, Plan, check_keywords, make_plan
+from unpadded.options import (
+    EncodeKeywords,
+    EncodeOptions,
+    Plan,
+    ScoreKeywords,
+    check_keywords,
+    make_plan,
+    make_score_plan,
+)
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded.tokenization.windows import Text, TextGroup, Window, WindowReader, delayed
+from unpadded.tokenization.windows import Pair, Text, TextGroup, Window, WindowReader, delayed
 
 Backend: TypeAlias = Runner | WorkerPool
 Advance = Callable[[int, int], object]  # called with the number of texts and of tokens that were embedded
@@ -74,6 +84,11 @@ class EmbeddingPipeline:
         check_keywords(options, EncodeOptions)
         return make_plan(self.checkpoint, self.backend.dimensions, EncodeOptions(**options))
 
+    def score_plan(self, **options: Unpack[ScoreKeywords]) -> tuple[Plan, Callable[[np.ndarray], np.ndarray]]:
+        """Check options against the model; return the plan and the function that turns logits into scores."""
+        plan, activation = make_score_plan(self.checkpoint, **options)
+        return plan, partial(_scores, activation)
+
     def work(self, plan: Plan, *, pooled: bool = True) -> Work:
         """Return the work of a `Batcher`: the vectors, or if not pooled the hidden states, of sequences."""
         options = plan.vector_options
@@ -97,7 +112,7 @@ class EmbeddingPipeline:
             blocks.append(_finish(window, vectors, plan))
         return join(blocks, plan)
 
-    def blocks(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
+    def blocks(self, texts: Iterable[Text | Pair], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
         """Yield the fp32 vectors of one window of texts after another.
 
         The next window is tokenized, and its batches are launched, while the device computes.
@@ -174,6 +189,31 @@ def join(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
         np.concatenate([block.token_counts for block in blocks]),
         np.concatenate([block.truncated for block in blocks]),
     )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document of a ranking."""
+
+    index: int
+    score: float
+
+
+def ranked(scores: np.ndarray, top_k: int | None = None) -> list[Ranked]:
+    """Return the `top_k` best scores, or all: equal ones in their order. scores: [n]; OptionError for [n, labels]."""
+    if scores.ndim > 1:
+        raise OptionError(f"the model gives {scores.shape[1]} scores per pair, not one; use score")
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [Ranked(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+
+
+def _scores(activation: str, logits: np.ndarray) -> np.ndarray:
+    """Return [n] of [n, 1], or [n, labels], in fp32; in between in fp64, see `HeadLayer`."""
+    tensor = torch.from_numpy(logits).double()
+    if activation != "none":
+        tensor = tensor.sigmoid() if activation == "sigmoid" else tensor.softmax(dim=1)
+    scores: np.ndarray = tensor.float().numpy()
+    return scores[:, 0] if scores.shape[1] == 1 else scores
 
 
 def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,7 +25,7 @@ from unpadded.execution.memory import max_batch_tokens
 from unpadded.execution.transfer import HostCopy, Wait, copy_to_host, from_words, to_words, wait_for
 from unpadded.model.batch import PackedBatch, pack
 from unpadded.model.encoder import Encoder
-from unpadded.model.heads import Dense, pooled_rows
+from unpadded.model.heads import Head, head_rows
 from unpadded.options import VectorOptions
 from unpadded_kernels import matryoshka
 from unpadded_kernels.attention import make_tile_map
@@ -71,18 +71,17 @@ def _after_fork(method: Method) -> Method:
 
 
 class Runner:
-    """Runs an encoder, its pooling and the Dense modules after it on one device. Any thread may call it.
+    """Runs an encoder and its heads, by name, on one device. Any thread may call it.
 
     A batch that does not fit the device's memory is split in halves, and so are later batches of its size.
     """
 
     devices = 1
 
-    def __init__(self, encoder: Encoder, device: torch.device, *, pooling: str, dense: tuple[Dense, ...]) -> None:
+    def __init__(self, encoder: Encoder, device: torch.device, heads: Mapping[str, Head]) -> None:
         self.encoder = encoder
         self.device = device
-        self.pooling = pooling
-        self.dense = dense
+        self.heads = heads
         self.depth = DEPTH if device.type == "cuda" else 1
         self._threads = CpuThreads() if encoder.is_concurrent else None
         self._max_tokens: float = math.inf  # per batch; halved by a batch that did not fit, and grows again
@@ -97,7 +96,7 @@ class Runner:
     @property
     def dimensions(self) -> int:
         """Length of a vector at its full length."""
-        return self.dense[-1][0].shape[0] if self.dense else self.encoder.spec.hidden
+        return self.heads["vector"].width(self.encoder.spec.hidden)
 
     @property
     def ready_devices(self) -> int:
@@ -131,7 +130,7 @@ class Runner:
             if states is not None or embeds is not None:
                 hidden = self.encoder(self.to_device(batch), states, embeds=embeds)
             else:
-                hidden = self._run(batch, None, pooled=False)
+                hidden = self._run(batch, None, None)
                 hidden = hidden.clone() if hidden.is_inference() else hidden  # the next replay overwrites a graph's
         if self.encoder.stream is not None:
             caller = torch.cuda.current_stream(self.device)
@@ -143,7 +142,7 @@ class Runner:
     @_after_fork
     @torch.inference_mode()
     def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions, *, pooled: bool = True) -> Wait:
-        """Start computing one vector per sequence, each [tokens] int32: [batch, dimensions] fp32.
+        """Start computing one row of a head per sequence, each [tokens] int32: [batch, dimensions] fp32.
 
         If not pooled, the last hidden states of all tokens: [total_tokens, hidden] fp32. Does not wait on CUDA, so that
         the host can pack the next batch.
@@ -151,7 +150,7 @@ class Runner:
         """
 
         def run(batch: PackedBatch) -> HostCopy:
-            rows = self._run(batch, options.adapter, pooled=pooled)
+            rows = self._run(batch, options.adapter, options.head if pooled else None)
             if not pooled:
                 return copy_to_host(rows.float())
             return copy_to_host(matryoshka(rows, options.layer_norm, options.dimensions, options.normalize))
@@ -213,23 +212,23 @@ class Runner:
             parts += [part[middle:], part[:middle]]
         return copies
 
-    def _run(self, batch: PackedBatch, adapter: str | None, *, pooled: bool) -> Tensor:
-        """Return the rows of texts before `matryoshka`, or the hidden states of tokens, of a batch on the host.
+    def _run(self, batch: PackedBatch, adapter: str | None, head: str | None) -> Tensor:
+        """Return a head's rows before `matryoshka`, or without a head the hidden states, of a batch on the host.
 
         The next batch may overwrite them.
         """
         run: Callable[[PackedBatch], Tensor] = partial(self.encoder, adapter=adapter)
-        if pooled:
-            run = partial(pooled_rows, self.encoder, adapter=adapter, pooling=self.pooling, dense=self.dense)
+        if head is not None:
+            run = partial(head_rows, self.encoder, adapter=adapter, head=self.heads[head])
         bucket = bucket_of(batch) if self.graphs is not None else None
         if self.graphs is None or bucket is None:
             return run(self.to_device(batch))
         self.encoder.weights_of(adapter)  # computes them outside of a captured graph
         filled = fill(self._with_tile_map(batch), bucket, self._block_m())
         # All adapters share a graph: each is written into the same memory before the pass.
-        key = (bucket, adapter is not None, pooled)
+        key = (bucket, adapter is not None, head, batch.token_types is not None)
         rows = self.graphs.replay(key, to_words(filled), lambda words: run(from_words(words, filled)))
-        return rows[: len(batch.lengths) if pooled else len(batch.input_ids)]
+        return rows[: len(batch.input_ids) if head is None else len(batch.lengths)]
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from unpadded.integrations.padding import PaddedInputs
 from unpadded.integrations.transformers import NO_ATTENTIONS, run_padded
 from unpadded.loading import DTYPES, make_encoder
 from unpadded.model.attention import attention_backend
+from unpadded.model.heads import Head
 from unpadded.model.weights import assemble
 
 logger = logging.getLogger("unpadded")
@@ -233,7 +234,7 @@ def _runner(model: Any, state: _State, parameters: list[nn.Parameter]) -> Runner
         weights = assemble(spec, tensors)
         device, dtype = weights.word.device, weights.word.dtype
         encoder = make_encoder(spec, weights, attention_backend("auto", device, dtype))
-        state.runner = Runner(encoder, device, pooling="mean", dense=())
+        state.runner = Runner(encoder, device, {"vector": Head("mean")})
         state.pointers = [parameter.data_ptr() for parameter in parameters]
     return state.runner
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from unpadded.checkpoint.modules import POOLING_MODES
-from unpadded.model.heads import Dense as RunnerDense
+from unpadded.model.heads import Head
+from unpadded.model.layer import HeadLayer
 
 SENTENCE = "sentence_embedding"  # the features that the modules read and write
 ACTIVATIONS: dict[type, str] = {nn.Identity: "identity", nn.Tanh: "tanh"}
 
 
-class Head(NamedTuple):
-    """The modules between a Transformer and a Normalize, as a runner takes them."""
-
-    pooling: str
-    dense: tuple[RunnerDense, ...]  # they share the modules' memory
-
-
 def read_head(following: list[nn.Module]) -> Head | None:
-    """Return the modules that follow the Transformer as a head, without a Normalize; None if one is not supported."""
+    """Return the modules that follow the Transformer as a head, without a Normalize; None if one is not supported.
+
+    The head's layers share the modules' memory.
+    """
     if following and is_normalize(following[-1]):
         following = following[:-1]
     if not following:
@@ -34,7 +31,7 @@ def read_head(following: list[nn.Module]) -> Head | None:
         return None
     if not all(map(_is_supported_dense, dense)):
         return None
-    return Head(POOLING_MODES[mode], tuple(map(_runner_dense, dense)))
+    return Head(POOLING_MODES[mode], tuple(map(_head_layer, dense)))
 
 
 def is_normalize(module: nn.Module) -> bool:
@@ -50,11 +47,13 @@ def _is_supported_dense(module: nn.Module) -> bool:
     )
 
 
-def _runner_dense(module: Any) -> RunnerDense:
+def _head_layer(module: Any) -> HeadLayer:
     linear = module.linear
     bias = None if linear.bias is None else linear.bias.detach()
-    return linear.weight.detach(), bias, ACTIVATIONS[type(module.activation_function)]
+    return HeadLayer(linear.weight.detach(), bias, ACTIVATIONS[type(module.activation_function)])
 
 
-def addresses(dense: tuple[RunnerDense, ...]) -> list[tuple[object, ...]]:
-    return [(weight.data_ptr(), bias is not None and bias.data_ptr(), name) for weight, bias, name in dense]
+def addresses(head: Head) -> tuple[object, ...]:
+    """Return what differs between heads that do not share their memory."""
+    pointers = [(one.weight.data_ptr(), one.bias is not None and one.bias.data_ptr()) for one in head.layers]
+    return head.pooling, pointers, [one.activation for one in head.layers]

@@ -37,8 +37,9 @@ from unpadded.engine import Engine
 from unpadded.errors import CheckpointError, ConfigError, OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
-from unpadded.integrations.module_head import SENTENCE, Head, addresses, is_normalize, read_head
+from unpadded.integrations.module_head import SENTENCE, addresses, is_normalize, read_head
 from unpadded.integrations.transformers import UnpaddedModel, make_config
+from unpadded.model.heads import Head
 from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
@@ -274,11 +275,11 @@ class Transformer(modules.Transformer):
             except CheckpointError:
                 return None
             self.engine_tokenizer_state = state
-        same_head = runner.pooling == head.pooling and addresses(runner.dense) == addresses(head.dense)
+        same_head = addresses(runner.heads["vector"]) == addresses(head)
         same_length = self.max_seq_length == engine.checkpoint.max_length
         if not (same_head and same_length and tokenizer is engine.tokenizer):
             if not same_head:
-                runner = Runner(runner.encoder, runner.device, pooling=head.pooling, dense=head.dense)
+                runner = Runner(runner.encoder, runner.device, {"vector": head})
             max_length = self.max_seq_length or engine.checkpoint.max_length
             checkpoint = replace(engine.checkpoint, max_length=max_length)
             budget = engine._pipeline.token_budget

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from unpadded.execution.runner import Runner, in_thread
 from unpadded.integrations.padding import PaddedInputs, pad, to_device, unpad
 from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
-from unpadded.model.heads import Dense
+from unpadded.model.heads import Head
 from unpadded.model.tensor_loader import STORED_DTYPES
 from unpadded.model.weights import LINEARS, EncoderWeights, plain_weights, prepacked_weights
 from unpadded.tokenization.tokenizer import Tokenizer
@@ -195,24 +195,21 @@ class UnpaddedModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._make_engine(*state["engine"])
 
-    def _engine_parts(self) -> tuple[Checkpoint, Tokenizer, int, str, tuple[Dense, ...]]:
+    def _engine_parts(self) -> tuple[Checkpoint, Tokenizer, int, str, Mapping[str, Head]]:
         """Return the arguments of `_make_engine` that make an engine like this one."""
         pipeline = self.engine._pipeline
-        attention, dense = pipeline.runner.encoder.attention.name, pipeline.runner.dense
-        return pipeline.checkpoint, pipeline.tokenizer, pipeline.token_budget, attention, dense
+        attention, heads = pipeline.runner.encoder.attention.name, pipeline.runner.heads
+        return pipeline.checkpoint, pipeline.tokenizer, pipeline.token_budget, attention, heads
 
     def _make_engine(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer, budget: int, attention: str, dense: tuple[Dense, ...]
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, budget: int, attention: str, heads: Mapping[str, Head]
     ) -> None:
         """Make an engine for the parameters as they are after a move, a cast, `load_state_dict` or a copy."""
         device = self.device
         backend = attention_backend(attention if device.type == "cuda" else "auto", device, self.dtype)
         prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, self._weights))
         encoder = make_encoder(checkpoint.spec, prepacked, backend)
-        moved = tuple(
-            (weight.to(device), bias if bias is None else bias.to(device), name) for weight, bias, name in dense
-        )
-        runner = Runner(encoder, device, pooling=checkpoint.pooling, dense=moved)
+        runner = Runner(encoder, device, {name: head.to(device) for name, head in heads.items()})
         self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
 
 

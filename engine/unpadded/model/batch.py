@@ -37,7 +37,7 @@ class SelectedTokens:
 
 
 def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
-    """Concatenate id sequences, each [tokens] int32, on the CPU.
+    """Concatenate id sequences, each [tokens] int32, on the CPU. A token of type 1 has the id ~id.
 
     By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
     """
@@ -45,6 +45,10 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     input_ids = np.concatenate(sequences)
+    token_types = None
+    if (second := input_ids < 0).any():
+        token_types = torch.from_numpy(second.astype(np.int32))
+        input_ids = np.where(second, ~input_ids, input_ids)
     if spec.padding_id is None:
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     else:
@@ -56,6 +60,7 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
         cu_seqlens=torch.from_numpy(cu_seqlens),
         inv_freq=torch.from_numpy(np.stack(np.broadcast_arrays(*inv_freq))) if inv_freq else None,
         lengths=lengths,
+        token_types=token_types,
     )
 
 

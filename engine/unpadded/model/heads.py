@@ -1,33 +1,43 @@
-"""Pooling heads: the last hidden states of a packed batch -> one vector per text."""
+"""Heads: the last hidden states of a packed batch -> one row per text, its vector or its scores."""
 
-from typing import TypeAlias
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.encoder import Encoder
+from unpadded.model.layer import HeadLayer
 from unpadded_kernels import mean_pool
 from unpadded_kernels.tiles import attention_block_m
 
-# A Dense module of sentence-transformers: weight [out_features, in_features], bias, activation.
-Dense: TypeAlias = tuple[Tensor, Tensor | None, str]
+
+class Head(NamedTuple):
+    """A pooling and the layers after it."""
+
+    pooling: str  # "mean", "cls" or "last"
+    layers: tuple[HeadLayer, ...] = ()
+
+    def to(self, device: torch.device) -> Self:
+        return self._replace(layers=tuple(layer.to(device) for layer in self.layers))
+
+    def width(self, hidden: int) -> int:
+        """Length of a row; hidden: that of a hidden state."""
+        return self.layers[-1].weight.shape[0] if self.layers else hidden
 
 
-def pooled_rows(
-    encoder: Encoder, batch: PackedBatch, adapter: str | None, *, pooling: str, dense: tuple[Dense, ...]
-) -> Tensor:
-    """Encode and pool a batch on the device: [batch, dimensions] fp32, the input of `matryoshka`."""
-    if pooling == "mean" or len(batch.input_ids) == 0:
+def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: Head) -> Tensor:
+    """Encode and pool a batch on the device: [batch, width] fp32, the input of `matryoshka`."""
+    if head.pooling == "mean" or len(batch.input_ids) == 0:
         rows: Tensor = mean_pool(encoder(batch, adapter=adapter), batch.cu_seqlens)
     else:
         block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
-        rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, pooling, block_m))
+        rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, head.pooling, block_m))
         rows = rows.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
-    for weight, bias, activation in dense:
-        rows = encoder.linear(rows.to(weight.dtype), weight, bias)
-        rows = rows.tanh() if activation == "tanh" else rows
-    return rows.float()
+    rows = rows.float()
+    for layer in head.layers:  # whose weights are fp32
+        rows = layer(rows, encoder.linear)
+    return rows
 
 
 def select_pooled_tokens(cu_seqlens: Tensor, pooling: str, block_m: int) -> SelectedTokens:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
 from unpadded.model.linear import AnyLinear, Linear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
+
+# of layers after the encoder
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +124,24 @@ class Layer:
         changed = {name: change(prefix + name, linear) for name, linear in self.linears.items()}
         mlp = MLP(up=changed["up"], down=changed["down"]) if isinstance(self.mlp, MLP) else self.mlp
         return replace(self, qkv=replace(self.qkv, linear=changed["qkv"]), out=changed["out"], mlp=mlp)
+
+
+class HeadLayer(NamedTuple):
+    """A linear layer with an activation, or a LayerNorm, on rows after the encoder."""
+
+    weight: Tensor  # [out_features, in_features], or [features] of a LayerNorm
+    bias: Tensor | None
+    activation: str = "identity"
+    eps: float = 1e-5  # of a LayerNorm
+
+    def __call__(self, rows: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """rows: [n, in_features]; linear: `linear` or `linear_invariant`. Returns [n, out_features]."""
+        if self.weight.ndim == 1:
+            return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
+        rows = linear(rows, self.weight, self.bias)
+        # in fp64, because on a CPU torch computes the last elements by another function, which rounds fp32 differently
+        activation = ACTIVATIONS.get(self.activation)
+        return activation(rows.double()).to(rows.dtype) if activation else rows
+
+    def to(self, device: torch.device) -> HeadLayer:
+        return self._replace(weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from unpadded.checkpoint.family import IGNORED, PREFIXES
+from unpadded.checkpoint.family import IGNORED, remove_prefixes
 from unpadded.checkpoint.safetensors_header import StoredTensor
 from unpadded.checkpoint.spec import TensorSpec
 from unpadded.errors import WeightsError
@@ -69,12 +69,6 @@ def _gate_first(part: StoredTensor, wanted: TensorSpec) -> tuple[StoredTensor, .
         return (part,)
     shape, middle = (part.shape[0] // 2, *part.shape[1:]), (part.start + part.stop) // 2
     return replace(part, shape=shape, start=middle), replace(part, shape=shape, stop=middle)
-
-
-def remove_prefixes(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
 
 
 class TensorLoader:

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.family import remove_prefixes
 from unpadded.checkpoint.lora_files import Adapter
+from unpadded.checkpoint.modules import Dense
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.errors import WeightsError
-from unpadded.model.layer import MLP, QKV, ExpertMLP, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
+from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
 from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
-from unpadded.model.tensor_loader import TensorLoader, find_tensors, remove_prefixes
+from unpadded.model.tensor_loader import TensorLoader, find_tensors
 from unpadded_kernels.linear_cpu import can_prepack
 
 # Returns another kind of linear in the place of one, given its name, such as layers.3.qkv.
@@ -112,20 +114,19 @@ def _merge_adapter(
             raise WeightsError(f"{tensor} with {adapter.file} does not fit {dtype}; load it with dtype='float32'")
 
 
-def load_dense(
-    checkpoint: Checkpoint, *, device: torch.device
-) -> tuple[tuple[Tensor, Tensor | None, Literal["identity", "tanh"]], ...]:
-    """Return (weight [out_features, in_features], bias or None, activation) of each Dense module after the pooling."""
+def load_dense(modules: tuple[Dense, ...], *, device: torch.device) -> tuple[HeadLayer, ...]:
+    """Load the modules after the pooling, in fp32; WeightsError as in `load_weights`."""
     loader = TensorLoader(device, torch.float32)
-    modules = []
-    for dense in checkpoint.dense:
-        specs = {"dense": TensorSpec((dense.out_features, dense.in_features), (("linear.weight",),))}
-        if dense.bias:
-            specs["dense_bias"] = TensorSpec((dense.out_features,), (("linear.bias",),))
-        found = find_tensors(specs, read_header(dense.weight_file).values())
+    layers = []
+    for dense in modules:
+        shapes = {"weight": dense.shape} | ({"bias": dense.shape[:1]} if dense.bias else {})
+        specs = {kind: TensorSpec(shape, ((f"{dense.name}.{kind}",),)) for kind, shape in shapes.items()}
+        stored = read_headers(dense.weight_files)
+        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(f"{dense.name}.")]
+        found = find_tensors(specs, own)
         tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
-        modules.append((tensors["dense"], tensors.get("dense_bias"), dense.activation))
-    return tuple(modules)
+        layers.append(HeadLayer(tensors["weight"], tensors.get("bias"), dense.activation, dense.eps))
+    return tuple(layers)
 
 
 def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], change: ChangeLinear | None = None) -> EncoderWeights:

@@ -87,20 +87,72 @@ class Tokenizer:
         indices = range(len(texts)) if indices is None else indices
         _check_texts(texts, indices)
         limit = self._token_limit(prompt, max_length)
+        rows = self._truncated(texts, prompt, limit, left=truncation == "left")
+        for index, text, (_, is_truncated) in zip(indices, texts, rows, strict=True):
+            if is_truncated and truncation == "error":
+                raise self._too_long(index, prompt, text, max_length)
+        return [self._tokens(ids, truncated=is_truncated) for ids, is_truncated in rows]
+
+    def encode_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        max_length: int,
+        token_types: bool,
+        truncation: Truncation = "right",
+        indices: Sequence[int] | None = None,
+    ) -> list[Tokens]:
+        """Tokenize pairs of texts into at most `max_length` tokens each, including special tokens.
+
+        Each distinct text is tokenized once. The last tokens of the longer text are removed first, as transformers
+        does; truncation: "right", or "error" as in `encode`. token_types: tokens of type 1 have the id ~id.
+        """
+        check_choice("truncation", truncation, ("right", "error"))
+        indices = range(len(pairs)) if indices is None else indices
+        for side in zip(*pairs, strict=True):
+            _check_texts(side, indices)
+        before, between, after = self._pair_ids(token_types=token_types)
+        limit = max_length - len(before) - len(between) - len(after)
+        if limit < 2:
+            raise OptionError(f"max_length leaves no tokens for two texts: {max_length}; allow more tokens")
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        found = dict(zip(texts, self._truncated(texts, "", limit, left=False), strict=True))
+        rows = []
+        for index, (first, second) in zip(indices, pairs, strict=True):
+            (ids, cut), (other_ids, other_cut) = found[first], found[second]
+            lengths = len(ids), len(other_ids)
+            if cut and other_cut:  # which of them is longer is unknown
+                lengths = len(next(self._encodings([first]))), len(next(self._encodings([second])))
+            kept, other_kept = _longest_first(*lengths, limit)
+            truncated = cut or other_cut or kept + other_kept < sum(lengths)
+            if truncated and truncation == "error":
+                raise InputError(f"pair {index} exceeds {max_length} tokens; shorten it or pass truncation='right'")
+            second_ids = np.array(other_ids[:other_kept], np.int32)
+            parts = before, np.array(ids[:kept], np.int32), between, ~second_ids if token_types else second_ids, after
+            rows.append(Tokens(np.concatenate(parts), truncated))
+        return rows
+
+    def _pair_ids(self, *, token_types: bool) -> list[np.ndarray]:
+        """Return the ids before, between and after two texts; token_types: those of type 1 as ~id."""
+        encoding = self.backend.encode("a", "a")
+        sides = encoding.sequence_ids
+        ids = np.array(encoding.ids, np.int32)
+        ids = np.where(encoding.type_ids, ~ids, ids) if token_types else ids
+        start, middle, end = sides.index(0), sides.index(1), len(sides) - sides[::-1].index(1)
+        return [ids[:start], ids[start + sides.count(0) : middle], ids[end:]]
+
+    def _truncated(self, texts: Sequence[str], prompt: str, limit: int, *, left: bool) -> list[tuple[list[int], bool]]:
+        """Return at most `limit` ids of each prompt + text, without special tokens, and whether it has more."""
         size = self._slicer.size(limit)
-        found: dict[int, Tokens] = {}
+        found: dict[int, tuple[list[int], bool]] = {}
         short = [index for index, text in enumerate(texts) if len(text) <= size]
         for index, encoding in zip(short, self._encodings(prompt + texts[index] for index in short), strict=True):
-            if len(encoding) <= limit or truncation != "left":
-                found[index] = self._tokens(encoding.ids[:limit], truncated=len(encoding) > limit)
+            if len(encoding) <= limit or not left:
+                found[index] = encoding.ids[:limit], len(encoding) > limit
         long = [index for index in range(len(texts)) if index not in found]
-        for index, ids, truncated in self._slicer.truncate(texts, long, prompt, limit, left=truncation == "left"):
-            found[index] = self._tokens(ids, truncated=truncated)
-        rows = [found[index] for index in range(len(texts))]
-        for index, text, row in zip(indices, texts, rows, strict=True):
-            if row.truncated and truncation == "error":
-                raise self._too_long(index, prompt, text, max_length)
-        return rows
+        for index, ids, truncated in self._slicer.truncate(texts, long, prompt, limit, left=left):
+            found[index] = ids, truncated
+        return [found[index] for index in range(len(texts))]
 
     def chunks(
         self,
@@ -195,6 +247,16 @@ def _check_texts(texts: Sequence[str], indices: Sequence[int]) -> None:
                 f"text {index} contains a lone surrogate: U+{ord(text[position]):04X} at character {position}; "
                 "repair it, for example with text.encode('utf-8', 'replace').decode()"
             )
+
+
+def _longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
+    """Return how many tokens of two texts are kept: the longer one is cut first, then both to halves of the limit."""
+    if first + second <= limit:
+        return first, second
+    half = limit // 2
+    if min(first, second) > half:  # the longer text keeps the odd token
+        return (limit - half, half) if first > second else (half, limit - half)
+    return (first, limit - first) if first <= second else (limit - second, second)
 
 
 def _find_surrogate(text: str) -> int | None:

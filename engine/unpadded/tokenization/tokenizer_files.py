@@ -152,7 +152,8 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
             lowercase=settings.get("do_lower_case", True),
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.post_processor = TemplateProcessing(f"{cls[0]}:0 $A:0 {sep[0]}:0", special_tokens=[cls, sep])
+        text = f"{cls[0]}:0 $A:0 {sep[0]}:0"
+        backend.post_processor = TemplateProcessing(text, f"{text} $B:1 {sep[0]}:1", [cls, sep])
     elif name == ROBERTA:
         model = r'BPE\(dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", '
         model += "fuse_unk=False, byte_fallback=False, ignore_merges=False, .*"
@@ -168,5 +169,6 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
         spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
         bos, eos = special["bos_token"], special["eos_token"]
-        backend.post_processor = TemplateProcessing([bos[0], "$A", eos[0]], special_tokens=[bos, eos])
+        text = f"{bos[0]} $A {eos[0]}"
+        backend.post_processor = TemplateProcessing(text, f"{text} {eos[0]} $B:0 {eos[0]}:0", [bos, eos])
     return None if re.fullmatch(model, repr(backend.model), re.DOTALL) else f"{name} builds another model"

@@ -21,6 +21,7 @@ from unpadded.tokenization.tokenizer import Tokenizer
 logger = logging.getLogger("unpadded")
 
 Text: TypeAlias = str | Sequence[int] | np.ndarray
+Pair: TypeAlias = tuple[str, str]
 Item = TypeVar("Item")
 
 # long_text="mean" as in nomic's client (gpt4all): tokens of a chunk, including prompt and special tokens, and of an
@@ -37,7 +38,7 @@ class TextGroup(NamedTuple):
     """The texts of a window."""
 
     first_index: int  # index of the first text, among all texts
-    texts: list[str | np.ndarray]  # strings, or token ids [tokens] int32
+    texts: list[str | Pair | np.ndarray]  # strings, pairs of them, or token ids [tokens] int32
     tokens: int  # estimate
     last: bool  # no texts follow; if False, some may
 
@@ -79,7 +80,7 @@ class Window:
             raise
 
 
-def iterate(texts: Iterable[Text], step: int = 4096) -> Iterable[Text]:
+def iterate(texts: Iterable[Item], step: int = 4096) -> Iterable[Item]:
     """Return texts, those of a column of pyarrow as str; InputError for a mapping, a table and the like."""
     ordered = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | set | frozenset)
     if not ordered or hasattr(texts, "columns") or getattr(texts, "ndim", 1) == 0:
@@ -89,6 +90,15 @@ def iterate(texts: Iterable[Text], step: int = 4096) -> Iterable[Text]:
         return texts
     column: Any = texts
     return (text for at in range(0, len(column), step) for text in column.slice(at, step).to_pylist())
+
+
+def _checked_pair(pair: Any, index: int) -> Pair:
+    if isinstance(pair, str | bytes | Mapping) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+        raise InputError(f"pair {index} is not a pair of texts: {pair!r:.80}; pass (query, document)")
+    for text in pair:
+        if not isinstance(text, str):
+            raise InputError(f"pair {index} has a text that is not a string: {text!r:.80}; pass (query, document)")
+    return str.__str__(pair[0]), str.__str__(pair[1])
 
 
 def delayed(items: Iterator[Item], steps: int) -> Iterator[Item]:
@@ -120,11 +130,11 @@ class WindowReader:
         self._warned_about_task = False
         self._warned_about_length = False
 
-    def windows(self, texts: Iterable[Text], plan: Plan) -> Iterator[Window]:
+    def windows(self, texts: Iterable[Text | Pair], plan: Plan) -> Iterator[Window]:
         """Yield one window after another, reading texts as needed. InputError names a text by its index."""
         return (self.tokenize(group, plan) for group in self.groups(texts, plan, max_size=self.max_shared_size))
 
-    def windows_ahead(self, texts: Iterable[Text], plan: Plan, max_tokens: float) -> Iterator[Window]:
+    def windows_ahead(self, texts: Iterable[Text | Pair], plan: Plan, max_tokens: float) -> Iterator[Window]:
         """Yield windows of about `max_tokens`, each tokenized in a thread while the one before is used.
 
         `texts` is iterated in the caller's thread.
@@ -141,7 +151,7 @@ class WindowReader:
 
     def groups(
         self,
-        texts: Iterable[Text],
+        texts: Iterable[Text | Pair],
         plan: Plan,
         max_tokens: float = math.inf,
         *,
@@ -152,18 +162,22 @@ class WindowReader:
 
         The `first` groups, one per device, have an eighth of that, to start early; the next ones twice that.
         """
-        group: list[str | np.ndarray] = []
+        group: list[str | Pair | np.ndarray] = []
+        scores = plan.vector_options.head == "score"
         first_index = size = number = 0
         tokens, limit = 0.0, max_tokens / 8
         longest = math.inf if plan.long_text == "mean" else self._checkpoint.max_length
         source = iter(iterate(texts, self.max_texts))
         for index, text in enumerate(source):
-            # Without the types of strings of other libraries, which other processes may not know.
-            group.append(str.__str__(text) if isinstance(text, str) else self._checked_ids(text, index))
-            length = len(group[-1])
+            if isinstance(text, str):
+                group.append(str.__str__(text))  # not of another library's type, which other processes may not know
+            else:
+                group.append(_checked_pair(text, index) if scores else self._checked_ids(text, index))
+            added = group[-1]
+            length = sum(map(len, added)) if isinstance(added, tuple) else len(added)
             size += length
-            estimate = length // AVERAGE_CHARACTERS_PER_TOKEN + SPECIAL_TOKENS if isinstance(text, str) else length
-            tokens += min(estimate, longest)
+            given = isinstance(added, np.ndarray)
+            tokens += min(length if given else length // AVERAGE_CHARACTERS_PER_TOKEN + SPECIAL_TOKENS, longest)
             if len(group) == self.max_texts or size >= max_size or tokens >= limit:
                 yield TextGroup(first_index, group, int(tokens), last=False)
                 number += 1
@@ -177,15 +191,15 @@ class WindowReader:
 
     def tokenize(self, group: TextGroup, plan: Plan) -> Window:
         """Tokenize each distinct text once."""
-        keys: list[str | bytes] = []
-        distinct: dict[str | bytes, tuple[int, str | np.ndarray]] = {}  # first index, text or ids
+        keys: list[str | Pair | bytes] = []
+        distinct: dict[str | Pair | bytes, tuple[int, str | Pair | np.ndarray]] = {}  # first index, text or ids
         for index, text in enumerate(group.texts, group.first_index):
-            keys.append(text if isinstance(text, str) else text.tobytes())
+            keys.append(text.tobytes() if isinstance(text, np.ndarray) else text)
             distinct.setdefault(keys[-1], (index, text))
         tokens = self._tokens(dict(distinct.values()), plan)
 
         sequences: list[np.ndarray] = []
-        texts: dict[str | bytes, tuple[int, int, bool]] = {}
+        texts: dict[str | Pair | bytes, tuple[int, int, bool]] = {}
         for key, (index, _) in distinct.items():
             found, is_truncated = tokens[index]
             texts[key] = len(sequences), sum(map(len, found)), is_truncated
@@ -196,16 +210,28 @@ class WindowReader:
         token_counts = np.array(counts, np.int64)
         return Window(group.first_index, list(first), token_counts, np.array(truncated), sequences, group.last)
 
-    def _tokens(self, texts: dict[int, str | np.ndarray], plan: Plan) -> dict[int, TextTokens]:
+    def _tokens(self, texts: dict[int, str | Pair | np.ndarray], plan: Plan) -> dict[int, TextTokens]:
         """Return the tokens of texts or given ids, both by the text's index among all texts."""
+        max_length, score = self._checkpoint.max_length, self._checkpoint.score
         strings = {index: text for index, text in texts.items() if isinstance(text, str)}
+        pairs = {index: (plan.prompt + text[0], text[1]) for index, text in texts.items() if isinstance(text, tuple)}
         found: dict[int, TextTokens] = {
-            index: ([ids], False) for index, ids in texts.items() if not isinstance(ids, str)
+            index: ([ids], False) for index, ids in texts.items() if isinstance(ids, np.ndarray)
         }
+        if pairs:
+            assert score is not None
+            rows = self.tokenizer.encode_pairs(
+                list(pairs.values()),
+                max_length=max_length,
+                token_types=score.token_types,
+                truncation=plan.truncation,
+                indices=list(pairs),
+            )
+            found |= {index: ([row.ids], row.truncated) for index, row in zip(pairs, rows, strict=True)}
         if not strings:  # token ids need no tokenizer
             return found
         self._warn_without_task(strings, plan.prompt)
-        values, indices, max_length = list(strings.values()), list(strings), self._checkpoint.max_length
+        values, indices = list(strings.values()), list(strings)
         if plan.long_text == "mean":
             length = min(CHUNK_TOKENS, max_length)
             chunks = self.tokenizer.chunks(
@@ -217,7 +243,7 @@ class WindowReader:
         )
         return found | {index: ([row.ids], row.truncated) for index, row in zip(indices, rows, strict=True)}
 
-    def _checked_ids(self, ids: Text, index: int) -> np.ndarray:
+    def _checked_ids(self, ids: Text | Pair, index: int) -> np.ndarray:
         """Return token ids as [tokens] int32; InputError if the model cannot embed them."""
         try:
             array = np.asarray(ids)
@@ -236,7 +262,7 @@ class WindowReader:
     def _check_vocabulary(self, tokens: dict[int, TextTokens]) -> None:
         """Raise InputError for a token without a word embedding, which a device would read out of bounds."""
         vocabulary = self._checkpoint.spec.vocabulary
-        rows = [(index, ids) for index, (sequences, _) in tokens.items() for ids in sequences]
+        rows = [(index, np.maximum(ids, ~ids)) for index, (sequences, _) in tokens.items() for ids in sequences]
         if np.concatenate([ids for _, ids in rows]).max(initial=0) >= vocabulary:
             index, token = min((index, int(ids.max())) for index, ids in rows if ids.max(initial=0) >= vocabulary)
             raise InputError(

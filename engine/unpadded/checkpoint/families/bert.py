@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
+from unpadded.checkpoint.family import (
+    TRANSFORMERS,
+    Family,
+    by_type_or_name,
+    choice,
+    encoder_tensors,
+    score_layers,
+    sizes,
+)
 from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, required
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
@@ -48,5 +56,11 @@ FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
+    score=score_layers("pooler.dense", "classifier"),
 )
-ROBERTA_FAMILY = replace(FAMILY, matches=by_type_or_name("xlm-roberta", "roberta"), read_config=read_roberta_config)
+ROBERTA_FAMILY = replace(
+    FAMILY,
+    matches=by_type_or_name("xlm-roberta", "roberta"),
+    read_config=read_roberta_config,
+    score=score_layers("classifier.dense", "classifier.out_proj"),
+)

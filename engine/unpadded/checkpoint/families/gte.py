@@ -6,6 +6,7 @@ Their tensors have the published code's names or those of transformers 5.
 from collections.abc import Mapping
 from typing import Any
 
+from unpadded.checkpoint.families import bert
 from unpadded.checkpoint.families.bert import LAYER
 from unpadded.checkpoint.family import GATES, TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
 from unpadded.checkpoint.json_config import allow_only, consistent, flatten_rope, optional, rope_factor, rope_keys
@@ -55,5 +56,6 @@ FAMILY = Family(
     matches=by_type_or_name("new", "gte", suffixes=("layer.0.mlp.up_gate_proj.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, PUBLISHED, TRANSFORMERS, up_before_gate=("up_gate_proj.weight",)),
+    score=bert.FAMILY.score,
     max_length=8192,
 )

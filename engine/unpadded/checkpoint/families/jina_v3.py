@@ -115,4 +115,6 @@ def _lora(config: Mapping[str, Any]) -> LoraSpec | None:
     return replace(lora, rank=rank, scale=required(config, ("lora_alpha",), float) / rank)
 
 
-FAMILY = Family(matches=matches, read_config=read_config, tensors=tensors, max_length=8192)
+FAMILY = Family(
+    matches=matches, read_config=read_config, tensors=tensors, score=bert.ROBERTA_FAMILY.score, max_length=8192
+)

@@ -3,8 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unpadded.checkpoint.family import GATES, Family, Layout, by_type_or_name, choice, encoder_tensors, sizes
+from unpadded.checkpoint.family import (
+    GATES,
+    Family,
+    Layout,
+    ScoreLayers,
+    by_type_or_name,
+    choice,
+    encoder_tensors,
+    sizes,
+)
 from unpadded.checkpoint.json_config import allow_only, consistent, contradiction, not_implemented, optional, section
+from unpadded.checkpoint.modules import Dense
 from unpadded.checkpoint.spec import EncoderSpec, LocalAttention, Rotary
 
 BIASES = {"attention_bias": ("qkv", "out"), "mlp_bias": ("up", "down"), "norm_bias": ("norm",)}
@@ -67,10 +77,22 @@ def _rotary(config: Mapping[str, Any], layer_type: str, base_key: str, default: 
     return Rotary(base=base or default, trained_length=optional(config, "max_position_embeddings", 8192))
 
 
+def _score_layers(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> ScoreLayers:
+    allow_only(config, {"classifier_activation": "gelu"})
+    pooling = optional(config, "classifier_pooling", "cls")
+    if pooling not in ("cls", "mean"):
+        raise not_implemented("classifier_pooling", pooling, "cls, mean")
+    square, bias = (spec.hidden, spec.hidden), optional(config, "classifier_bias", False)
+    dense = Dense(name="head.dense", shape=square, bias=bias, activation="gelu")
+    norm = Dense(name="head.norm", shape=(spec.hidden,), bias="norm" in spec.biases, eps=spec.norm_eps)
+    return "cls" if pooling == "cls" else "mean", (dense, norm, Dense(name="classifier", shape=(labels, spec.hidden)))
+
+
 FAMILY = Family(
     matches=by_type_or_name("modernbert", suffixes=("embeddings.tok_embeddings.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT, last_mlp_norm="final_norm"),
+    score=_score_layers,
     max_length=8192,
     matryoshka={"modernbert-embed-base": (768, 256)},
 )

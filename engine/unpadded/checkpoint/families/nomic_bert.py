@@ -149,6 +149,7 @@ FAMILY = Family(
     matches=by_type_or_name("nomic_bert", suffixes=("layers.0.attn.Wqkv.weight", "emb_ln.weight")),
     read_config=read_config,
     tensors=tensors,
+    score=bert.FAMILY.score,
     max_length=8192,
     prompts={task: f"{task}: " for task in ("search_query", "search_document", "clustering", "classification")},
     matryoshka={"nomic-embed-text-v1.5": (768, 512, 256, 128, 64), "nomic-embed-text-v2-moe": (768, 256)},

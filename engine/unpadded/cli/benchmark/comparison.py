@@ -22,7 +22,7 @@ from unpadded.cli.benchmark.providers import REFERENCE, Encode, Model
 from unpadded.engine import Engine
 from unpadded.execution.scheduler import schedule
 from unpadded.model.batch import pack
-from unpadded.model.heads import pooled_rows
+from unpadded.model.heads import head_rows
 from unpadded.tokenization.windows import Window
 from unpadded_kernels import matryoshka
 
@@ -128,9 +128,7 @@ def stages(engine: Engine, texts: Sequence[str]) -> dict[str, float]:
                     packed = runner.to_device(pack([window.sequences[i] for i in batch], runner.encoder.spec))
                 with stage("forward"):
                     options = plan.vector_options
-                    pooled = pooled_rows(
-                        runner.encoder, packed, options.adapter, pooling=runner.pooling, dense=runner.dense
-                    )
+                    pooled = head_rows(runner.encoder, packed, options.adapter, runner.heads["vector"])
                     pooled = matryoshka(pooled, options.layer_norm, options.dimensions, options.normalize)
                 with stage("output"):
                     rows[batch] = pooled.cpu().numpy()
