@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np

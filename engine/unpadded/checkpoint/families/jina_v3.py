@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.families import nomic_bert
+from unpadded.checkpoint.families import bert, nomic_bert
 from unpadded.checkpoint.families.bert import ACTIVATIONS
 from unpadded.checkpoint.families.nomic_bert import LAYER
 from unpadded.checkpoint.family import TRANSFORMERS, Family, choice, encoder_tensors, sizes
