@@ -25,7 +25,7 @@ class LayerNorm:
     weight: Tensor  # [hidden]
     bias: Tensor
     eps: float
-    prenorm: bool
+    prenorm: bool = False
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x, residual: [total_tokens, hidden]. Returns both for what follows."""
