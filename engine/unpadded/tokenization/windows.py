@@ -93,11 +93,9 @@ def iterate(texts: Iterable[Item], step: int = 4096) -> Iterable[Item]:
 
 
 def _checked_pair(pair: Any, index: int) -> Pair:
-    if isinstance(pair, str | bytes | Mapping) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
-        raise InputError(f"pair {index} is not a pair of texts: {pair!r:.80}; pass (query, document)")
-    for text in pair:
-        if not isinstance(text, str):
-            raise InputError(f"pair {index} has a text that is not a string: {text!r:.80}; pass (query, document)")
+    is_sequence = isinstance(pair, Sequence | np.ndarray) and len(pair) == 2
+    if not is_sequence or not all(isinstance(text, str) for text in pair):
+        raise InputError(f"pair {index} is not a pair of strings: {pair!r:.80}; pass (query, document)")
     return str.__str__(pair[0]), str.__str__(pair[1])
 
 
