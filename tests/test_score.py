@@ -140,7 +140,7 @@ def test_pairs_are_truncated_as_transformers_does(length: int, folders: dict[str
     engine, tokenizer = unpadded.load(folders["bert"], device="cpu"), AutoTokenizer.from_pretrained(folders["bert"])
     counts = itertools.product((0, 1, 7, 8, 60), (0, 8, 9, 61))
     pairs = [(" ".join(["tide"] * first), " ".join(["of"] * second)) for first, second in counts]
-    found = engine.tokenizer.encode_pairs(pairs, max_length=length, token_types=True)
+    found = engine.tokenizer.encode_pairs(pairs, range(len(pairs)), length, "right", True)
     sides = [list(side) for side in zip(*pairs, strict=True)]
     expected = tokenizer(*sides, truncation="longest_first", max_length=length)
     for row, ids, types in zip(found, expected["input_ids"], expected["token_type_ids"], strict=True):

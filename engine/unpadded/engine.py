@@ -21,8 +21,8 @@ from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, Ranked, join, ranked
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
-from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded.tokenization.windows import Pair, Text
+from unpadded.tokenization.tokenizer import Pair, Tokenizer
+from unpadded.tokenization.windows import Text
 
 Output = Literal["numpy", "torch", "list"]
 NARROW_COLUMNS = 70

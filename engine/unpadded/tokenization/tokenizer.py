@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self, get_args
+from typing import Self, TypeAlias, get_args
 
 import numpy as np
 import tokenizers
@@ -15,6 +15,8 @@ from unpadded.errors import CheckpointError, InputError, OptionError
 from unpadded.options import Truncation, check_choice
 from unpadded.tokenization.tokenizer_files import read_tokenizer
 from unpadded.tokenization.truncation import TextSlicer
+
+Pair: TypeAlias = tuple[str, str]  # such as a query and a document
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,13 @@ class Tokenizer:
         return [self._tokens(ids, truncated=is_truncated) for ids, is_truncated in rows]
 
     def encode_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        max_length: int,
-        token_types: bool,
-        truncation: Truncation = "right",
-        indices: Sequence[int] | None = None,
+        self, pairs: Sequence[Pair], indices: Sequence[int], max_length: int, truncation: Truncation, token_types: bool
     ) -> list[Tokens]:
         """Tokenize pairs of texts into at most `max_length` tokens each, including special tokens.
 
         Each distinct text is tokenized once. The last tokens of the longer text are removed first, as transformers
-        does; truncation: "right", or "error" as in `encode`. token_types: tokens of type 1 have the id ~id.
+        does; truncation, indices: as in `encode`, but not "left". token_types: tokens of type 1 have the id ~id.
         """
-        indices = range(len(pairs)) if indices is None else indices
         for side in zip(*pairs, strict=True):
             _check_texts(side, indices)
         before, between, after = self._pair_ids(token_types=token_types)

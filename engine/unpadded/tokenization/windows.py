@@ -16,12 +16,11 @@ import numpy as np
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import InputError, TooLargeError, WorkerError
 from unpadded.options import Plan
-from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded.tokenization.tokenizer import Pair, Tokenizer
 
 logger = logging.getLogger("unpadded")
 
 Text: TypeAlias = str | Sequence[int] | np.ndarray
-Pair: TypeAlias = tuple[str, str]
 Item = TypeVar("Item")
 
 # long_text="mean" as in nomic's client (gpt4all): tokens of a chunk, including prompt and special tokens, and of an
@@ -219,11 +218,7 @@ class WindowReader:
         if pairs:
             assert score is not None
             rows = self.tokenizer.encode_pairs(
-                list(pairs.values()),
-                max_length=max_length,
-                token_types=score.token_types,
-                truncation=plan.truncation,
-                indices=list(pairs),
+                list(pairs.values()), list(pairs), max_length, plan.truncation, score.token_types
             )
             found |= {index: ([row.ids], row.truncated) for index, row in zip(pairs, rows, strict=True)}
         if not strings:  # token ids need no tokenizer
