@@ -209,7 +209,7 @@ def test_cost_does_not_grow_with_the_text(bert: Tokenizer, minilm: Path, truncat
         backend.calls.clear()
         text = (PROSE * (length // len(PROSE) + 1))[:length]
         if truncation == "error":
-            with pytest.raises(InputError, match="tokens, and the maximum is 512"):
+            with pytest.raises(InputError, match="more than 512 tokens"):
                 tokenizer.encode([text], max_length=512, truncation=truncation)
         else:
             tokenizer.encode([text], max_length=512, prompt="search_query: ", truncation=truncation)
