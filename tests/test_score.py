@@ -32,6 +32,8 @@ from transformers import (
 
 import unpadded
 from unpadded.errors import InputError, OptionError
+from unpadded.model.layer import HeadLayer
+from unpadded_kernels import linear
 
 WORDS = ["tide", "bread", "coroutine", "of", "the", "7", "what", "is", "a", "window", "[SEP]", "unbelievable"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -284,3 +286,11 @@ def test_a_classifier_that_is_absent_raises(folders: dict[str, Path], tmp_path: 
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(unpadded.WeightsError, match=r"missing: classifier\.bias"):
         unpadded.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "relu"])
+def test_bits_of_a_head_layer_do_not_depend_on_the_number_of_rows(activation: str) -> None:
+    torch.manual_seed(0)
+    layer, rows = HeadLayer(torch.randn(5, 32), torch.randn(5), activation), torch.randn(40, 32)
+    together = layer(rows, linear)
+    assert all(torch.equal(layer(rows[:count], linear), together[:count]) for count in range(1, 40))
