@@ -139,7 +139,7 @@ class HeadLayer(NamedTuple):
         if self.weight.ndim == 1:
             return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
         rows = linear(rows, self.weight, self.bias)
-        # in fp64, because on a CPU torch computes the last elements by another function, which rounds fp32 differently
+        # in fp64, because torch may compute the last elements on a CPU by another function, as it does for sigmoid
         activation = ACTIVATIONS.get(self.activation)
         return activation(rows.double()).to(rows.dtype) if activation else rows
 
