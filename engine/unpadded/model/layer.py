@@ -136,6 +136,7 @@ class HeadLayer(NamedTuple):
 
     def __call__(self, rows: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """rows: [n, in_features]; linear: `linear` or `linear_invariant`. Returns [n, out_features]."""
+        rows = rows.to(self.weight.dtype)
         if self.weight.ndim == 1:
             return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
         rows = linear(rows, self.weight, self.bias)
