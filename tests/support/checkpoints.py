@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -146,18 +147,18 @@ def write_bert(
     )
 
 
-def write_bert_reranker(folder: Path, *, seed: int = 0, **shape: int) -> Path:
-    """Write a BertForSequenceClassification with one label, as the rerankers trained on MS MARCO are published."""
+def write_bert_reranker(folder: Path, *, labels: Sequence[str] = ("LABEL_0",), seed: int = 0, **shape: int) -> Path:
+    """Write a BertForSequenceClassification, by default with one label, as the ms-marco rerankers are published."""
     write_bert(folder, prefix="bert.", seed=seed, **shape)
     tensors = load_file(folder / "model.safetensors")
     width = len(tensors["bert.pooler.dense.bias"])
-    tensors |= RandomWeights(width, seed + 1).linear("classifier", 1, width)
+    tensors |= RandomWeights(width, seed + 1).linear("classifier", len(labels), width)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     change_json(
         folder / "config.json",
         architectures=["BertForSequenceClassification"],
-        id2label={"0": "LABEL_0"},
-        label2id={"LABEL_0": 0},
+        id2label={str(index): label for index, label in enumerate(labels)},
+        label2id={label: index for index, label in enumerate(labels)},
     )
     return folder
 
