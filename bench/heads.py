@@ -13,6 +13,7 @@ round for which unpadded would need more than --seconds has fewer inputs. The la
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, help="per round; default: 512 on a CPU, 2048 on CUDA")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60, help="about the longest round of unpadded (default: 60)")
+    parser.add_argument("--only", metavar="MODEL", help="measure this model and keep the rows of others in --out")
     parser.add_argument("--small", action="store_true", help="tiny models of CUDA's shapes, to test this script")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -75,8 +77,12 @@ def main() -> None:
     with harness.reporting(args.out) as result:
         rates = {dtype: matmul_rate(device, getattr(torch, dtype), 3) for dtype in dtypes}
         result |= {"matmul_rate": rates, "rows": [], "not run": {}}
+        if args.only and args.out and args.out.exists():
+            result["rows"] = [row for row in json.loads(args.out.read_text())["rows"] if row["model"] != args.only]
         for name, head in HEADS.items():
             for model, write in head.models["cuda" if args.small else device.type].items():
+                if args.only not in (None, model):
+                    continue
                 with tempfile.TemporaryDirectory() as folder:
                     write(Path(folder), args.small)
                     for dtype, rate in rates.items():
