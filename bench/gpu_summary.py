@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def summary(folder: Path) -> list[str]:
-    parts = (card, steps, smoke, tests, ceilings, models, matmuls, kernels, latency, throughput, heads)
+    parts = (card, steps, smoke, tests, ceilings, models, heads, matmuls, kernels, latency, throughput)
     lines = [line[:WIDTH].rstrip() for part in parts for line in part(folder)]
     return lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more lines"]
 
