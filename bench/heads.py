@@ -111,7 +111,9 @@ def measure(
     work = flops(engine.checkpoint.spec, head.token_counts(engine, checked)) / CHECKED  # flop per input
     possible = int(args.seconds * UTILIZATION * rate / work) // CHECKED * CHECKED
     if possible < MIN_INPUTS:
-        raise TooSlow(f"{rate / 1e12:.3g} TFLOP/s give {args.seconds * rate / work:.0f} {head.unit} a round at best")
+        raise TooSlow(
+            f"matmuls at {rate / 1e12:.3g} TFLOP/s allow {args.seconds * rate / work:.0f} {head.unit} a round"
+        )
     count = min(args.inputs, possible)
 
     own, peer = head.own(engine), head.peer(folder, device, dtype)

@@ -280,7 +280,7 @@ def test_heads_are_compared_on_pairs_of_20_to_512_tokens(tmp_path, capsys):
     assert own["speedup"] > 0 and own["speedup_by_batch"].keys() == {1, 4, 32} and peer["batch"] in (1, 4, 32)
     assert len(set(own["tokens"])) == 2 and own["inputs"] == 24 and own["tokens"] == peer["tokens"]
     assert peer["inputs_per_second"] == 24 / statistics.median(peer["seconds"])
-    with pytest.raises(heads.TooSlow, match="pairs a round at best"):
+    with pytest.raises(heads.TooSlow, match="0 pairs a round"):
         heads.measure(head, tmp_path, device, "float32", 1e6, args)
     engine = unpadded.load(tmp_path, device="cpu")
     pairs = heads.draw_pairs(TextSampler(engine), np.random.default_rng(0), 200)
