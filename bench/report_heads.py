@@ -7,10 +7,11 @@ from typing import Any
 Result = dict[str, Any]
 
 INTRO = (
-    "Seeded checkpoints in the published formats; one process measures the rows of a checkpoint. A pair is a query and a passage, 20 to 512 tokens together, and each "
-    "round has new ones. Both libraries run in the same dtype. sentence-transformers sorts pairs by length and runs "
-    "with the fastest of several batch sizes. Its default is 32; that column has the first round, where it fills at "
-    "least four batches. Errors are relative to the scores of sentence-transformers in float32."
+    "Seeded checkpoints in the published formats; one process measures the rows of a checkpoint. A pair is a query and "
+    "a passage, 20 to 512 tokens together, and each round has new ones. Both libraries run in the same dtype. "
+    "sentence-transformers sorts pairs by length and runs with the fastest of several batch sizes. Its default is 32; "
+    "that column has the first round, where it fills at least four batches. Errors are relative to the scores of "
+    "sentence-transformers in float32."
 )
 SEVERAL_BATCHES = 4 * 32  # inputs; fewer have more padding per batch than a longer list
 HEADER = (
