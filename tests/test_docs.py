@@ -22,6 +22,7 @@ from support.checkpoints import (
     TOKENIZER_FILES,
     add_sentence_transformers_files,
     change_json,
+    write_bert_reranker,
     write_nomic,
 )
 from support.snippets import ForkingProcess, read_snippets
@@ -42,7 +43,7 @@ class Site:
 
 
 def write_hub(folder: Path) -> None:
-    """Write a cache of the hub with the models that the documentation names: MiniLM, and NomicBERTs of one layer."""
+    """Write a cache of the hub with the models that the documentation names: MiniLM, others small and seeded."""
 
     def snapshot(name: str) -> Path:
         model = folder / f"models--{name.replace('/', '--')}"
@@ -61,6 +62,10 @@ def write_hub(folder: Path) -> None:
     change_json(nomic / "config.json", matryoshka_dimensions=[768, 512, 256, 128, 64], matryoshka_layer_norm=True)
     add_sentence_transformers_files(nomic, normalize=False, max_seq_length=8192)
     snapshot("nomic-ai/nomic-embed-text-v1").symlink_to(nomic)
+    reranker = write_bert_reranker(snapshot("cross-encoder/ms-marco-MiniLM-L6-v2"))
+    change_json(reranker / "config.json", sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
+    stars = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
+    write_bert_reranker(snapshot("nlptown/bert-base-multilingual-uncased-sentiment"), labels=stars)
     snapshot("nomic-ai/nomic-embed-text-v1-unsupervised").symlink_to(nomic)
 
 
