@@ -62,7 +62,7 @@ def test_predict_equals_the_original(rerankers, name):
     assert type(drop_in.activation_fn) is type(original.activation_fn)
     assert drop_in.config.to_dict() == original.config.to_dict()
     assert type(drop_in.tokenizer) is type(original.tokenizer) and type(drop_in.model) is type(original.model)
-    with pytest.warns(FutureWarning), pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning):
         assert drop_in.max_length == original.max_length == LENGTH
 
 
