@@ -150,6 +150,14 @@ def minilm_engine(minilm: Path) -> unpadded.Engine:
 
 
 @pytest.fixture(scope="session")
+def rerankers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of `write_rerankers` by name."""
+    from support.rerankers import write_rerankers  # imports transformers' models
+
+    return write_rerankers(tmp_path_factory.mktemp("rerankers"))
+
+
+@pytest.fixture(scope="session")
 def corpus() -> list[str]:
     """Return English paragraphs of at least 40 characters."""
     return PARAGRAPHS

@@ -145,6 +145,16 @@ def test_example_faiss(site: Site, tmp_path: Path) -> None:
     assert re.match(r"0\.\d{3}  a\.md: The sea rises", printed) and len(printed.splitlines()) == 3
 
 
+def test_example_rerank(site: Site, tmp_path: Path) -> None:
+    texts = ["The sea rises and falls twice a day.", "Bread is made of flour.", "A piston moves up and down."]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    printed = run_example(
+        site, tmp_path, "rerank.py", "cross-encoder/ms-marco-MiniLM-L6-v2", "a.txt", "What is a tide?"
+    )
+    found = re.findall(r"^(\d\.\d{3})  (.*)$", printed, re.MULTILINE)
+    assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
+
+
 def test_example_duckdb(site: Site, tmp_path: Path) -> None:
     texts = {"The sea rises and falls.": 2001, "Bread is made of flour.": 2002, "What a tide is": 1999}
     lines = [json.dumps({"text": text, "year": year}) for text, year in texts.items()]
