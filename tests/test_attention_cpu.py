@@ -1,5 +1,7 @@
 """CPU attention with a window or ALiBi: against the reference, and bit for bit in any batch."""
 
+import sys
+
 import pytest
 import torch
 from support.devices import TOLERANCE, assert_matches
@@ -12,6 +14,12 @@ LENGTHS = [1, 2, 7, 64, 65, 66, 65, 129, 130, 513, 700]
 HEADS, HEAD_DIM, SCALE = 3, 32, 32**-0.5
 SLOPES = torch.tensor([0.5, 0.0625, 0.25])
 BIASES = pytest.mark.parametrize("window, slopes", [(64, None), (5, None), (0, None), (None, SLOPES), (64, SLOPES)])
+
+
+@pytest.fixture(autouse=True, params=[320, 1000], ids=["head by head", "scaled_dot_product_attention"])
+def way_of_long_texts(request, monkeypatch):
+    """Both ways in fp32, of which a processor has one."""
+    monkeypatch.setitem(sys.modules["unpadded_kernels.attention_cpu"]._LONG, torch.float32, request.param)
 
 
 def packed_qkv(lengths, dtype):
