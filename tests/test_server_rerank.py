@@ -344,9 +344,9 @@ def test_metrics_and_log_count_pairs(server):
     assert "zebra" not in "".join(server.stderr)
 
 
-def test_an_api_key_and_the_limits_of_load(reranker):
+def test_api_keys_and_the_deadline(reranker):
     documents = ["tide of bread"] * 2 + DOCUMENTS
-    flags = "--api-key key --max-concurrent-requests 1 --deadline 0.001"
+    flags = "--api-key key --deadline 0.001"
     with serving(reranker, *flags.split()) as server:
         for path in ROUTES:
             request = {"query": QUERY, "documents": documents}

@@ -131,7 +131,7 @@ async def _predict(service: Service, request: PredictRequest, context: RequestCo
     is_batch = not isinstance(given, str) and not isinstance(given[0], str)
     inputs = given if is_batch else [[given] if isinstance(given, str) else given]
     for index, texts in enumerate(inputs):
-        if not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, str) or not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
             message = f"input {index} is not a text or a pair of texts: {texts!r:.80}; send [text] or [text, text]"
             raise HTTPError("invalid", message)
     head = service.engine.checkpoint.score
