@@ -24,7 +24,6 @@ from support.checkpoints import (
     MINILM_NAME,
     add_sentence_transformers_files,
     write_bert_reranker,
-    write_json,
     write_nomic,
 )
 from support.corpus import PARAGRAPHS
@@ -152,9 +151,7 @@ def resident(server):
 def test_fuzzed_requests_never_break_the_server(tmp_path, request):
     """No 500, no hang, no memory growth, and known texts get exactly the same vectors in between."""
     count = request.config.getoption("fuzz")
-    folder = write_bert_reranker(tmp_path / "model")
-    prompts = dict.fromkeys(["search_document", "clustering"], "")
-    write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None})
+    folder = write_bert_reranker(tmp_path / "model", prompts={"search_document": "", "clustering": ""})
     expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="", normalize=True)
     with serving(folder, "--max-body", "400000", "--max-inputs", "64", fork=False, env=SMALL_CACHES) as server:
         document = json.loads(server.request("GET", "/openapi.json")[2])

@@ -4,6 +4,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import huggingface_hub
 import numpy as np
 import pytest
@@ -244,9 +245,7 @@ def test_errors_of_tei(server):
 
 
 def test_a_task_is_rejected(tmp_path):
-    folder = write_bert_reranker(tmp_path / "reranker")
-    prompts = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": None}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    folder = write_bert_reranker(tmp_path / "reranker", prompts={"query": "query: ", "document": ""})
     with serving(folder) as server:
         request = {"query": "a", "documents": ["b"], "model": "reranker:query"}
         status, error = error_of(server, "/v1/rerank", request)
@@ -272,34 +271,42 @@ def cohere():
     return pytest.importorskip("cohere")
 
 
-def test_cohere_client(server, engine, cohere):
-    client = cohere.Client(api_key="none", base_url=server.url)
+@pytest.fixture
+def connection():
+    """Arguments of Cohere's clients, which do not close connections that they make themselves."""
+    with httpx.Client(timeout=600) as client:
+        yield {"api_key": "none", "httpx_client": client}
+
+
+def test_cohere_client(server, engine, cohere, connection):
+    client = cohere.Client(base_url=server.url, **connection)
     documents = [*DOCUMENTS[:10], *({"text": text, "title": "t"} for text in DOCUMENTS[10:])]
     found = client.rerank(model="rerank-v3.5", query=QUERY, documents=documents, top_n=5, return_documents=True)
     assert [(one.index, one.relevance_score) for one in found.results] == ranking(engine)[:5]
     assert [one.document.text for one in found.results] == [DOCUMENTS[one.index] for one in found.results]
     assert found.meta.api_version.version == "1" and found.meta.tokens.input_tokens > 0 and found.id
-    found = cohere.ClientV2(api_key="none", base_url=server.url).rerank(
+    found = cohere.ClientV2(base_url=server.url, **connection).rerank(
         model="rerank-v3.5", query=QUERY, documents=DOCUMENTS, max_tokens_per_doc=4096, priority=1
     )
     assert [(one.index, one.relevance_score) for one in found.results] == ranking(engine)
     assert found.meta.api_version.version == "2"
 
 
-def test_cohere_client_raises_its_own_errors(server, cohere):
-    client = cohere.ClientV2(api_key="none", base_url=server.url)
+def test_cohere_client_raises_its_own_errors(server, cohere, connection):
+    client = cohere.ClientV2(base_url=server.url, **connection)
     with pytest.raises(cohere.BadRequestError, match=r"max_tokens_per_doc is not supported below 48: 5; omit it"):
         client.rerank(model="rerank-v3.5", query="a", documents=["b"], max_tokens_per_doc=5)
     with pytest.raises(cohere.NotFoundError, match=r"'rerank-v4'; use reranker or rerank-v3\.5"):
         client.rerank(model="rerank-v4", query="a", documents=["b"])
     with pytest.raises(cohere.BadRequestError, match=r"rank_fields\[0\]"):
-        cohere.Client(api_key="none", base_url=server.url).rerank(query="a", documents=["b"], rank_fields=["title"])
+        cohere.Client(base_url=server.url, **connection).rerank(query="a", documents=["b"], rank_fields=["title"])
 
 
-def test_langchain_cohere(server, engine):
+def test_langchain_cohere(server, engine, cohere, connection):
     rerankers = pytest.importorskip("langchain_cohere")
     documents = pytest.importorskip("langchain_core.documents")
-    compressor = rerankers.CohereRerank(model="rerank-v3.5", cohere_api_key="none", base_url=server.url, top_n=4)
+    client = cohere.ClientV2(base_url=server.url, **connection)
+    compressor = rerankers.CohereRerank(client=client, model="rerank-v3.5", top_n=4)
     found = compressor.compress_documents([documents.Document(text) for text in DOCUMENTS], QUERY)
     expected = ranking(engine)[:4]
     assert [one.metadata["relevance_score"] for one in found] == [score for _, score in expected]
