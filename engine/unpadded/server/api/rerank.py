@@ -1,6 +1,6 @@
 """Jina's and Cohere's APIs of rerankers: /v1/rerank of both, and Cohere's /v2/rerank.
 
-They differ in the fields beside the results, so a response and an error have those of both.
+They differ in the other fields of a response and in those of an error, so both have the fields of both APIs.
 """
 
 from functools import partial
