@@ -41,7 +41,7 @@ VALID = {
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}},
     "/rerank": {"query": "a", "texts": ["b", "c"], "raw_scores": True, "return_text": True, "truncate": False},
     "/predict": {"inputs": [["a"], ["b", "c"]], "truncation_direction": "right"},
-    "/v1/rerank": {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1, "return_documents": True},
+    "/v1/rerank": {"query": "a", "documents": [{"text": "c"}], "return_documents": True},
     "/v2/rerank": {"query": "a", "documents": ["b"], "max_tokens_per_doc": 4096, "priority": 0},
     "/tokenize": {"inputs": ["a"], "add_special_tokens": False},
     "/decode": {"ids": [[1, 2], [3]], "skip_special_tokens": True},
