@@ -43,6 +43,7 @@ bench: $(READY)
 	run model --layers 4 --rounds 2; \
 	run throughput --layers 2 --rounds 2; \
 	run drop_in --layers 6 --rounds 2; \
+	run heads --rounds 2 --seconds 15; \
 	run server $(if $(INFINITY),--infinity $(INFINITY))
 	@PYTHONPATH=tests $(BIN)/python -m pytest -q bench/ops.py
 	@$(BIN)/python -m pytest -q tests/test_encoder.py tests/test_family_*.py --families bench/results/families.json

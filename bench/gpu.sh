@@ -155,8 +155,9 @@ step kernels 50 "${pytest[@]}" bench/ops.py -k "$kernels and not torch.compile" 
 if [ -n "$model" ]; then
     step model 75 python3 bench/model.py --part rest "${small[@]}" "${lengths[@]}" --out "$work/model.json"
     step throughput 75 python3 bench/throughput.py --against "${small[@]}" "${lengths[@]}" --out "$work/throughput.json"
+    step heads 60 python3 bench/heads.py "${small[@]}" --out "$work/heads.json"
 else
-    skip model throughput
+    skip model throughput heads
 fi
 if [ ${#small[@]} -eq 0 ]; then # on a CPU nothing is compiled
     step compiled 45 "${pytest[@]}" bench/ops.py -k "$kernels and torch.compile" --benchmark-json "$work/compiled.json"

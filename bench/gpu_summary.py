@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def summary(folder: Path) -> list[str]:
-    parts = (card, steps, smoke, tests, ceilings, models, matmuls, kernels, latency, throughput)
+    parts = (card, steps, smoke, tests, ceilings, models, heads, matmuls, kernels, latency, throughput)
     lines = [line[:WIDTH].rstrip() for part in parts for line in part(folder)]
     return lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more lines"]
 
@@ -133,6 +133,17 @@ def throughput(folder: Path) -> Iterator[str]:
     ]
     if texts:
         yield f"text on disk to vectors: {', '.join(texts)}"
+
+
+def heads(folder: Path) -> Iterator[str]:
+    """Yield inputs/s of each head and checkpoint, and those of sentence-transformers."""
+    rows = read(folder, "heads").get("rows", [])
+    for own, peer in zip(rows[::2], rows[1::2], strict=True):
+        yield (
+            f"{own['head']}, {own['model']}, {own['dtype']}: {own['inputs_per_second']:,.0f} {own['unit']}/s, "
+            f"{own['tokens_per_second'] / 1e6:.3f} M tokens/s; sentence-transformers {peer['inputs_per_second']:,.0f}; "
+            f"relative error {own['relative_error']:.0e}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from report_heads import heads
 from report_peers import cpu_peers
 from report_plots import PLOTS
 from report_summary import CHECKPOINTS, HEADLINES, SUMMARY_ROWS
@@ -317,6 +318,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str], str]] = {
     "kernels": ("Kernels", kernels, "The ceiling is a large copy, or a large matmul in 16 bits."),
     "compiled": ("Kernels of torch.compile", kernels, "torch.compile runs the reference of each kernel."),
     "drop_in": ("Drop-in replacements", drop_in, "Each row changes one line of code that uses the original."),
+    "heads": ("Scores of pairs", heads, "A ratio below 1.00 x is slower than sentence-transformers."),
     "cpu_peers": ("Other libraries on a CPU", cpu_peers, "A ratio below 1.00 x is slower than the other library."),
     "server": ("Server under load", server, "A wrong vector or an unexpected status fails this benchmark."),
     "loading": ("Loading a checkpoint", loading, "A weight that is held twice would count twice."),

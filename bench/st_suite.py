@@ -1,11 +1,12 @@
-"""Run the dense-inference tests of sentence-transformers on its class and on the drop-in.
+"""Run the tests of dense inference and of CrossEncoder of sentence-transformers on its classes and on the drop-ins.
 
     git clone --branch v6.2.0 https://github.com/huggingface/sentence-transformers DIR
     PYTHONPATH=tests python bench/st_suite.py --suite DIR [--only NAME ...] [--out FILE.json]
 
-Nothing is downloaded: the models that the tests name are in a hub cache made here, as seeded BERTs, and as the real
-all-MiniLM-L6-v2 for tests that need a trained model. Tests that need published values, adapters or other architectures
-fail on both classes. test_multi_process.py starts some fifty processes per class, which takes minutes on 2 cores.
+Nothing is downloaded: the models that the tests name are in a hub cache made here, as seeded BERTs and rerankers, and
+as the real all-MiniLM-L6-v2 for tests that need a trained model. Tests that need published values, adapters or other
+architectures fail on both classes. The two test_multi_process.py start some fifty processes per class, which takes
+minutes on 2 cores.
 Prints each test that passes on one class only; exits with an error if one passes only on the original. The last line on
 stdout is JSON.
 """
@@ -24,11 +25,14 @@ from xml.etree import ElementTree
 
 import harness
 from safetensors.torch import load_file, save_file
-from support import checkpoints
+from support import checkpoints, rerankers
 
 FILES = (
     "base/test_model.py",
     "base/modules/test_dense.py",
+    "cross_encoder/evaluation",
+    "cross_encoder/test_model.py",
+    "cross_encoder/test_multi_process.py",
     "sentence_transformer/evaluation",
     "sentence_transformer/modules/test_pooling.py",
     "sentence_transformer/test_compute_embeddings.py",
@@ -43,6 +47,14 @@ TRAINED = (
     "sentence-transformers/paraphrase-distilroberta-base-v1",
     "sentence-transformers/static-retrieval-mrl-en-v1",
 )
+# Names of the tests of CrossEncoder -> number of labels.
+RERANKERS = {
+    "cross-encoder-testing/reranker-bert-tiny-gooaq-bce": 1,
+    "cross-encoder-testing/reranker-bert-tiny-gooaq-bce-STv54": 1,
+    "cross-encoder/nli-MiniLM2-L6-H768": 3,
+    "cross-encoder/stsb-distilroberta-base": 1,
+    "cross-encoder-testing/stsb-distilroberta-base": 1,
+}
 COMMITS = {  # commits of TINY that the tests name -> seed of the weights
     "f3cb857cba53019a20df283396bcca179cf051a4": 0,
     "ba33022fdf0b0fc2643263f0726f44d0a07d0e24": 1,
@@ -57,9 +69,12 @@ ORIGINAL_ONLY = {
 REPLACE = """
 import sentence_transformers
 from sentence_transformers import sentence_transformer
-from unpadded.integrations.sentence_transformers import SentenceTransformer
+from sentence_transformers import cross_encoder
+from unpadded.integrations.sentence_transformers import CrossEncoder, SentenceTransformer
 for module in (sentence_transformers, sentence_transformer, sentence_transformer.model):
     module.SentenceTransformer = SentenceTransformer
+for module in (sentence_transformers, cross_encoder, cross_encoder.model):
+    module.CrossEncoder = CrossEncoder
 """
 RUN = "import sys, pytest; pytest.main(sys.argv[1:])"
 OPTIONS = ("-q", "-m", "not custom", "--tb=line", "-p", "no:cacheprovider", "-p", "no:benchmark")
@@ -123,6 +138,9 @@ def write_hub_cache(hub: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         tensors["encoder.layer.1.output.LayerNorm.bias"] += 0.05
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, labels in RERANKERS.items():
+        model = rerankers.models()["bert" if labels == 1 else "bert, 3 labels"]
+        rerankers.write_reranker(snapshot(hub, name, next(iter(COMMITS))), "bert", model)
     for name in TRAINED:
         shutil.copytree(checkpoints.MINILM, snapshot(hub, name, next(iter(COMMITS))), dirs_exist_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="write the errors that the parity tests measure to FILE, if all tests pass",
     )
+
+
+def pytest_configure() -> None:
+    """Let processes that tests start receive SIGINT, which a shell ignores for commands that it runs in background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -140,6 +147,14 @@ def minilm_engine(minilm: Path) -> unpadded.Engine:
     import unpadded  # imports unpadded_kernels, so not before TRITON_INTERPRET is set
 
     return unpadded.load(minilm, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def rerankers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of `write_rerankers` by name."""
+    from support.rerankers import write_rerankers  # imports transformers' models
+
+    return write_rerankers(tmp_path_factory.mktemp("rerankers"))
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,20 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import busy
 import check
 import harness
+import heads
 import numpy as np
 import plots
 import pytest
 import report
 import server
 import torch
-from support.checkpoints import add_sentence_transformers_files, write_bert
+from support.checkpoints import add_sentence_transformers_files, write_bert, write_bert_reranker
 
 import unpadded
 from unpadded.cli.benchmark import PROVIDERS, TEXTS, comparison, conclusion, machine
@@ -267,6 +269,24 @@ def test_check_compares_adjacent_runs(monkeypatch):
 
     monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
     assert check.ratio((lambda: run(1), lambda: run(2)), 3) == 2
+
+
+def test_heads_are_compared_on_pairs_of_20_to_512_tokens(tmp_path, capsys):
+    head, device = heads.HEADS["score"], torch.device("cpu")
+    write_bert_reranker(tmp_path)
+    args = SimpleNamespace(inputs=24, rounds=2, seconds=1.0)
+    own, peer = heads.measure(head, tmp_path, device, "float32", 1e15, args)
+    assert own["relative_error"] <= own["maximum_error"] == 1e-5 and peer["relative_error"] == 0
+    assert own["speedup"] > 0 and own["speedup_by_batch"].keys() == {1, 4, 32} and peer["batch"] in (1, 4, 32)
+    assert len(set(own["tokens"])) == 2 and own["inputs"] == 24 and own["tokens"] == peer["tokens"]
+    assert peer["inputs_per_second"] == 24 / statistics.median(peer["seconds"])
+    with pytest.raises(heads.TooSlow, match="0 pairs a round"):
+        heads.measure(head, tmp_path, device, "float32", 1e6, args)
+    engine = unpadded.load(tmp_path, device="cpu")
+    pairs = heads.draw_pairs(TextSampler(engine), np.random.default_rng(0), 200)
+    counts = heads.pair_token_counts(engine, pairs)
+    assert 12 <= counts.min() <= 40 and 490 <= counts.max() <= 512 and 230 <= counts.mean() <= 300
+    assert len({query for query, _ in pairs}) == 7 and len({passage for _, passage in pairs}) == 200
 
 
 class Stub(BaseHTTPRequestHandler):

@@ -34,7 +34,7 @@ from unpadded_kernels.tiles import Tile
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["kernel-tests", "engine-tests", "memory-tests", "family-tests"]
-STEPS = ["smoke", "ceilings", "headline", "matmuls", *TESTS, "kernels", "model", "throughput", "compiled"]
+STEPS = ["smoke", "ceilings", "headline", "matmuls", *TESTS, "kernels", "model", "throughput", "heads", "compiled"]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_gpu_script_times_no_model_whose_operations_are_wrong(tmp_path, gpu_run)
     wrong = "  attention, texts of 512, float16, unpadded: FAILED: nan"
     _, steps = finished(gpu_run(f'*smoke.py*) echo "{wrong}"; exit 1 ;;', programs=["compute-sanitizer"]))
     skipped = {step.split(":")[0] for step in steps if step.endswith(": skipped")}
-    assert skipped == {"headline", "model", "throughput"}
+    assert skipped == {"headline", "model", "throughput", "heads"}
     assert steps[1] == "sanitizer"
     assert "--dtype float16 --only attention, texts of 512" in log(tmp_path, "sanitizer")
 
@@ -156,11 +156,12 @@ def test_gpu_script_runs_every_step_with_small_shapes(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     lines = summary.split("```")[1].strip().splitlines()
     assert lines == ran.stdout.splitlines()[-len(lines) :] and 20 < len(lines) <= 40
+    assert "## Scores of pairs" in summary and any("score, ettin-reranker-150m, float32: " in line for line in lines)
     assert "## Matmuls and attention" in summary and "## Token ids to vectors, by choice of kernels" in summary
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = set(archive.getnames())
         svg = archive.extractfile("./model.svg").read()
-    assert {f"./{name}.log" for name in STEPS[:-1]} | {"./smoke.json", "./predictions.log"} <= names
+    assert {f"./{name}.log" for name in STEPS[:-1]} | {"./smoke.json", "./heads.json", "./predictions.log"} <= names
     assert ElementTree.fromstring(svg) is not None
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors import safe_open
 from support.forks import ENVIRONMENT, ForkedProcess, run_cli
 from support.serving import wait_until
@@ -568,6 +569,67 @@ def test_every_format_has_the_vectors_of_the_engine(
         assert counts == expected.token_counts.tolist()
     for truncated in ([line["truncated"] for line in lines], table["truncated"].to_pylist()):
         assert truncated == [False, False, False, True]
+
+
+def test_rerank_prints_the_order_of_sentence_transformers(
+    rerankers: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sentence_transformers import CrossEncoder
+
+    (tmp_path / "a.txt").write_text("a red house\n\nzwölf Boxkämpfer\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"body": "one"}\n{"body": "日本語 テキスト"}\n')
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"by pipe\nlast line")))
+    texts = ["a red house", "zwölf Boxkämpfer", "one", "日本語 テキスト", "by pipe", "last line"]
+    model = str(rerankers["bert"])
+    original = CrossEncoder(model, device="cpu")
+    inputs = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "-", "--column", "body"]
+    command = ["rerank", "-m", model, "--device", "cpu", "--query", "a house", *inputs]
+    for flags, options in (
+        ([], {}),
+        (["--top-k", "2", "--prompt", "red: "], {"top_k": 2, "prompt": "red: "}),
+        (["--activation", "none", "--quiet"], {"activation_fn": torch.nn.Identity()}),
+    ):
+        sys.stdin.buffer.seek(0)
+        assert main([*command, *flags]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        expected = original.rank("a house", texts, return_documents=True, **options)
+        assert [(line["index"], line["text"]) for line in lines] == [
+            (one["corpus_id"], one["text"]) for one in expected
+        ]
+        assert [line["score"] for line in lines] == pytest.approx([one["score"] for one in expected], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-k", "0"], "--top-k is not positive: 0; pass the number of texts to print"),
+        (["--column", "body"], "--column 'body' applies to"),
+        (["bad.jsonl"], "'bad.jsonl' line 2"),
+        (["none.txt"], "'none.txt'"),
+        (["-m", "MINILM"], "has no head for scores; load a reranker"),
+        (["-m", "bert, 3 labels"], "gives 3 scores per pair, not one"),
+    ],
+)
+def test_an_error_of_rerank_names_the_remedy(
+    flags: list[str],
+    message: str,
+    rerankers: dict[str, Path],
+    minilm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a red house\n")
+    Path("bad.jsonl").write_text('{"text": "one"}\n{"text": 5}\n')
+    folders = {"MINILM": str(minilm)} | {name: str(folder) for name, folder in rerankers.items()}
+    command = ["rerank", "-m", folders["bert"], "--query", "q", "a.txt", *(folders.get(flag, flag) for flag in flags)]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err and "Traceback" not in printed.err
 
 
 def test_a_missing_model_is_reported(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

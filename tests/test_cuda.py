@@ -9,7 +9,8 @@ import pytest
 import test_family_jina_v3 as jina_v3
 import test_family_nomic_moe
 import torch
-from support.checkpoints import REAL, write_bert, write_checkpoint, write_nomic
+from safetensors.torch import load_file, save_file
+from support.checkpoints import REAL, change_json, write_bert, write_checkpoint, write_nomic
 from support.devices import DEVICE, DTYPES, HAS_CUDA
 from support.family_checks import assert_cuda_agrees, random_ids, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -243,6 +244,27 @@ def test_experts_in_a_graph(experts, cuda):
         texts = random_ids(lengths, seed=seed)
         assert np.array_equal(engine.encode(texts), eager.encode(texts)), lengths
     assert engine._pipeline.runner.graphs.by_key
+
+
+def test_scores_of_pairs_in_a_graph(tmp_path, cuda):
+    """Tokens of type 1 have the id ~id."""
+    folder = write_bert(tmp_path, tokenizer=False, **SMALL)
+    tensors, hidden = load_file(folder / "model.safetensors"), SMALL.get("hidden", 128)
+    for name, rows in (("pooler.dense", hidden), ("classifier", 2)):
+        tensors |= {f"{name}.weight": torch.randn(rows, hidden), f"{name}.bias": torch.randn(rows)}
+    save_file(tensors, folder / "model.safetensors")
+    change_json(folder / "config.json", architectures=["BertForSequenceClassification"], id2label={"0": "a", "1": "b"})
+    pairs = [
+        np.concatenate((ids, ~other)) for ids, other in zip(random_ids((1, 5, 9)), random_ids((3, 1, 7)), strict=True)
+    ]
+    pairs += random_ids((4,))  # a text alone
+    options = VectorOptions(layer_norm=False, dimensions=2, normalize=False, head="score")
+    expected = unpadded.load(folder, device="cpu")._pipeline.runner.launch(pairs, options)()
+    runner = unpadded.load(folder, device=cuda, dtype="float32")._pipeline.runner
+    for rows in ([0, 1, 2, 3], [3, 2, 1, 0], [1], [3]):
+        found = runner.launch([pairs[i] for i in rows], options)()
+        assert relative_error(found, expected[rows]) <= 1e-4
+    assert {key[-2:] for key in runner.graphs.by_key} == {("score", True), ("score", False)}
 
 
 def test_no_batch_compiles_a_kernel_again(either, cuda, compiled):

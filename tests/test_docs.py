@@ -46,7 +46,7 @@ class Site:
 
 
 def write_hub(folder: Path) -> None:
-    """Write a cache of the hub with the models that the documentation names: MiniLM, and NomicBERTs of one layer."""
+    """Write a cache of the hub with the models that the documentation names: MiniLM, others small and seeded."""
 
     def snapshot(name: str) -> Path:
         model = folder / f"models--{name.replace('/', '--')}"
@@ -64,8 +64,11 @@ def write_hub(folder: Path) -> None:
     nomic = write_nomic(snapshot("nomic-ai/nomic-embed-text-v1.5"), layers=1, hidden=768, heads=12)
     change_json(nomic / "config.json", matryoshka_dimensions=[768, 512, 256, 128, 64], matryoshka_layer_norm=True)
     add_sentence_transformers_files(nomic, normalize=False, max_seq_length=8192)
-    write_bert_reranker(snapshot("cross-encoder/ms-marco-MiniLM-L6-v2"))
     snapshot("nomic-ai/nomic-embed-text-v1").symlink_to(nomic)
+    reranker = write_bert_reranker(snapshot("cross-encoder/ms-marco-MiniLM-L6-v2"))
+    change_json(reranker / "config.json", sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
+    stars = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
+    write_bert_reranker(snapshot("nlptown/bert-base-multilingual-uncased-sentiment"), labels=stars)
     snapshot("nomic-ai/nomic-embed-text-v1-unsupervised").symlink_to(nomic)
 
 
@@ -154,6 +157,16 @@ def test_example_faiss(site: Site, tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("A piston moves up and down inside the cylinder of a combustion engine.\n")
     printed = run_example(site, tmp_path, "search_faiss.py", ".", "What causes the tides?")
     assert re.match(r"0\.\d{3}  a\.md: The sea rises", printed) and len(printed.splitlines()) == 3
+
+
+def test_example_rerank(site: Site, tmp_path: Path) -> None:
+    texts = ["The sea rises and falls twice a day.", "Bread is made of flour.", "A piston moves up and down."]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    printed = run_example(
+        site, tmp_path, "rerank.py", "cross-encoder/ms-marco-MiniLM-L6-v2", "a.txt", "What is a tide?"
+    )
+    found = re.findall(r"^(\d\.\d{3})  (.*)$", printed, re.MULTILINE)
+    assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
 
 
 def test_example_duckdb(site: Site, tmp_path: Path) -> None:

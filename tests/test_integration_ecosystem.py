@@ -7,18 +7,22 @@ import mteb
 import numpy as np
 import pytest
 import sentence_transformers
+from langchain_core.cross_encoders import BaseCrossEncoder
+from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore
+from mteb.mocks.mock_tasks.reranking import MockRerankingTask
 from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
 from mteb.mocks.mock_tasks.sts import MockSTSTask
-from mteb.models import EncoderProtocol
+from mteb.models import CrossEncoderProtocol, CrossEncoderWrapper, EncoderProtocol
 from mteb.types import PromptType
 from support.checkpoints import MINILM, add_sentence_transformers_files, write_nomic
 
 import unpadded
-from unpadded.integrations.langchain import UnpaddedEmbeddings
+from unpadded.integrations.langchain import UnpaddedCrossEncoder, UnpaddedEmbeddings, UnpaddedReranker
+from unpadded.integrations.mteb import UnpaddedCrossEncoder as MtebCrossEncoder
 from unpadded.integrations.mteb import UnpaddedEncoder
-from unpadded.integrations.sentence_transformers import SentenceTransformer
+from unpadded.integrations.sentence_transformers import CrossEncoder, SentenceTransformer
 
 TEXTS = ["The weather is lovely today.", "He drove to the stadium.\nTwice.", "It's so sunny outside!"]
 
@@ -91,3 +95,68 @@ def test_the_mteb_encoder_uses_the_prompt_of_the_task(nomic, tmp_path):
     assert np.array_equal(
         encode(UnpaddedEncoder(other), MockRetrievalTask, PromptType.query), other.encode(TEXTS, task="query")
     )
+
+
+@pytest.fixture(scope="module")
+def reranker(rerankers):
+    return unpadded.load(rerankers["bert"], device="cpu")
+
+
+def test_langchain_rerankers_equal_sentence_transformers(reranker, rerankers):
+    original = sentence_transformers.CrossEncoder(str(rerankers["bert"]), device="cpu")
+    pairs = [("sun", text) for text in TEXTS]
+    encoder = UnpaddedCrossEncoder(reranker)
+    assert isinstance(encoder, BaseCrossEncoder)
+    assert encoder.score(pairs) == pytest.approx(original.predict(pairs).tolist(), abs=1e-6)
+
+    documents = [Document(text, metadata={"place": place}) for place, text in enumerate(TEXTS)]
+    expected = original.rank("sun", TEXTS, return_documents=True)
+    for top_n in (None, 2):
+        compressor = UnpaddedReranker(engine=reranker, top_n=top_n)
+        assert isinstance(compressor, BaseDocumentCompressor)
+        found = compressor.compress_documents(documents, "sun")
+        assert found == asyncio.run(compressor.acompress_documents(documents, "sun"))
+        assert [(one.page_content, one.metadata["place"]) for one in found] == [
+            (one["text"], one["corpus_id"]) for one in expected[:top_n]
+        ]
+        scores = [one.metadata["relevance_score"] for one in found]
+        assert scores == pytest.approx([one["score"] for one in expected[:top_n]], abs=1e-6)
+    assert (
+        documents[0].metadata == {"place": 0} and UnpaddedReranker(engine=reranker).compress_documents([], "sun") == []
+    )
+    with pytest.raises(ValueError, match="top_n"):
+        UnpaddedReranker(engine=reranker, top_n=0)
+
+
+@pytest.mark.parametrize("make", [UnpaddedCrossEncoder, MtebCrossEncoder])
+def test_models_without_one_score_per_pair_raise(make, rerankers, nomic):
+    with pytest.raises(unpadded.OptionError, match="has no head for scores"):
+        make(nomic)
+    with pytest.raises(unpadded.OptionError, match="3 scores per pair"):
+        make(unpadded.load(rerankers["bert, 3 labels"], device="cpu"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_mteb_reranking_scores_equal_those_of_sentence_transformers(reranker, rerankers):
+    assert isinstance(MtebCrossEncoder(reranker), CrossEncoderProtocol)
+    original, *others = (
+        mteb.evaluate(model, MockRerankingTask(), cache=None).task_results[0].scores["test"][0]
+        for model in (
+            CrossEncoderWrapper(sentence_transformers.CrossEncoder(str(rerankers["bert"]), device="cpu")),
+            CrossEncoderWrapper(CrossEncoder(str(rerankers["bert"]), device="cpu")),
+            MtebCrossEncoder(reranker),
+        )
+    )
+    for scores in others:
+        assert scores == pytest.approx(original, abs=1e-6)
+
+
+def test_the_mteb_cross_encoder_scores_batches_in_pairs(reranker, rerankers):
+    original = CrossEncoderWrapper(sentence_transformers.CrossEncoder(str(rerankers["bert"]), device="cpu"))
+    queries = [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}]
+    documents = [{"text": TEXTS[1:]}, {"text": TEXTS[:1]}]
+    found = MtebCrossEncoder(reranker).predict(
+        queries, documents, task_metadata=MockRerankingTask.metadata, hf_split="test", hf_subset=""
+    )
+    expected = original.model.predict(list(zip(TEXTS, [*TEXTS[1:], TEXTS[0]], strict=True)))
+    assert np.abs(found - expected).max() <= 1e-6

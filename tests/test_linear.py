@@ -91,7 +91,7 @@ def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
 
 
 def test_linears_are_changed_by_name():
-    norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5, prenorm=False)
+    norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5)
     linears = {"qkv": draw(3 * HIDDEN), "out": draw(HIDDEN), "up": draw(128, "gelu"), "down": draw(HIDDEN)}
     qkv, mlp = QKV(linear=linears["qkv"], norm=None, heads=HEADS), MLP(up=linears["up"], down=linears["down"])
     layer = Layer(qkv=qkv, out=linears["out"], attention_norm=norm, mlp=mlp, mlp_norm=norm)

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,118 +10,29 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from support.checkpoints import change_json
+from support.rerankers import PAIRS, draw_pairs
 from tokenizers import Encoding
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    GteConfig,
-    GteForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    ModernBertModel,
-    NomicBertConfig,
-    NomicBertForSequenceClassification,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-)
+from transformers import AutoTokenizer
 
 import unpadded
 from unpadded.errors import InputError, OptionError
-
-WORDS = ["tide", "bread", "coroutine", "of", "the", "7", "what", "is", "a", "window", "[SEP]", "unbelievable"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-BERT_IDS = {"vocab_size": 30522, "pad_token_id": 0, "cls_token_id": 101, "sep_token_id": 102}
-BERT_IDS |= {"bos_token_id": 101, "eos_token_id": 102}
-LENGTH = 48
-PAIRS = [("tide of", "bread 7"), ("what is", "")]
-
-
-def draw_pairs(count: int) -> list[tuple[str, str]]:
-    """Return pairs of 0 to 60 words, some of which exceed LENGTH, and queries that repeat."""
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.choice([1, 2, 5, 20, 45, 60, 61]))) for _ in range(12)]
-    return [(draw.choice(texts[:6]), draw.choice(["", *texts])) for _ in range(count)]
-
-
-def models() -> dict[str, torch.nn.Module]:
-    torch.manual_seed(0)
-    positions = {"max_position_embeddings": 64}
-    modern, bert = {**SIZES, **BERT_IDS, **positions}, {**SIZES, **positions, "vocab_size": 30522}
-    return {
-        "bert": BertForSequenceClassification(BertConfig(**bert, num_labels=1)),
-        "bert, 3 labels": BertForSequenceClassification(
-            BertConfig(**SIZES, **positions, vocab_size=30522, num_labels=3)
-        ),
-        "xlm_roberta": XLMRobertaForSequenceClassification(
-            XLMRobertaConfig(**SIZES, max_position_embeddings=66, vocab_size=30522, pad_token_id=1, num_labels=1)
-        ),
-        "gte": GteForSequenceClassification(GteConfig(**SIZES, vocab_size=30522, num_labels=1)),
-        "modernbert": ModernBertForSequenceClassification(ModernBertConfig(**modern, num_labels=1)),
-        "modernbert, mean": ModernBertForSequenceClassification(
-            ModernBertConfig(**modern, num_labels=2, classifier_pooling="mean", classifier_bias=True, norm_bias=True)
-        ),
-        "nomic_bert": NomicBertForSequenceClassification(NomicBertConfig(**SIZES, vocab_size=30522, num_labels=1)),
-    }
-
-
-def spread(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw biases and norms too, which are 0 and 1 in a new model, and larger weights, so that scores differ."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-        elif "embeddings" not in name:
-            parameter.data.mul_(5)
-    return model
+from unpadded.model.layer import HeadLayer
+from unpadded_kernels import linear
 
 
 @pytest.fixture(scope="module")
-def folders(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Rerankers in the published formats, with MiniLM's tokenizer."""
-    root, found = tmp_path_factory.mktemp("score"), {}
-    for name, model in models().items():
-        found[name] = root / name
-        spread(model).save_pretrained(found[name])
-        for file in ("tokenizer.json", "vocab.txt"):
-            if (minilm / file).exists():
-                (found[name] / file).write_bytes((minilm / file).read_bytes())
-        config: dict[str, object] = {"tokenizer_class": "BertTokenizer", "model_max_length": LENGTH}
-        if name in ("xlm_roberta", "gte"):  # which have one token type
-            config["model_input_names"] = ["input_ids", "attention_mask"]
-        (found[name] / "tokenizer_config.json").write_text(json.dumps(config))
-    saved = root / "saved by sentence-transformers"
-    CrossEncoder(str(found["bert"]), device="cpu").save_pretrained(str(saved))
-    backbone = spread(ModernBertModel(ModernBertConfig(**SIZES, **BERT_IDS, max_position_embeddings=64)))
-    backbone.save_pretrained(root / "backbone")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (root / "backbone" / file).write_bytes((found["bert"] / file).read_bytes())
-    gelu, identity = torch.nn.GELU(), torch.nn.Identity()
-    modules = [
-        Transformer(str(root / "backbone")),
-        Pooling(32, "mean"),
-        Dense(32, 24, bias=False, activation_function=gelu),
-        LayerNorm(24),
-        Dense(24, 1, activation_function=identity, module_output_name="scores"),
-    ]
-    CrossEncoder(modules=[spread(module) for module in modules], device="cpu").save_pretrained(str(root / "modular"))
-    return found | {"saved": saved, "modular": root / "modular"}
-
-
-@pytest.fixture(scope="module")
-def engine(folders: dict[str, Path]) -> unpadded.Engine:
-    return unpadded.load(folders["bert"], device="cpu", token_budget=256)
+def engine(rerankers: dict[str, Path]) -> unpadded.Engine:
+    return unpadded.load(rerankers["bert"], device="cpu", token_budget=256)
 
 
 NAMES = ["bert", "bert, 3 labels", "xlm_roberta", "gte", "modernbert", "modernbert, mean", "nomic_bert"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "saved", "modular"])
-def test_scores_equal_those_of_sentence_transformers(name: str, folders: dict[str, Path]) -> None:
+def test_scores_equal_those_of_sentence_transformers(name: str, rerankers: dict[str, Path]) -> None:
     pairs = draw_pairs(60)
-    engine, reference = unpadded.load(folders[name], device="cpu"), CrossEncoder(str(folders[name]), device="cpu")
+    engine, reference = unpadded.load(rerankers[name], device="cpu"), CrossEncoder(str(rerankers[name]), device="cpu")
     expected = reference.predict(pairs, activation_fn=torch.nn.Identity())
     logits = engine.score(pairs, activation="none")
     assert logits.dtype == np.float32 and logits.shape == expected.shape
@@ -136,11 +46,11 @@ def test_scores_equal_those_of_sentence_transformers(name: str, folders: dict[st
 
 
 @pytest.mark.parametrize("length", [5, 6, 7, 17, 48])
-def test_pairs_are_truncated_as_transformers_does(length: int, folders: dict[str, Path]) -> None:
-    engine, tokenizer = unpadded.load(folders["bert"], device="cpu"), AutoTokenizer.from_pretrained(folders["bert"])
+def test_pairs_are_truncated_as_transformers_does(length: int, rerankers: dict[str, Path]) -> None:
+    engine, tokenizer = unpadded.load(rerankers["bert"], device="cpu"), AutoTokenizer.from_pretrained(rerankers["bert"])
     counts = itertools.product((0, 1, 7, 8, 60), (0, 8, 9, 61))
     pairs = [(" ".join(["tide"] * first), " ".join(["of"] * second)) for first, second in counts]
-    found = engine.tokenizer.encode_pairs(pairs, max_length=length, token_types=True)
+    found = engine.tokenizer.encode_pairs(pairs, range(len(pairs)), length, "right", True)
     sides = [list(side) for side in zip(*pairs, strict=True)]
     expected = tokenizer(*sides, truncation="longest_first", max_length=length)
     for row, ids, types in zip(found, expected["input_ids"], expected["token_type_ids"], strict=True):
@@ -161,10 +71,10 @@ def test_a_repeated_text_is_tokenized_once(engine: unpadded.Engine, monkeypatch:
     assert sorted(tokenized) == ["bread", "tide", "window"]
 
 
-def test_rank_returns_the_best_first(engine: unpadded.Engine, folders: dict[str, Path]) -> None:
+def test_rank_returns_the_best_first(engine: unpadded.Engine, rerankers: dict[str, Path]) -> None:
     documents = [document for _, document in draw_pairs(30)]
     found = engine.rank("tide of bread", documents)
-    reference = CrossEncoder(str(folders["bert"]), device="cpu").rank("tide of bread", documents)
+    reference = CrossEncoder(str(rerankers["bert"]), device="cpu").rank("tide of bread", documents)
     assert [one.index for one in found] == [one["corpus_id"] for one in reference]
     scores = [one.score for one in found]
     assert scores == sorted(scores, reverse=True) and np.allclose(
@@ -175,8 +85,8 @@ def test_rank_returns_the_best_first(engine: unpadded.Engine, folders: dict[str,
     assert engine.rank("a", []) == []
 
 
-def test_activations(folders: dict[str, Path], engine: unpadded.Engine) -> None:
-    several = unpadded.load(folders["bert, 3 labels"], device="cpu")
+def test_activations(rerankers: dict[str, Path], engine: unpadded.Engine) -> None:
+    several = unpadded.load(rerankers["bert, 3 labels"], device="cpu")
     logits = torch.from_numpy(several.score(PAIRS, activation="none"))
     assert np.array_equal(several.score(PAIRS), logits.numpy())
     assert np.allclose(several.score(PAIRS, activation="softmax"), logits.softmax(1), atol=1e-7)
@@ -187,10 +97,10 @@ def test_activations(folders: dict[str, Path], engine: unpadded.Engine) -> None:
 
 
 @pytest.mark.parametrize("place", ["config.json", "sentence_transformers", "sbert_ce_default_activation_function"])
-def test_the_checkpoint_states_the_activation(place: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_checkpoint_states_the_activation(place: str, rerankers: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for file in folders["bert"].iterdir():
+    for file in rerankers["bert"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     for name, key in (("Identity", "linear"), ("Sigmoid", "activation"), ("Tanh", "activation")):
         path = f"torch.nn.modules.{key}.{name}"
@@ -216,8 +126,8 @@ def test_the_checkpoint_states_the_activation(place: str, folders: dict[str, Pat
             assert np.abs(unpadded.load(folder, device="cpu").score(PAIRS) - expected).max() <= 1e-6
 
 
-def test_a_prompt_precedes_the_first_text(engine: unpadded.Engine, folders: dict[str, Path]) -> None:
-    reference = CrossEncoder(str(folders["bert"]), device="cpu").predict(PAIRS, prompt="query: ")
+def test_a_prompt_precedes_the_first_text(engine: unpadded.Engine, rerankers: dict[str, Path]) -> None:
+    reference = CrossEncoder(str(rerankers["bert"]), device="cpu").predict(PAIRS, prompt="query: ")
     assert np.abs(engine.score(PAIRS, prompt="query: ") - reference).max() <= 1e-6
 
 
@@ -233,25 +143,25 @@ def test_ascore_equals_score_in_shared_batches(engine: unpadded.Engine) -> None:
     assert all(np.array_equal(row, engine.encode(list(pair))) for row, pair in zip(results[20:], pairs, strict=True))
 
 
-def test_several_devices(engine: unpadded.Engine, folders: dict[str, Path]) -> None:
+def test_several_devices(engine: unpadded.Engine, rerankers: dict[str, Path]) -> None:
     pairs = draw_pairs(40)
-    with unpadded.load(folders["bert"], device="cpu,cpu", token_budget=256) as two:
+    with unpadded.load(rerankers["bert"], device="cpu,cpu", token_budget=256) as two:
         assert np.array_equal(two.score(pairs), engine.score(pairs))
         assert np.array_equal(asyncio.run(two.ascore(pairs)), engine.score(pairs))
 
 
-def test_bf16(engine: unpadded.Engine, folders: dict[str, Path]) -> None:
-    found = unpadded.load(folders["bert"], device="cpu", dtype="bfloat16").score(PAIRS, activation="none")
+def test_bf16(engine: unpadded.Engine, rerankers: dict[str, Path]) -> None:
+    found = unpadded.load(rerankers["bert"], device="cpu", dtype="bfloat16").score(PAIRS, activation="none")
     assert np.abs(found - engine.score(PAIRS, activation="none")).max() <= 0.03 * np.abs(found).max()
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([("a", "b"), ("a",)], "pair 1 is not a pair of texts: .*; pass"),
+        ([("a", "b"), ("a",)], "pair 1 is not a pair of strings: .*; pass"),
         ([("a", "b", "c")], "pair 0 is not a pair"),
-        ([("a", 5)], "pair 0 has a text that is not a string: 5"),
-        ([[1, 2]], "pair 0 has a text that is not a string: 1"),
+        ([("a", 5)], "pair 0 is not a pair of strings: .*5"),
+        ([[1, 2]], "pair 0 is not a pair of strings: .*1, 2"),
         ([("a", "\ud800")], "text 0 contains a lone surrogate"),
         ({"a": "b"}, "texts are not a sequence: dict"),
     ],
@@ -264,7 +174,7 @@ def test_bad_pairs_raise(pairs: object, message: str, engine: unpadded.Engine) -
 def test_bad_options_raise(engine: unpadded.Engine, minilm: Path) -> None:
     with pytest.raises(OptionError, match="activation is unknown: 'tanh'"):
         engine.score(PAIRS, activation="tanh")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="pair 1 exceeds 48 tokens"):
+    with pytest.raises(InputError, match="pair 1 is too long: more than 48 tokens"):
         engine.score([PAIRS[0], ("tide " * 30, "of " * 30)], truncation="error")
     with pytest.raises(OptionError, match="has no head for scores"):
         unpadded.load(minilm, device="cpu").score(PAIRS)
@@ -274,13 +184,21 @@ def test_no_pairs(engine: unpadded.Engine) -> None:
     assert engine.score([]).shape == (0,)
 
 
-def test_a_classifier_that_is_absent_raises(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_classifier_that_is_absent_raises(rerankers: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    for file in folders["bert"].iterdir():
+    for file in rerankers["bert"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["classifier.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(unpadded.WeightsError, match=r"missing: classifier\.bias"):
         unpadded.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "relu"])
+def test_bits_of_a_head_layer_do_not_depend_on_the_number_of_rows(activation: str) -> None:
+    torch.manual_seed(0)
+    layer, rows = HeadLayer(torch.randn(5, 32), torch.randn(5), activation), torch.randn(40, 32)
+    together = layer(rows, linear)
+    assert all(torch.equal(layer(rows[:count], linear), together[:count]) for count in range(1, 40))

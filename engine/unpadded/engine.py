@@ -21,8 +21,8 @@ from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, Ranked, join, ranked
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
-from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded.tokenization.windows import Pair, Text
+from unpadded.tokenization.tokenizer import Pair, Tokenizer
+from unpadded.tokenization.windows import Text
 
 Output = Literal["numpy", "torch", "list"]
 NARROW_COLUMNS = 70
@@ -187,9 +187,8 @@ class Engine:
     ) -> np.ndarray:
         """Score pairs of texts, such as (query, document), or single texts: [n] fp32, [n, labels] if there are several.
 
-        activation: function of the logits: "auto" (the checkpoint's, else sigmoid for one label), "sigmoid", "softmax"
-        (over the labels) or "none". prompt: put before the first text of every pair; default: the checkpoint's default
-        prompt. truncation: "right" removes the last tokens of the longer text first, "error" raises.
+        activation: "auto" (the checkpoint's, else sigmoid for one label), "sigmoid", "softmax" or "none" (the logits).
+        prompt: put before the first text of a pair. truncation: "right" shortens the longer text first, "error" raises.
         Raises OptionError for a model without scores, and InputError, with the index, for a pair that cannot be scored.
         """
         plan, activation = self._pipeline.score_plan(**options)
@@ -206,10 +205,7 @@ class Engine:
     def rank(
         self, query: str, documents: Iterable[str], *, top_k: int | None = None, **options: Unpack[ScoreKeywords]
     ) -> list[Ranked]:
-        """Return the documents' indices and scores for a query, best first, equal scores in the documents' order.
-
-        top_k: how many are returned, None for all. The keyword arguments are those of `score`.
-        """
+        """Return the indices and scores of the `top_k` best documents, or of all; options: those of `score`."""
         return ranked(self.score([(query, document) for document in documents], **options), top_k)
 
     def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:

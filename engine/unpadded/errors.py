@@ -1,14 +1,4 @@
-"""Exception hierarchy, grouped by who can fix the problem.
-
-    UnpaddedError
-    ├── CheckpointError: ConfigError, WeightsError
-    ├── OptionError
-    ├── InputError: TooLargeError
-    ├── OutputError: WorkerError
-    └── BusyError: OverloadedError, DeadlineError
-
-Every message has three parts: what is wrong, the value received, what to do.
-"""
+"""Errors, grouped by who can fix the problem. A message has what is wrong, the value received, and what to do."""
 
 import os
 from typing import Self

@@ -284,10 +284,9 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
 
 def make_score_plan(
     checkpoint: Checkpoint,
-    *,
     activation: ScoreActivation = "auto",
     prompt: str | None = None,
-    truncation: Literal["right", "error"] = "right",
+    truncation: Truncation = "right",
 ) -> tuple[Plan, ScoreActivation]:
     """Check the options of `Engine.score` against a checkpoint; return the plan, and the activation that auto means."""
     head = checkpoint.score

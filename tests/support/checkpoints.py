@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -149,12 +150,12 @@ def write_bert(
 def write_bert_reranker(
     folder: Path,
     *,
-    labels: tuple[str, ...] = ("LABEL_0",),
+    labels: Sequence[str] = ("LABEL_0",),
     prompts: dict[str, str] | None = None,
     seed: int = 0,
     **shape: int,
 ) -> Path:
-    """Write a BertForSequenceClassification: with one label, as the rerankers trained on MS MARCO are published.
+    """Write a BertForSequenceClassification, by default with one label, as the ms-marco rerankers are published.
 
     prompts: also write the files that sentence-transformers saves, with these.
     """

@@ -132,7 +132,7 @@ def encoder_tensors(
     return found
 
 
-def score_layers(dense: str, classifier: str) -> Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers]:
+def tanh_head(dense: str, classifier: str) -> Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers]:
     """Return a `Family.score`: the first token, a tanh layer and the classifier, by their stored names."""
 
     def score(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> ScoreLayers:

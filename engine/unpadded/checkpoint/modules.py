@@ -37,16 +37,10 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "processing_kwargs": {},
     **dict.fromkeys(("document_length", "query_expansion", "query_length", "tokenizer_name_or_path")),
 }
-# The task, which selects a model class of transformers, and what that returns.
-VECTOR_DEFAULTS: dict[str, Any] = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    "module_output_name": "token_embeddings",
-}
-SCORE_DEFAULTS: dict[str, Any] = {
-    "transformer_task": "sequence-classification",
-    "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
-    "module_output_name": "scores",
+# task, which selects a model class of transformers -> what that returns, and its name for the next module
+TASK_OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "sequence-classification": ("logits", "scores"),
 }
 LOADING_ARGUMENTS = ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")
 # those that do not change the vectors
@@ -100,7 +94,8 @@ def read_modules(folder: Path) -> Modules:
     if not re.fullmatch("Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?", kinds):
         raise unsupported
     classifies = kinds == "Transformer"
-    transformer_config = _read_transformer_config(listed[0][1], SCORE_DEFAULTS if classifies else VECTOR_DEFAULTS)
+    task = "sequence-classification" if classifies else "feature-extraction"
+    transformer_config = _read_transformer_config(listed[0][1], task)
     if classifies and "transformer_task" not in transformer_config:
         raise unsupported
     last = listed[-1][1]
@@ -156,15 +151,18 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
     return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
 
 
-def _read_transformer_config(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """Read sentence_bert_config.json, or the file with another model type in its name. task: its supported values."""
+def _read_transformer_config(folder: Path, task: str) -> dict[str, Any]:
+    """Read sentence_bert_config.json, or the file with another model type in its name."""
     names = "bert roberta distilbert camembert albert xlm-roberta xlnet"
     paths = [folder / f"sentence_{name}_config.json" for name in names.split()]
     path, config = next(((path, found) for path in paths if (found := read_object(path, optional=True))), (folder, {}))
     for key in LOADING_ARGUMENTS:
         if unknown := sorted(section(config, key).keys() - IGNORED_ARGUMENTS):
             raise not_implemented(f"{key} in {path}", unknown, sorted(IGNORED_ARGUMENTS))
-    supported = TRANSFORMER_DEFAULTS | task
+    output, name = TASK_OUTPUTS[task]
+    modality = {"text": {"method": "forward", "method_output_name": output}}
+    supported = {"transformer_task": task, "modality_config": modality, "module_output_name": name}
+    supported |= TRANSFORMER_DEFAULTS
     known = TRANSFORMER_KEYS | supported.keys() | {*LOADING_ARGUMENTS}
     allow_only(config, supported | dict.fromkeys(config.keys() - known), path)
     return config

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import unpadded
-from unpadded.cli import bench, embed, info, search, serve
+from unpadded.cli import bench, embed, info, rerank, search, serve
 from unpadded.cli import map as map_command
 from unpadded.cli.flags import CommandParser
 from unpadded.cli.terminal import Stopped, discard_unwritten_output, log_messages, print_error, stop_signals
 from unpadded.errors import UnpaddedError
 
-COMMANDS = (embed, search, map_command, serve, info, bench)
+COMMANDS = (embed, search, rerank, map_command, serve, info, bench)
 
 EPILOG = 'For completion in a shell: pip install argcomplete, then eval "$(register-python-argcomplete unpadded)"'
 EXIT_ERROR = 2

@@ -26,8 +26,8 @@ from unpadded.options import (
     make_score_plan,
 )
 from unpadded.quantization import quantize
-from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded.tokenization.windows import Pair, Text, TextGroup, Window, WindowReader, delayed
+from unpadded.tokenization.tokenizer import Pair, Tokenizer
+from unpadded.tokenization.windows import Text, TextGroup, Window, WindowReader, delayed
 
 Backend: TypeAlias = Runner | WorkerPool
 Advance = Callable[[int, int], object]  # called with the number of texts and of tokens that were embedded

@@ -129,7 +129,7 @@ class _Pool:
         self._threads = max(1, torch.get_num_threads() // on_cpu) if on_cpu else 1  # the processes share the cores
         self._lock = threading.RLock()  # garbage collection may call close in a thread that holds it
         self._waiting: deque[_Job] = deque()
-        self._warnings: set[str] = set()  # that processes have logged, before their arguments are filled in
+        self._warnings: dict[str, Any] = {}  # the first of each, by its message before the arguments are filled in
         self._closed = False
         self._process_id = os.getpid()
 
@@ -187,11 +187,9 @@ class _Pool:
                 with self._lock:
                     worker.silent += 1
                     worker.running = worker.running + 1 if worker.jobs else 0
-                    if worker.hang:  # the exit of the killed process is not handled yet
-                        continue
-                    if worker.silent > (SILENT_SECONDS if worker.ready else START_SECONDS):
+                    if not worker.hang and worker.silent > (SILENT_SECONDS if worker.ready else START_SECONDS):
                         worker.hang = f"killed after {worker.silent} s without an answer"
-                    elif worker.running > JOB_SECONDS[worker.device.type]:
+                    elif not worker.hang and worker.running > JOB_SECONDS[worker.device.type]:
                         name = next(iter(worker.jobs.values())).name
                         worker.hang = f"killed after {worker.running} s in {name}"
                     if worker.hang and worker.process is not None:
@@ -252,10 +250,8 @@ class _Pool:
             worker.silent = 0
             if kind == "log":
                 level, message, text = value
-                with self._lock:  # every process may give the same warning, at the same time
-                    repeated = level == logging.WARNING and message in self._warnings
-                    self._warnings.add(message)
-                if not repeated:
+                # Every process may give the same warning, at the same time; setdefault is atomic.
+                if level != logging.WARNING or self._warnings.setdefault(message, value) is value:
                     logger.log(level, "%s", text)
             elif kind == "ready":
                 with self._lock:

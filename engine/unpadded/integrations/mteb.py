@@ -1,4 +1,4 @@
-"""UnpaddedEncoder: an engine as an encoder of mteb, `mteb.evaluate(UnpaddedEncoder(engine), tasks)`."""
+"""An engine as an encoder or a cross-encoder of mteb: `mteb.evaluate(UnpaddedEncoder(engine), tasks)`."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
             self.options = {name: EncodeKeywords(task=task) for name, task in tasks if task in supported}
         else:
             self.options = {name: EncodeKeywords(prompt=prompt) for name, prompt in prompts.items()}
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"unpadded/{engine.checkpoint.name.rpartition('/')[2]}", "revision": "local"}
-        )
+        self.mteb_model_meta = _model_meta(engine)
 
     def encode(
         self,
@@ -74,3 +72,32 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
         texts = (text for batch in inputs for text in batch["text"])
         options = self.options[name] if name else EncodeKeywords(prompt="")
         return np.asarray(self.engine.encode(texts, show_progress=False, **options))
+
+
+class UnpaddedCrossEncoder:
+    """An engine of a reranker for mteb's reranking tasks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.mteb_model_meta = _model_meta(engine)
+        engine.rank("", [])  # raises OptionError unless the model gives one score per pair
+
+    def predict(
+        self,
+        inputs1: Iterable[Mapping[str, list[str]]],
+        inputs2: Iterable[Mapping[str, list[str]]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **_: Any,
+    ) -> np.ndarray:
+        """Score the texts of two sequences of batches in pairs: [pairs]. batch_size is ignored."""
+        queries, documents = ((text for batch in inputs for text in batch["text"]) for inputs in (inputs1, inputs2))
+        return self.engine.score(zip(queries, documents, strict=True), show_progress=False)
+
+
+def _model_meta(engine: Engine) -> Any:
+    name = engine.checkpoint.name.rpartition("/")[2]
+    return ModelMeta.create_empty({"name": f"unpadded/{name}", "revision": "local"})

@@ -15,7 +15,6 @@ Written for sentence-transformers >= 6.2, < 7, because it overrides methods that
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -28,30 +27,28 @@ from sentence_transformers.base import modules
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
-from transformers import TokenizersBackend
 
-from unpadded.checkpoint.hub import fetch
 from unpadded.checkpoint.modules import TASK_TRANSFORMER
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
 from unpadded.errors import CheckpointError, ConfigError, OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
+from unpadded.integrations.cross_encoder import CrossEncoder as CrossEncoder
+from unpadded.integrations.module_checks import (
+    is_modified,
+    log_unsupported,
+    open_supported,
+    tokenizer_state,
+    tokenizes_as_engine,
+    without_hub_keywords,
+)
 from unpadded.integrations.module_head import SENTENCE, addresses, is_normalize, read_head
 from unpadded.integrations.transformers import UnpaddedModel, make_config
 from unpadded.model.heads import Head
 from unpadded.tokenization.tokenizer import Tokenizer
 
-logger = logging.getLogger("unpadded")
-
 TOKENS = "token_embeddings"  # a value of output_value, as is SENTENCE
-# Keywords of the hub, which sentence-transformers adds to model_kwargs and others; the folder is already downloaded.
-HUB_KEYWORDS = {"token", "trust_remote_code", "revision", "local_files_only", "cache_dir"}
-# Attributes of a Transformer module that change the token ids.
-PREPROCESSING = ("processing_kwargs", "query_length", "document_length", "query_expansion")
-# Attributes of the model part of a tokenizer, which a caller may change.
-TOKENIZER_MODEL = ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix", "dropout", "byte_fallback")
-METHODS = ("forward", "preprocess", "tokenize")
 # Keywords of `_inference` that do not keep the engine from running.
 ENGINE_KEYWORDS = {"batch_size", "normalize_embeddings", "save_to_cpu", "show_progress_bar", "task", "truncate_dim"}
 
@@ -81,7 +78,10 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         **options: Any,
     ) -> Any:
         """Return `Transformer` in place of the base class, and of the checkpoint's class that takes a task."""
-        if class_ref == TASK_TRANSFORMER and _open(model_name_or_path, revision=revision, **options) is not None:
+        if (
+            class_ref == TASK_TRANSFORMER
+            and open_supported(model_name_or_path, revision=revision, **options) is not None
+        ):
             return Transformer
         module_class = super()._load_module_class_from_ref(
             class_ref, model_name_or_path, trust_remote_code, revision, *args, **options
@@ -92,7 +92,7 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         self, model_name_or_path: str, **options: Any
     ) -> tuple[list[nn.Module] | OrderedDict[str, nn.Module], dict[str, Any]]:
         """Return the modules of a checkpoint without modules.json."""
-        checkpoint = _open(model_name_or_path, **options)
+        checkpoint = open_supported(model_name_or_path, **options)
         if checkpoint is None:
             return super()._load_default_modules(model_name_or_path, **options)
         if not options["local_files_only"]:
@@ -159,8 +159,10 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
             or output_value not in (SENTENCE, TOKENS)
             or head is None
             or not isinstance(transformer, Transformer)
-            or not transformer.tokenizes_as_engine(output_value)
-            or _is_modified(self)
+            or not tokenizes_as_engine(
+                transformer, transformer.model.engine.checkpoint.spec, padded=output_value == TOKENS
+            )
+            or is_modified(self)
         ):
             return None
         engine: Engine | None = transformer.engine_with(head)
@@ -185,14 +187,14 @@ class Transformer(modules.Transformer):
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> modules.Transformer:  # type: ignore[override]
         """Load a saved module; the base class if the checkpoint is not supported."""
-        checkpoint = _open(model_name_or_path, **options)
+        checkpoint = open_supported(model_name_or_path, **options)
         if checkpoint is not None:
             saved = cls.load_config(str(checkpoint.folder))
             modality = {name: saved[name] for name in ("modality_config", "module_output_name")}
             try:
                 return cls.from_checkpoint(checkpoint, modality, **options)
             except ConfigError as error:
-                _log_unsupported(model_name_or_path, error)
+                log_unsupported(model_name_or_path, error)
         module: modules.Transformer = modules.Transformer.load(model_name_or_path, **options)
         return module
 
@@ -209,15 +211,15 @@ class Transformer(modules.Transformer):
     ) -> Transformer:
         transformer: Transformer = cls(
             str(checkpoint.folder),
-            model_kwargs=_without_hub_keywords(model_kwargs) | _without_hub_keywords(config_kwargs),
-            processor_kwargs=_without_hub_keywords(processor_kwargs),
+            model_kwargs=without_hub_keywords(model_kwargs) | without_hub_keywords(config_kwargs),
+            processor_kwargs=without_hub_keywords(processor_kwargs),
             do_lower_case=checkpoint.lower_case,
             **modality or {},
         )
         if "model_max_length" not in (processor_kwargs or {}):
             transformer.max_seq_length = checkpoint.max_length
-        if not _without_hub_keywords(processor_kwargs).keys() - {"model_max_length"}:  # both have read the same files
-            transformer.engine_tokenizer_state = transformer.tokenizer_state()
+        if not without_hub_keywords(processor_kwargs).keys() - {"model_max_length"}:  # both have read the same files
+            transformer.engine_tokenizer_state = tokenizer_state(transformer.tokenizer)
         return transformer
 
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
@@ -228,43 +230,13 @@ class Transformer(modules.Transformer):
     ) -> UnpaddedModel:
         return UnpaddedModel.from_pretrained(model_name_or_path, **options)
 
-    def tokenizer_state(self) -> tuple[object, ...]:
-        """Return what makes the tokenizer's token ids of a text; a caller may change it."""
-        tokenizer: Any = self.tokenizer
-        backend = tokenizer.backend_tokenizer
-        steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-        return (
-            tokenizer.name_or_path,
-            len(tokenizer),
-            [getattr(backend.model, name, None) for name in TOKENIZER_MODEL],
-            [step and step.__getstate__() for step in steps],
-            [(index, repr(token)) for index, token in backend.get_added_tokens_decoder().items()],
-        )
-
-    def tokenizes_as_engine(self, output_value: str) -> bool:
-        """Return whether the module, in its current state, makes the inputs that the engine makes of its tokenizer."""
-        spec = self.model.engine.checkpoint.spec
-        length, tokenizer = self.max_seq_length, self.tokenizer
-        column_positions = spec.position_rows > 0 and spec.padding_id is None  # they count padding on the left
-        return (
-            isinstance(length, int)
-            and not (spec.position_limit and length > spec.position_limit)
-            and not any(getattr(self, name) for name in PREPROCESSING)
-            and "message" not in self.modality_config
-            and isinstance(tokenizer, TokenizersBackend)
-            and not tokenizer.split_special_tokens
-            and tokenizer.truncation_side == "right"
-            and (tokenizer.padding_side == "right" or not (output_value == TOKENS or column_positions))
-            and "attention_mask" in tokenizer.model_input_names
-        )
-
     def engine_with(self, head: Head) -> Engine | None:
         """Return the model's engine with this head and the module's tokenizer and max_seq_length; it is kept.
 
         None for a tokenizer that the engine does not support.
         """
         engine: Engine = self.model.engine
-        runner, tokenizer, state = engine._pipeline.runner, engine.tokenizer, self.tokenizer_state()
+        runner, tokenizer, state = engine._pipeline.runner, engine.tokenizer, tokenizer_state(self.tokenizer)
         if state != self.engine_tokenizer_state:
             module_tokenizer: Any = self.tokenizer
             backend = tokenizers.Tokenizer.from_str(module_tokenizer.backend_tokenizer.to_str())
@@ -285,39 +257,3 @@ class Transformer(modules.Transformer):
             budget = engine._pipeline.token_budget
             self.model.engine = engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
         return engine
-
-
-def _open(
-    model: str,
-    *,
-    token: str | bool | None,
-    cache_folder: str | None,
-    revision: str | None,
-    local_files_only: bool,
-    **_: Any,
-) -> Checkpoint | None:
-    """Return the checkpoint, or None if it is not supported (the reason is logged)."""
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = fetch(model, revision, cache_dir=cache_folder, token=token, local_files_only=local_files_only)
-    try:
-        return open_checkpoint(folder)
-    except ConfigError as error:
-        _log_unsupported(model, error)
-        return None
-
-
-def _log_unsupported(model: str, error: ConfigError) -> None:
-    logger.warning("%s runs as sentence-transformers loads it, without speedup: %s", model, error)
-
-
-def _without_hub_keywords(keywords: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (keywords or {}).items() if name not in HUB_KEYWORDS}
-
-
-def _is_modified(model: nn.Module) -> bool:
-    """Return whether a module has hooks, or methods that were set on the object."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or not vars(module).keys().isdisjoint(METHODS)
-        for module in model.modules()
-    )

@@ -35,9 +35,9 @@ def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: H
         rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, head.pooling, block_m))
         rows = rows.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
     rows = rows.float()
-    for layer in head.layers:  # whose weights are fp32
+    for layer in head.layers:
         rows = layer(rows, encoder.linear)
-    return rows
+    return rows.float()
 
 
 def select_pooled_tokens(cu_seqlens: Tensor, pooling: str, block_m: int) -> SelectedTokens:

@@ -25,7 +25,7 @@ class LayerNorm:
     weight: Tensor  # [hidden]
     bias: Tensor
     eps: float
-    prenorm: bool
+    prenorm: bool = False
 
     def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x, residual: [total_tokens, hidden]. Returns both for what follows."""
@@ -136,10 +136,11 @@ class HeadLayer(NamedTuple):
 
     def __call__(self, rows: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """rows: [n, in_features]; linear: `linear` or `linear_invariant`. Returns [n, out_features]."""
+        rows = rows.to(self.weight.dtype)
         if self.weight.ndim == 1:
             return F.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
         rows = linear(rows, self.weight, self.bias)
-        # in fp64, because on a CPU torch computes the last elements by another function, which rounds fp32 differently
+        # in fp64, because torch may compute the last elements on a CPU by another function, as it does for sigmoid
         activation = ACTIVATIONS.get(self.activation)
         return activation(rows.double()).to(rows.dtype) if activation else rows
 

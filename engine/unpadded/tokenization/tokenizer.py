@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self, get_args
+from typing import Self, TypeAlias, get_args
 
 import numpy as np
 import tokenizers
@@ -15,6 +15,8 @@ from unpadded.errors import CheckpointError, InputError, OptionError
 from unpadded.options import Truncation, check_choice
 from unpadded.tokenization.tokenizer_files import read_tokenizer
 from unpadded.tokenization.truncation import TextSlicer
+
+Pair: TypeAlias = tuple[str, str]  # such as a query and a document
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,22 @@ class Tokenizer:
         _check_texts(texts, indices)
         limit = self._token_limit(prompt, max_length)
         rows = self._truncated(texts, prompt, limit, left=truncation == "left")
-        for index, text, (_, is_truncated) in zip(indices, texts, rows, strict=True):
+        for index, (_, is_truncated) in zip(indices, rows, strict=True):
             if is_truncated and truncation == "error":
-                raise self._too_long(index, prompt, text, max_length)
+                raise InputError(
+                    f"text {index} is too long: more than {max_length} tokens; shorten it, or pass truncation='right' "
+                    "or 'left'"
+                )
         return [self._tokens(ids, truncated=is_truncated) for ids, is_truncated in rows]
 
     def encode_pairs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        *,
-        max_length: int,
-        token_types: bool,
-        truncation: Truncation = "right",
-        indices: Sequence[int] | None = None,
+        self, pairs: Sequence[Pair], indices: Sequence[int], max_length: int, truncation: Truncation, token_types: bool
     ) -> list[Tokens]:
         """Tokenize pairs of texts into at most `max_length` tokens each, including special tokens.
 
         Each distinct text is tokenized once. The last tokens of the longer text are removed first, as transformers
-        does; truncation: "right", or "error" as in `encode`. token_types: tokens of type 1 have the id ~id.
+        does; truncation, indices: as in `encode`, but not "left". token_types: tokens of type 1 have the id ~id.
         """
-        check_choice("truncation", truncation, ("right", "error"))
-        indices = range(len(pairs)) if indices is None else indices
         for side in zip(*pairs, strict=True):
             _check_texts(side, indices)
         before, between, after = self._pair_ids(token_types=token_types)
@@ -126,7 +123,7 @@ class Tokenizer:
             kept, other_kept = _longest_first(*lengths, limit)
             truncated = cut or other_cut or kept + other_kept < sum(lengths)
             if truncated and truncation == "error":
-                raise InputError(f"pair {index} exceeds {max_length} tokens; shorten it or pass truncation='right'")
+                raise InputError(f"pair {index} is too long: more than {max_length} tokens; shorten it")
             second_ids = np.array(other_ids[:other_kept], np.int32)
             parts = before, np.array(ids[:kept], np.int32), between, ~second_ids if token_types else second_ids, after
             rows.append(Tokens(np.concatenate(parts), truncated))
@@ -172,11 +169,7 @@ class Tokenizer:
         self._token_limit(prompt, chunk_length)
         before = self._leading + (next(self._encodings([prompt])).ids if prompt else [])
         limit = chunk_length - len(before) - len(self._trailing)
-        if not 0 <= overlap < limit:
-            raise OptionError(
-                f"overlap does not fit the chunks: {overlap} tokens, and a chunk has {limit} tokens of the text; "
-                "use one from 0 to less than that, or longer chunks"
-            )
+        overlap = min(overlap, limit - 1)
         rows = []
         for encoding in self._encodings(texts):
             ids = encoding.ids
@@ -186,16 +179,6 @@ class Tokenizer:
 
     def _tokens(self, ids: list[int], *, truncated: bool) -> Tokens:
         return Tokens(np.array(self._leading + ids + self._trailing, np.int32), truncated)
-
-    def _too_long(self, index: int, prompt: str, text: str, max_length: int) -> InputError:
-        length = f"more than {max_length}"
-        if len(text) <= self.block_characters:
-            encoding = next(self._encodings([prompt + text]))
-            length = str(len(self._leading) + len(encoding) + len(self._trailing))
-        return InputError(
-            f"text {index} is too long: {length} tokens, and the maximum is {max_length}; "
-            "shorten it or pass truncation='right' or 'left'"
-        )
 
     def _token_limit(self, prompt: str, max_length: int) -> int:
         """Return the maximum number of tokens of prompt + text; OptionError if the prompt leaves none for the text."""
@@ -253,10 +236,8 @@ def _longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
     """Return how many tokens of two texts are kept: the longer one is cut first, then both to halves of the limit."""
     if first + second <= limit:
         return first, second
-    half = limit // 2
-    if min(first, second) > half:  # the longer text keeps the odd token
-        return (limit - half, half) if first > second else (half, limit - half)
-    return (first, limit - first) if first <= second else (limit - second, second)
+    short = min(first, second, limit // 2)
+    return (short, limit - short) if first <= second else (limit - short, short)
 
 
 def _find_surrogate(text: str) -> int | None:

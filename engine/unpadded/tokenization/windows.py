@@ -16,12 +16,11 @@ import numpy as np
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import InputError, TooLargeError, WorkerError
 from unpadded.options import Plan
-from unpadded.tokenization.tokenizer import Tokenizer
+from unpadded.tokenization.tokenizer import Pair, Tokenizer
 
 logger = logging.getLogger("unpadded")
 
 Text: TypeAlias = str | Sequence[int] | np.ndarray
-Pair: TypeAlias = tuple[str, str]
 Item = TypeVar("Item")
 
 # long_text="mean" as in nomic's client (gpt4all): tokens of a chunk, including prompt and special tokens, and of an
@@ -93,11 +92,9 @@ def iterate(texts: Iterable[Item], step: int = 4096) -> Iterable[Item]:
 
 
 def _checked_pair(pair: Any, index: int) -> Pair:
-    if isinstance(pair, str | bytes | Mapping) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
-        raise InputError(f"pair {index} is not a pair of texts: {pair!r:.80}; pass (query, document)")
-    for text in pair:
-        if not isinstance(text, str):
-            raise InputError(f"pair {index} has a text that is not a string: {text!r:.80}; pass (query, document)")
+    is_sequence = isinstance(pair, Sequence | np.ndarray) and len(pair) == 2
+    if not is_sequence or not all(isinstance(text, str) for text in pair):
+        raise InputError(f"pair {index} is not a pair of strings: {pair!r:.80}; pass (query, document)")
     return str.__str__(pair[0]), str.__str__(pair[1])
 
 
@@ -221,11 +218,7 @@ class WindowReader:
         if pairs:
             assert score is not None
             rows = self.tokenizer.encode_pairs(
-                list(pairs.values()),
-                max_length=max_length,
-                token_types=score.token_types,
-                truncation=plan.truncation,
-                indices=list(pairs),
+                list(pairs.values()), list(pairs), max_length, plan.truncation, score.token_types
             )
             found |= {index: ([row.ids], row.truncated) for index, row in zip(pairs, rows, strict=True)}
         if not strings:  # token ids need no tokenizer

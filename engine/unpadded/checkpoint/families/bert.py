@@ -7,15 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.family import (
-    TRANSFORMERS,
-    Family,
-    by_type_or_name,
-    choice,
-    encoder_tensors,
-    score_layers,
-    sizes,
-)
+from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes, tanh_head
 from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, required
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
@@ -56,11 +48,11 @@ FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
-    score=score_layers("pooler.dense", "classifier"),
+    score=tanh_head("pooler.dense", "classifier"),
 )
 ROBERTA_FAMILY = replace(
     FAMILY,
     matches=by_type_or_name("xlm-roberta", "roberta"),
     read_config=read_roberta_config,
-    score=score_layers("classifier.dense", "classifier.out_proj"),
+    score=tanh_head("classifier.dense", "classifier.out_proj"),
 )

@@ -3,18 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unpadded.checkpoint.family import (
-    GATES,
-    Family,
-    Layout,
-    ScoreLayers,
-    by_type_or_name,
-    choice,
-    encoder_tensors,
-    sizes,
-)
+from unpadded.checkpoint.family import GATES, Family, Layout, by_type_or_name, choice, encoder_tensors, sizes
 from unpadded.checkpoint.json_config import allow_only, consistent, contradiction, not_implemented, optional, section
-from unpadded.checkpoint.modules import Dense
+from unpadded.checkpoint.modules import Dense, Pooling
 from unpadded.checkpoint.spec import EncoderSpec, LocalAttention, Rotary
 
 BIASES = {"attention_bias": ("qkv", "out"), "mlp_bias": ("up", "down"), "norm_bias": ("norm",)}
@@ -77,7 +68,7 @@ def _rotary(config: Mapping[str, Any], layer_type: str, base_key: str, default: 
     return Rotary(base=base or default, trained_length=optional(config, "max_position_embeddings", 8192))
 
 
-def _score_layers(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> ScoreLayers:
+def _score_layers(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> tuple[Pooling, tuple[Dense, ...]]:
     allow_only(config, {"classifier_activation": "gelu"})
     pooling = optional(config, "classifier_pooling", "cls")
     if pooling not in ("cls", "mean"):

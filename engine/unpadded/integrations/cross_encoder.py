@@ -1,0 +1,196 @@
+"""sentence-transformers' CrossEncoder with a packed forward pass.
+
+>>> from unpadded.integrations.sentence_transformers import CrossEncoder
+>>> CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2").predict([("What is TSNE?", "A method to visualize data.")])
+
+Loading, saving, training, prompts and pools are sentence-transformers' own code. The first call that is supported loads
+the weights a second time, into an engine. It scores pairs of texts and single texts as long as modules, parameters and
+tokenizer are as they were loaded; they may have been moved, cast or copied, and `max_seq_length` may differ. Otherwise
+the modules run, and a warning is logged once for each reason.
+
+Written for sentence-transformers >= 6.2, < 7, because it overrides `_inference` and `_load_modules`, private there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import sentence_transformers
+import torch
+from torch import Tensor, nn
+
+from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
+from unpadded.engine import Engine
+from unpadded.errors import CheckpointError, OptionError, UnpaddedError
+from unpadded.execution.pipeline import EmbeddingPipeline
+from unpadded.integrations.module_checks import (
+    find_folder,
+    is_modified,
+    log_unsupported,
+    logger,
+    tokenizer_state,
+    tokenizes_as_engine,
+    without_hub_keywords,
+)
+from unpadded.loading import load
+
+# Keywords of transformers' from_pretrained that do not affect the values of the parameters.
+MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_usage", "use_safetensors"}
+SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
+
+
+class CrossEncoder(sentence_transformers.CrossEncoder):
+    """Takes the same arguments and returns the same results. The engine ignores `batch_size`."""
+
+    _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
+    _engine: Engine | None = None  # set by the first call that it supports
+    # the sample, the settings and the weight files after loading; set by __init__
+    _loaded: tuple[Tensor, tuple[object, ...], list[object]]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._logged_reasons: set[str] = set()
+        if self._checkpoint is not None:
+            self._loaded = self._sample(), self._settings(), _file_states(self._checkpoint)
+
+    def _load_modules(self, model_name_or_path: str, **options: Any) -> Any:  # type: ignore[override]
+        found = super()._load_modules(model_name_or_path, **options)
+        try:
+            self._checkpoint = self._open(model_name_or_path, **options)
+        except UnpaddedError as error:
+            log_unsupported(model_name_or_path, error)
+        return found
+
+    def _open(
+        self, model: str, *, model_kwargs: Any, processor_kwargs: Any, config_kwargs: Any, **options: Any
+    ) -> Checkpoint:
+        """Return the checkpoint; UnpaddedError, with the reason, if an engine cannot compute the scores."""
+        if self.backend != "torch":
+            raise OptionError(f"backend = {self.backend!r} is not supported; omit it")
+        checkpoint = open_checkpoint(find_folder(model, **options))
+        if checkpoint.score is None:
+            raise OptionError(f"{model} has no head for scores; train one first")
+        keywords = without_hub_keywords(config_kwargs)
+        if keywords.get("num_labels") == len(checkpoint.score.labels):
+            del keywords["num_labels"]
+        keywords |= {name: None for name in without_hub_keywords(processor_kwargs) if name != "model_max_length"}
+        keywords |= {name: None for name in without_hub_keywords(model_kwargs) if name not in MODEL_KEYWORDS}
+        if keywords:
+            raise OptionError(f"the engine does not support {', '.join(keywords)}; omit it")
+        return checkpoint
+
+    @torch.inference_mode()
+    def _inference(  # type: ignore[override]  # keywords are passed through
+        self,
+        inputs: list[Any],
+        *,
+        prompt: str | None,
+        show_progress_bar: bool,
+        activation_fn: Callable[[Tensor], Tensor] | None,
+        apply_softmax: bool | None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Score in the engine if it computes what the modules would compute, else in the modules."""
+        target = self._resolve_inference_device(device)
+        self.eval()
+        engine = self._engine_for(inputs, options)
+        if engine is None:
+            shared = {"prompt": prompt, "show_progress_bar": show_progress_bar, "activation_fn": activation_fn}
+            return super()._inference(inputs, **shared, apply_softmax=apply_softmax, device=device, **options)
+        pairs = [one if isinstance(one, str) else tuple(one) for one in inputs]
+        logits = engine.score(pairs, activation="none", prompt=prompt or "", show_progress=bool(show_progress_bar))
+        scores = torch.from_numpy(logits).to(target).reshape(len(pairs), -1)
+        if activation_fn is not None:
+            scores = activation_fn(scores)
+        if self.num_labels == 1 and scores.ndim > 1:
+            scores = scores.squeeze(-1)
+        return nn.functional.softmax(scores, dim=1) if apply_softmax and scores.ndim > 1 else scores
+
+    def _engine_for(self, inputs: list[Any], options: dict[str, Any]) -> Engine | None:
+        """Return an engine that computes what the modules, in their current state, would; None if it cannot."""
+        checkpoint = self._checkpoint
+        if checkpoint is None or not inputs:
+            return None
+        reason = self._own_reason(checkpoint, inputs, options)
+        if reason is None:
+            try:
+                return self._current_engine(checkpoint)
+            except UnpaddedError as error:
+                reason, self._checkpoint = str(error), None
+        if reason not in self._logged_reasons:
+            self._logged_reasons.add(reason)
+            logger.warning("%s runs in sentence-transformers' modules: %s", checkpoint.name, reason)
+        return None
+
+    def _own_reason(self, checkpoint: Checkpoint, inputs: list[Any], options: dict[str, Any]) -> str | None:
+        """Return why the modules have to run, or None."""
+        if unsupported := sorted(options.keys() - {"batch_size"}):
+            return f"{', '.join(unsupported)} is not supported"
+        if not (all(isinstance(one, str) for one in inputs) or all(map(_is_pair, inputs))):
+            return "the inputs are not pairs of texts"
+        if torch.is_autocast_enabled(self.device.type):
+            return "autocast is enabled"
+        if is_modified(self):
+            return "its modules have hooks or replaced methods"
+        sample, settings, _ = self._loaded
+        current = self._sample()
+        if torch.promote_types(current.dtype, sample.dtype) != sample.dtype:
+            return f"its parameters were cast from {sample.dtype} to {current.dtype}"
+        if not torch.equal(sample.to(current), current):
+            return "its parameters have changed"
+        if settings != self._settings() or not tokenizes_as_engine(self[0], checkpoint.spec):
+            return "its modules or its tokenizer have changed, or are not supported"
+        return None
+
+    def _sample(self) -> Tensor:
+        """Return values of every parameter. All of them would take longer to read than the forward pass of a pair."""
+        values = (parameter.detach().reshape(-1) for parameter in self.parameters())
+        return torch.cat([value[:: max(1, len(value) // SAMPLES)] for value in values])
+
+    def _settings(self) -> tuple[object, ...]:
+        """Return what the modules compute with, except for the parameters and `max_seq_length`."""
+        transformer, *rest = self
+        return (
+            [type(module) for module in self.modules()],
+            [module.get_config_dict() for module in rest],
+            transformer.model.config.to_dict(),
+            tokenizer_state(transformer.tokenizer),
+            transformer.tokenizer.model_input_names,
+        )
+
+    def _current_engine(self, checkpoint: Checkpoint) -> Engine:
+        """Return an engine on the model's device, in its dtype, with its max_seq_length; it is kept."""
+        engine, length = self._engine, self.max_seq_length
+        where = engine and (engine._pipeline.runner.device, engine._pipeline.runner.encoder.weights.word.dtype)
+        if engine is None or where != (self.device, self.dtype):
+            self._engine = None  # before the next one needs memory
+            if _file_states(checkpoint) != self._loaded[2]:
+                raise CheckpointError(
+                    f"the weight files have changed since the modules were loaded: {checkpoint.folder}"
+                )
+            engine = load(checkpoint.folder, device=self.device, dtype=self.dtype)
+        if engine.checkpoint.max_length != length:
+            pipeline = engine._pipeline
+            checkpoint = replace(pipeline.checkpoint, max_length=length)
+            engine = Engine(EmbeddingPipeline(checkpoint, pipeline.tokenizer, pipeline.runner, pipeline.token_budget))
+        self._engine = engine
+        return engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the engine; a copy loads its own."""
+        return {**self.__dict__, "_engine": None}
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _file_states(checkpoint: Checkpoint) -> list[object]:
+    """Return what differs after a weight file was replaced or deleted."""
+    layers = checkpoint.score.dense if checkpoint.score else ()
+    files = [*checkpoint.weight_files, *(file for layer in layers for file in layer.weight_files)]
+    states = (file.exists() and file.stat() for file in files)
+    return [state and (state.st_mtime_ns, state.st_size) for state in states]
