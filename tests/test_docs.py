@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,8 +31,10 @@ from support.snippets import ForkingProcess, read_snippets
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-URL = "http://127.0.0.1:8080"  # the server's in the documentation
+URL = "http://127.0.0.1:8080"  # the servers' in the documentation
+RERANKER_URL = "http://127.0.0.1:8081"
 SERVE = "unpadded serve nomic-ai/nomic-embed-text-v1.5 --alias text-embedding-3-small --default-task search_document"
+SERVE_RERANKER = "unpadded serve cross-encoder/ms-marco-MiniLM-L6-v2 --port 8081 --alias rerank-v3.5"
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,32 @@ def site(pytestconfig: pytest.Config) -> Iterator[Site]:
         process = ForkingProcess(
             folder, {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "HOME": name, "OMP_NUM_THREADS": "1"}
         )
-        read, write = os.pipe()
-        arguments = [*SERVE.split()[1:], "--port", "0"]
         try:
-            with process.start("cli", folder, arguments, write, write), open(read) as log:
-                os.close(write)
-                ready = next((line for line in log if '"ready"' in line), None)
-                assert ready is not None, "the server did not start"
-                yield Site(process, json.loads(ready)["url"])
+            with serve(process, folder, SERVE) as url:
+                yield Site(process, url)
         finally:
             process.close()
 
 
+@contextlib.contextmanager
+def serve(process: ForkingProcess, folder: Path, command: str) -> Iterator[str]:
+    """Start a server of the documentation on a free port, and yield its URL."""
+    read, write = os.pipe()
+    arguments = [*command.split()[1:], "--port", "0"]
+    with process.start("cli", folder, arguments, write, write), open(read) as log:
+        os.close(write)
+        ready = next((line for line in log if '"ready"' in line), None)
+        assert ready is not None, "the server did not start"
+        yield json.loads(ready)["url"]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if read_snippets(page)], ids=lambda page: page.name)
 def test_the_snippets_of_a_page_run(page: Path, site: Site, tmp_path: Path) -> None:
-    status, printed = site.process.run("page", tmp_path, [str(page), {URL: site.url}])
+    with contextlib.ExitStack() as stack:
+        urls = {URL: site.url}
+        if SERVE_RERANKER in page.read_text():
+            urls[RERANKER_URL] = stack.enter_context(serve(site.process, tmp_path, SERVE_RERANKER))
+        status, printed = site.process.run("page", tmp_path, [str(page), urls])
     assert status == 0, printed
 
 

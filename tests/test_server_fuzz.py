@@ -20,7 +20,12 @@ import numpy as np
 import pytest
 import schemathesis
 from schemathesis import GenerationMode
-from support.checkpoints import MINILM_NAME, add_sentence_transformers_files, write_nomic
+from support.checkpoints import (
+    MINILM_NAME,
+    add_sentence_transformers_files,
+    write_bert_reranker,
+    write_nomic,
+)
 from support.corpus import PARAGRAPHS
 from support.serving import HANG_SECONDS, serving, wait_until
 
@@ -34,6 +39,10 @@ VALID = {
     "/embed": {"inputs": ["a", [101, 102]], "truncate": True, "truncation_direction": "left", "normalize": False},
     "/embed_all": {"inputs": "a b", "truncate": None},
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}},
+    "/rerank": {"query": "a", "texts": ["b", "c"], "raw_scores": True, "return_text": True, "truncate": False},
+    "/predict": {"inputs": [["a"], ["b", "c"]], "truncation_direction": "right"},
+    "/v1/rerank": {"query": "a", "documents": [{"text": "c"}], "return_documents": True},
+    "/v2/rerank": {"query": "a", "documents": ["b"], "max_tokens_per_doc": 4096, "priority": 0},
     "/tokenize": {"inputs": ["a"], "add_special_tokens": False},
     "/decode": {"ids": [[1, 2], [3]], "skip_special_tokens": True},
 }
@@ -142,8 +151,8 @@ def resident(server):
 def test_fuzzed_requests_never_break_the_server(tmp_path, request):
     """No 500, no hang, no memory growth, and known texts get exactly the same vectors in between."""
     count = request.config.getoption("fuzz")
-    folder = add_sentence_transformers_files(write_nomic(tmp_path / "model"))
-    expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="")
+    folder = write_bert_reranker(tmp_path / "model", prompts={"search_document": "", "clustering": ""})
+    expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="", normalize=True)
     with serving(folder, "--max-body", "400000", "--max-inputs", "64", fork=False, env=SMALL_CACHES) as server:
         document = json.loads(server.request("GET", "/openapi.json")[2])
         operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]

@@ -6,7 +6,7 @@ import logging
 import shutil
 
 import pytest
-from support.checkpoints import MINILM_NAME
+from support.checkpoints import MINILM_NAME, write_bert_reranker
 from support.serving import serving
 
 from unpadded.server import logs
@@ -80,6 +80,20 @@ def test_the_page_shows_the_model_and_ranks_lines(server, page):
     page.locator("#status", has_text="length >= 1").wait_for()
     links = [link.get_attribute("href") for link in page.locator("nav a").all()]
     assert links == ["docs", "openapi.json", "metrics", "health"]
+
+
+@pytest.mark.parametrize(("labels", "path"), [(("LABEL_0",), "/rerank"), (("a", "b"), "/predict")])
+def test_the_page_of_a_model_with_scores_shows_how_to_get_them(browser, tmp_path, labels, path):
+    with serving(write_bert_reranker(tmp_path / "model", labels=labels)) as server:
+        page = browser.new_page()
+        page.set_default_timeout(600_000)
+        page.goto(server.url + "/")
+        page.locator("#facts", has_text="128 dimensions").wait_for()
+        calls = page.locator("#calls pre").all_inner_texts()
+        page.close()
+        assert len(calls) == 4 and calls[0].startswith(f"curl {server.url}{path}")
+        body = json.loads(calls[0].partition("-d '")[2].rstrip("'"))
+        assert server.post(path, body)
 
 
 def test_the_documentation_lists_every_operation_and_field(server, page):

@@ -147,8 +147,18 @@ def write_bert(
     )
 
 
-def write_bert_reranker(folder: Path, *, labels: Sequence[str] = ("LABEL_0",), seed: int = 0, **shape: int) -> Path:
-    """Write a BertForSequenceClassification, by default with one label, as the ms-marco rerankers are published."""
+def write_bert_reranker(
+    folder: Path,
+    *,
+    labels: Sequence[str] = ("LABEL_0",),
+    prompts: dict[str, str] | None = None,
+    seed: int = 0,
+    **shape: int,
+) -> Path:
+    """Write a BertForSequenceClassification, by default with one label, as the ms-marco rerankers are published.
+
+    prompts: also write the files that sentence-transformers saves, with these.
+    """
     write_bert(folder, prefix="bert.", seed=seed, **shape)
     tensors = load_file(folder / "model.safetensors")
     width = len(tensors["bert.pooler.dense.bias"])
@@ -160,6 +170,14 @@ def write_bert_reranker(folder: Path, *, labels: Sequence[str] = ("LABEL_0",), s
         id2label={str(index): label for index, label in enumerate(labels)},
         label2id={label: index for index, label in enumerate(labels)},
     )
+    if prompts is not None:
+        kind = "sentence_transformers.base.modules.transformer.Transformer"
+        write_json(folder / "modules.json", [{"idx": 0, "name": "0", "type": kind, "path": ""}])
+        task = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
+        modality = {"text": {"method": "forward", "method_output_name": "logits"}}
+        write_json(folder / "sentence_bert_config.json", {**task, "modality_config": modality})
+        config = {"model_type": "CrossEncoder", "prompts": prompts, "default_prompt_name": None}
+        write_json(folder / "config_sentence_transformers.json", config)
     return folder
 
 

@@ -11,14 +11,16 @@ from unpadded.options import describe
 from unpadded.server.options import API_KEYS_VARIABLE, FLAG_NAMES, ServerOptions
 
 DESCRIPTION = """\
-Serve a model's embeddings over HTTP, with the APIs of OpenAI, nomic and text-embeddings-inference (TEI).
+Serve a model's embeddings and scores over HTTP, with the APIs of OpenAI, nomic, text-embeddings-inference (TEI), Cohere
+and Jina.
 All requests share batches within the model's token budget, so a short request never waits for a long one to finish."""
 
 EPILOG = """\
 APIs:
   OpenAI    POST /v1/embeddings, GET /v1/models        base_url="http://HOST:PORT/v1"
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
-  TEI       POST /embed /embed_all /similarity /tokenize /decode, GET /info /health /metrics
+  TEI       POST /embed /embed_all /similarity /rerank /predict /tokenize /decode, GET /info /health /metrics
+  rerankers POST /v1/rerank (Cohere, Jina), /v2/rerank (Cohere)
   all       GET /openapi.json, and GET / and /docs in a browser. Request bodies may be compressed with gzip. With
             "Accept: application/octet-stream", vectors are returned as raw little-endian float32 rows, and the header
             x-shape has their shape.

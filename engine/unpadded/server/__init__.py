@@ -1,4 +1,4 @@
-"""An HTTP server for one engine, with the APIs of OpenAI, nomic and text-embeddings-inference on one port.
+"""An HTTP server for one engine, with the APIs of OpenAI, nomic, text-embeddings-inference, Jina and Cohere.
 
 options        flags of `unpadded serve` and their validation
 serve          start, listen, drain on SIGTERM
@@ -10,5 +10,5 @@ service        the engine as endpoints use it: model names, limits, shared batch
 responses      response bodies, and the pages in pages/
 errors         error responses
 metrics        Prometheus metrics
-api/           fields: what requests share; openai, nomic, tei: the request types and handlers of each API
+api/           fields: what requests share; openai, nomic, tei, rerank (Jina, Cohere): request types and handlers
 """

@@ -6,7 +6,7 @@ import orjson
 
 from unpadded.errors import OutputError, OverloadedError, UnpaddedError
 
-Api = Literal["openai", "tei", "nomic"]
+Api = Literal["openai", "tei", "nomic", "rerank"]  # rerank: of Jina and Cohere
 
 STATUS_CODES = {
     "malformed": 400,
@@ -21,6 +21,7 @@ STATUS_CODES = {
     "too_large": 413,
     "unsupported_encoding": 415,
     "model_failed": 424,
+    "no_scores": 424,  # as TEI
     "overloaded": 429,
     "head_too_large": 431,
     "internal": 500,
@@ -29,8 +30,8 @@ STATUS_CODES = {
     "draining": 503,
     "deadline": 504,
 }
-# OpenAI's API answers 400 for every invalid value in a request.
-OPENAI_STATUS_CODES = {"invalid": 400, "too_many_inputs": 400, "too_long": 400}
+# The APIs of OpenAI and Cohere answer 400 for every invalid value in a request.
+BAD_REQUESTS = {"invalid", "too_many_inputs", "too_long", "no_scores"}
 OPENAI_TYPES = {401: "authentication_error", 424: "server_error", 429: "rate_limit_error"}
 OPENAI_CODES = {
     "unauthorized": "invalid_api_key",
@@ -43,6 +44,8 @@ TEI_TYPES = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloa
 
 def api_of_path(path: str) -> Api:
     """Return the API whose error bodies a client expects that requests a path without an endpoint."""
+    if path == "/v1/rerank" or path.startswith("/v2/"):
+        return "rerank"
     return "openai" if path.startswith("/v1/") else "tei"
 
 
@@ -60,11 +63,14 @@ class HTTPError(Exception):
         self.kind = kind
 
     def encode(self, api: Api) -> tuple[int, bytes]:
-        """Return the status code, and the JSON body as OpenAI, text-embeddings-inference or nomic defines it."""
+        """Return the status code, and the JSON body as the API defines it."""
         code, message = STATUS_CODES[self.kind], str(self)
         body: dict[str, Any] = {"detail": message}
-        if api == "openai":
-            code = OPENAI_STATUS_CODES.get(self.kind, code)
+        if api in ("openai", "rerank") and self.kind in BAD_REQUESTS:
+            code = 400
+        if api == "rerank":
+            body["message"] = message  # Cohere's name; Jina has nomic's
+        elif api == "openai":
             type_ = OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")
             body = {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
         elif api == "tei":

@@ -40,6 +40,7 @@ IGNORED = frozenset({"user", "options", "metadata", "request_id", "priority", "s
 DEFAULTS: dict[str, object] = {
     "add_special_tokens": True,
     "late_chunking": False,
+    "return_embeddings": False,
     "embedding_type": "float",
     "output_dtype": "float",
     "truncate_prompt_tokens": None,

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
 from unpadded.execution.batcher import Limits, Rows, run_windows
+from unpadded.execution.pipeline import Ranked, ranked
 from unpadded.execution.runner import Runner
-from unpadded.options import EncodeKeywords, Plan
+from unpadded.options import EncodeKeywords, Plan, ScoreActivation
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
 from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
-from unpadded.tokenization.windows import Text, Window
+from unpadded.tokenization.windows import Pair, Text, Window
 
 # Per text, and per /tokenize: tokenizing so many takes up to 2 s of a core and 0.3 GB (Chinese, BERT, Xeon, 2026-11).
 MAX_CHARACTERS = 1 << 19
@@ -56,11 +57,17 @@ class Service:
             watch("gpu_memory_bytes", "GPU memory held by tensors", memory)
 
     def warm_up(self) -> None:
-        """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture."""
+        """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture.
+
+        A model with scores runs batches of pairs: there are other graphs for its head and for two token types.
+        """
         vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
-        work = self.pipeline.work(self.pipeline.plan())
+        head = self.engine.checkpoint.score
+        work = self.pipeline.work(self.pipeline.plan() if head is None else self.pipeline.score_plan()[0])
         for tokens, texts in self.warm_up_sizes():
             ids = np.arange(tokens, dtype=np.int32) % vocabulary
+            if head is not None and head.token_types:
+                ids[tokens // 2 :] = ~ids[tokens // 2 :]
             sequences = np.array_split(ids, max(texts, -(-tokens // length)))
             # One call per device, submitted together so that each device runs one.
             calls = [self.batcher.submit(sequences, work) for _ in range(self.backend.devices)]
@@ -104,6 +111,46 @@ class Service:
         _, results = await self._run(given, usage, pooled=False, **options)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
+    async def rank(
+        self, query: str, documents: Sequence[str], usage: Usage, *, top_n: int | None = None, **options: Any
+    ) -> list[Ranked]:
+        """Return the best `top_n` documents for a query, or all of them, best first. options: those of `score`."""
+        head = self.engine.checkpoint.score
+        if head is not None and len(head.labels) > 1:
+            raise HTTPError("no_scores", f"the model gives {len(head.labels)} scores per pair, not one; use /predict")
+        return ranked(await self.score([(query, document) for document in documents], usage, **options), top_n)
+
+    async def score(
+        self,
+        pairs: Sequence[Pair | str],
+        usage: Usage,
+        *,
+        model: str | None = None,
+        truncate: bool | None = None,
+        truncation: Literal["right"] = "right",
+        raw_scores: bool = False,
+    ) -> np.ndarray:
+        """Score a request's pairs and single texts: [n], or [n, labels] if there are several.
+
+        The APIs define scores from 0 to 1, whatever the checkpoint's activation: a sigmoid of one label, a softmax over
+        several. raw_scores: without either.
+        """
+        head = self.engine.checkpoint.score
+        activation: ScoreActivation = "sigmoid" if head is not None and len(head.labels) == 1 else "softmax"
+        try:
+            plan, activate = self.pipeline.score_plan(
+                activation="none" if raw_scores else activation, truncation=truncation
+            )
+        except OptionError as error:
+            raise HTTPError("no_scores", str(error)) from error
+        if self.task_of_model(model) is not None:
+            raise HTTPError("invalid", f"scores have no task: {model!r}; use {self.model_name}")
+        self._check_sizes(pairs)
+        # A body can have many documents for one long query, which is tokenized with each of them.
+        size, what = sum(map(_size, pairs)), "the pairs are too long"
+        check_maximum("too_large", what, size, self.options.max_body, "characters", "send fewer documents")
+        return activate(self.pipeline.collect(await self._run_plan(pairs, plan, usage, truncate), plan).vectors)
+
     async def _run(
         self,
         given: str | list[Any],
@@ -115,10 +162,10 @@ class Service:
         pooled: bool = True,
         **options: Unpack[EncodeKeywords],
     ) -> tuple[Plan, list[tuple[Window, Rows]]]:
-        """Check and count a request's texts, and run them in batches shared with all requests.
+        """Check a request's texts and run them.
 
         model: its name in the request, which may have a task. truncate: None follows --long-input. fallback_task: the
-        task without --default-task. OverloadedError if the texts would not be done in time.
+        task without --default-task.
         """
         named, task = self.task_of_model(model), options.get("task")
         texts = self.texts(given)
@@ -127,18 +174,28 @@ class Service:
             raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")
         options["task"] = named or task or self.options.default_task or fallback_task
         plan = self.pipeline.plan(**options)
+        return plan, await self._run_plan(texts, plan, usage, truncate, pooled)
+
+    async def _run_plan(
+        self, texts: Sequence[Text | Pair], plan: Plan, usage: Usage, truncate: bool | None, pooled: bool = True
+    ) -> list[tuple[Window, Rows]]:
+        """Count texts or pairs and run them in batches shared with all requests.
+
+        OverloadedError if they would not be done in time.
+        """
         usage.texts += len(texts)
-        usage.characters += sum(len(text) for text in texts if isinstance(text, str))
+        usage.characters += sum(_size(text) for text in texts if isinstance(text, str | tuple))
         deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
         limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.engine.checkpoint.max_length
         # Rejects most of what is too much before it is tokenized.
         estimate = sum(
-            min(len(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str) else len(text) for text in texts
+            min(_size(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str | tuple) else len(text)
+            for text in texts
         )
         self.batcher.check(estimate, limits)
         windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, pooled)
-        work, size = self.pipeline.work(plan, pooled=pooled), sum(map(len, texts))
-        return plan, await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
+        work, size = self.pipeline.work(plan, pooled=pooled), sum(map(_size, texts))
+        return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
     def texts(self, given: str | list[Any]) -> list[Text]:
         """Return the texts of a request's input: a string, strings, one sequence of token ids, or several.
@@ -150,10 +207,14 @@ class Service:
             first = next(item for item in given if isinstance(item, int))
             raise OptionError(f"the input mixes token ids such as {first} with texts; put each text's ids in a list")
         texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
-        check_maximum("too_many_inputs", "too many texts", len(texts), self.options.max_inputs, "texts", "send fewer")
-        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        check_maximum("too_long", "a text is too long", longest, MAX_CHARACTERS, "characters", "split it")
+        self._check_sizes(texts)
         return texts
+
+    def _check_sizes(self, texts: Sequence[Text | Pair]) -> None:
+        """Raise HTTPError for more texts or pairs, or more characters of one, than a request may have."""
+        check_maximum("too_many_inputs", "too many texts", len(texts), self.options.max_inputs, "texts", "send fewer")
+        longest = max((_size(text) for text in texts if isinstance(text, str | tuple)), default=0)
+        check_maximum("too_long", "a text is too long", longest, MAX_CHARACTERS, "characters", "split it")
 
     def _check_token_ids(self, texts: Sequence[Text], *, foreign: bool) -> None:
         """Raise HTTPError for token ids that the tokenizer does not make: those of another vocabulary."""
@@ -184,3 +245,8 @@ class Service:
                 what = "the response would have too many token vectors"
                 check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
+
+
+def _size(text: Text | Pair) -> int:
+    """Return the characters of a text or of both texts of a pair, or the number of token ids."""
+    return len(text[0]) + len(text[1]) if isinstance(text, tuple) else len(text)

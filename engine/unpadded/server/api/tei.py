@@ -1,8 +1,9 @@
 """The API of text-embeddings-inference (TEI)."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from msgspec import Meta, field
 
 import unpadded
@@ -13,7 +14,7 @@ from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.responses import Response, html_page, json_response, negotiate, vectors_response
 from unpadded.server.service import MAX_CHARACTERS, Service
 
-MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode
+MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode, as are the scores of /predict
 
 
 class CommonOptions(Request, kw_only=True):
@@ -57,6 +58,28 @@ class RootRequest(EmbedRequest, kw_only=True):
     inputs: Input | SimilarityInputs  # type: ignore[assignment]
 
 
+class ScoreOptions(Request, kw_only=True):
+    """Options of the endpoints that score. Only the end of a pair can be truncated."""
+
+    truncate: bool | None = None  # None follows the server's --long-input
+    truncation_direction: Literal["right", "Right"] | None = None
+    raw_scores: bool = False  # logits
+
+
+class RerankTextsRequest(ScoreOptions, kw_only=True):
+    """A query and the texts to rank for it."""
+
+    query: str
+    texts: Texts
+    return_text: bool = False
+
+
+class PredictRequest(ScoreOptions, kw_only=True):
+    """A text, a pair of texts, or a batch of [text] and [text, text]."""
+
+    inputs: str | Annotated[list[str | list[str]], Meta(min_length=1)]
+
+
 class TokenizeRequest(Request):
     """Texts to tokenize."""
 
@@ -95,6 +118,40 @@ async def _root(service: Service, request: RootRequest, context: RequestContext)
     return await _embed(service, request, context)
 
 
+async def _rerank(service: Service, request: RerankTextsRequest, context: RequestContext) -> Response:
+    found = await service.rank(request.query, request.texts, context.usage, **request.keywords())
+    results: list[dict[str, object]] = [{"index": one.index, "score": one.score} for one in found]
+    if request.return_text:
+        results = [result | {"text": request.texts[one.index]} for result, one in zip(results, found, strict=True)]
+    return json_response(results)
+
+
+async def _predict(service: Service, request: PredictRequest, context: RequestContext) -> Response:
+    given: Any = request.inputs
+    is_batch = not isinstance(given, str) and not isinstance(given[0], str)
+    inputs = given if is_batch else [[given] if isinstance(given, str) else given]
+    for index, texts in enumerate(inputs):
+        if isinstance(texts, str) or not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
+            message = f"input {index} is not a text or a pair of texts: {texts!r:.80}; send [text] or [text, text]"
+            raise HTTPError("invalid", message)
+    head = service.engine.checkpoint.score
+    labels = () if head is None else head.labels
+    count, what = len(inputs) * len(labels), "the response would have too many scores"
+    check_maximum("too_many_inputs", what, count, MAX_LISTED_TOKENS, "scores", "send fewer")
+    pairs = [(texts[0], texts[1]) if len(texts) == 2 else texts[0] for texts in inputs]
+    scores = (await service.score(pairs, context.usage, **request.keywords())).reshape(len(pairs), -1)
+
+    def to_json() -> Any:
+        orders = np.argsort(-scores, axis=1, kind="stable").tolist()
+        rows = [
+            [{"score": row[i], "label": labels[i]} for i in order]
+            for row, order in zip(scores.tolist(), orders, strict=True)
+        ]
+        return rows if is_batch else rows[0]
+
+    return json_response(to_json)
+
+
 async def _tokenize(service: Service, request: TokenizeRequest, context: RequestContext) -> Response:
     prompt = service.pipeline.plan(task=request.prompt_name or service.options.default_task).prompt
     prompted = [f"{prompt}{text}" for text in service.texts(request.inputs)]
@@ -130,6 +187,15 @@ def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
     ]
 
 
+def _model_type(service: Service) -> dict[str, object]:
+    head = service.engine.checkpoint.score
+    if head is None:
+        return {"embedding": {"pooling": service.description["pooling"]}}
+    ids = {label: index for index, label in enumerate(head.labels)}
+    names = {"id2label": {str(index): label for index, label in enumerate(head.labels)}, "label2id": ids}
+    return {"reranker" if len(head.labels) == 1 else "classifier": names}
+
+
 async def _info(service: Service, request: None, context: RequestContext) -> Response:
     options, description = service.options, service.description
     return json_response(
@@ -139,7 +205,7 @@ async def _info(service: Service, request: None, context: RequestContext) -> Res
             "model_dtype": description["dtype"],
             "device": description["device"],
             "dimensions": description["dimensions"],
-            "model_type": {"embedding": {"pooling": description["pooling"]}},
+            "model_type": _model_type(service),
             "max_concurrent_requests": options.max_concurrent_requests,
             "max_input_length": description["max_length"],
             "max_batch_tokens": description["token_budget"],
@@ -175,6 +241,8 @@ ENDPOINTS = [
     Endpoint("tei", "/embed", "One vector per text", _embed, EmbedRequest),
     Endpoint("tei", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
     Endpoint("tei", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
+    Endpoint("tei", "/rerank", "Texts by their score for a query, best first", _rerank, RerankTextsRequest),
+    Endpoint("tei", "/predict", "The score of each label of texts or pairs", _predict, PredictRequest),
     Endpoint("tei", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
     Endpoint("tei", "/decode", "The texts of token ids", _decode, DecodeRequest),
     Endpoint("tei", "/info", "The served model and the limits", _info),
