@@ -154,7 +154,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         """Return what the modules compute with, except for the parameters and `max_seq_length`."""
         transformer, *rest = self
         return (
-            [type(module) for module in self.modules()],
+            [(type(module), module.extra_repr()) for module in self.modules()],
             [module.get_config_dict() for module in rest],
             transformer.model.config.to_dict(),
             tokenizer_state(transformer.tokenizer),
