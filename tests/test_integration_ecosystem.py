@@ -147,8 +147,12 @@ def test_mteb_reranking_scores_equal_those_of_sentence_transformers(reranker, re
             MtebCrossEncoder(reranker),
         )
     )
+    names = [name for name, value in original.items() if isinstance(value, float)]
+    assert len(names) > 20
     for scores in others:
-        assert scores == pytest.approx(original, abs=1e-6)
+        assert [scores[name] for name in names] == pytest.approx(
+            [original[name] for name in names], abs=1e-6, nan_ok=True
+        )
 
 
 def test_the_mteb_cross_encoder_scores_batches_in_pairs(reranker, rerankers):

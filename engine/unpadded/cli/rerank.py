@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     if args.top_k is not None and args.top_k < 1:
         raise OptionError(f"--top-k is not positive: {args.top_k}; pass the number of texts to print")
     job = bulk.make_job(args.input, column=args.column)
-    rows = list(bulk.read_rows(job.inputs, job.column))
-    for row in rows:
+    texts = []
+    for row in bulk.read_rows(job.inputs, job.column):
         if isinstance(row, bulk.RejectedRow):
             raise InputError(f"{row.error}; remove the row")
-    texts = [row.text for row in rows]
+        texts.append(row.text)
     options = flag_values(args, OPTIONS) | {"show_progress": False if args.quiet else None}
     for one in load(args).rank(args.query, texts, top_k=args.top_k, activation=args.activation, **options):
         print(json.dumps({"index": one.index, "score": one.score, "text": texts[one.index]}))

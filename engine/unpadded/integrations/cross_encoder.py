@@ -98,8 +98,15 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         self.eval()
         engine = self._engine_for(inputs, options)
         if engine is None:
-            shared = {"prompt": prompt, "show_progress_bar": show_progress_bar, "activation_fn": activation_fn}
-            return super()._inference(inputs, **shared, apply_softmax=apply_softmax, device=device, **options)
+            return super()._inference(
+                inputs,
+                prompt=prompt,
+                show_progress_bar=show_progress_bar,
+                activation_fn=activation_fn,
+                apply_softmax=apply_softmax,
+                device=device,
+                **options,
+            )
         pairs = [one if isinstance(one, str) else tuple(one) for one in inputs]
         logits = engine.score(pairs, activation="none", prompt=prompt or "", show_progress=bool(show_progress_bar))
         scores = torch.from_numpy(logits).to(target).reshape(len(pairs), -1)
@@ -152,10 +159,10 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def _settings(self) -> tuple[object, ...]:
         """Return what the modules compute with, except for the parameters and `max_seq_length`."""
-        transformer, *rest = self
+        transformer: Any = self[0]
         return (
-            [type(module) for module in self.modules()],
-            [module.get_config_dict() for module in rest],
+            [(type(module), module.extra_repr()) for module in self.modules()],
+            [module.get_config_dict() for module in (*self,)[1:]],
             transformer.model.config.to_dict(),
             tokenizer_state(transformer.tokenizer),
             transformer.tokenizer.model_input_names,
@@ -163,15 +170,16 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def _current_engine(self, checkpoint: Checkpoint) -> Engine:
         """Return an engine on the model's device, in its dtype, with its max_seq_length; it is kept."""
-        engine, length = self._engine, self.max_seq_length
+        engine, dtype, length = self._engine, self.dtype, self.max_seq_length
+        assert dtype is not None and length is not None, (dtype, length)  # see tokenizes_as_engine
         where = engine and (engine._pipeline.runner.device, engine._pipeline.runner.encoder.weights.word.dtype)
-        if engine is None or where != (self.device, self.dtype):
+        if engine is None or where != (self.device, dtype):
             self._engine = None  # before the next one needs memory
             if _file_states(checkpoint) != self._loaded[2]:
                 raise CheckpointError(
                     f"the weight files have changed since the modules were loaded: {checkpoint.folder}"
                 )
-            engine = load(checkpoint.folder, device=self.device, dtype=self.dtype)
+            engine = load(checkpoint.folder, device=self.device, dtype=dtype)
         if engine.checkpoint.max_length != length:
             pipeline = engine._pipeline
             checkpoint = replace(pipeline.checkpoint, max_length=length)

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers.base import modules
 from torch import nn
 from transformers import TokenizersBackend
 
@@ -80,8 +79,8 @@ def tokenizer_state(tokenizer: Any) -> tuple[object, ...]:
     )
 
 
-def tokenizes_as_engine(transformer: modules.Transformer, spec: EncoderSpec, *, padded: bool = False) -> bool:
-    """Return whether the module, in its current state, makes the inputs that the engine makes of its tokenizer.
+def tokenizes_as_engine(transformer: Any, spec: EncoderSpec, *, padded: bool = False) -> bool:
+    """Return whether a Transformer module, as it is, makes the inputs that the engine makes of its tokenizer.
 
     padded: the order of padding and tokens matters to the caller.
     """
