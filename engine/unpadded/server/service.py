@@ -20,8 +20,9 @@ from unpadded.options import EncodeKeywords, Plan, ScoreActivation
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
+from unpadded.tokenization.tokenizer import Pair
 from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
-from unpadded.tokenization.windows import Pair, Text, Window
+from unpadded.tokenization.windows import Text, Window
 
 # Per text, and per /tokenize: tokenizing so many takes up to 2 s of a core and 0.3 GB (Chinese, BERT, Xeon, 2026-11).
 MAX_CHARACTERS = 1 << 19
