@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -333,3 +334,11 @@ def test_moved_to_the_gpu(both):
     assert drop_in.predict(MANY, convert_to_tensor=True).device.type == "cuda"
     assert_same(drop_in.half().predict(MANY), original.predict(MANY), atol=HALF)
     assert in_engine(drop_in)
+
+
+def test_code_of_a_checkpoint_is_not_run(rerankers, tmp_path):
+    folder = shutil.copytree(rerankers["bert"], tmp_path / "bert")
+    (folder / "code.py").write_text("raise SystemExit")
+    change_json(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "code.Model"})
+    found = CrossEncoder(str(folder), device="cpu", trust_remote_code=True).predict(PAIRS)
+    assert_same(found, load_both(rerankers["bert"])[1].predict(PAIRS))

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
-from sentence_transformers.sentence_transformer.modules import LayerNorm
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
 from sentence_transformers.util import mine_hard_negatives, semantic_search
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert, write_nomic
 from support.drop_in import TEXTS, assert_same
@@ -446,12 +446,22 @@ def test_modules_with_hooks_run(drop_in):
 def test_unsupported_modules_run_as_the_original_loads_them(tmp_path, caplog):
     """The vectors are the same, and the log has the reason."""
     model = sentence_transformers.SentenceTransformer(str(write_bert(tmp_path / "bert")), device="cpu")
-    model.append(LayerNorm(128))
-    model.save(str(tmp_path / "normed"))
+    model.append(Dropout())
+    model.save(str(tmp_path / "other"))
     with caplog.at_level(logging.WARNING, "unpadded"):
-        drop_in = SentenceTransformer(str(tmp_path / "normed"), device="cpu")
-    assert "normed runs as sentence-transformers loads it" in caplog.text and "LayerNorm" in caplog.text
+        drop_in = SentenceTransformer(str(tmp_path / "other"), device="cpu")
+    assert "other runs as sentence-transformers loads it" in caplog.text and "Dropout" in caplog.text
     assert_same(drop_in.encode(TEXTS), model.encode(TEXTS))
+
+
+def test_a_layer_norm_after_the_pooling(tmp_path):
+    model = sentence_transformers.SentenceTransformer(str(write_bert(tmp_path / "bert")), device="cpu")
+    model.append(LayerNorm(128))
+    torch.nn.init.normal_(model[-1].norm.weight)
+    model.save(str(tmp_path / "normed"))
+    expected = model.encode(TEXTS)
+    for loaded in (SentenceTransformer(str(tmp_path / "normed"), device="cpu"), unpadded.load(tmp_path / "normed")):
+        assert_same(loaded.encode(TEXTS), expected)
 
 
 def test_training_mode_raises(drop_in):

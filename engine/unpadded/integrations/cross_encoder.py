@@ -42,7 +42,7 @@ SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
 
 
 class CrossEncoder(sentence_transformers.CrossEncoder):
-    """Takes the same arguments and returns the same results. The engine ignores `batch_size`."""
+    """Takes the same arguments and returns the same results. `batch_size` and `trust_remote_code` are ignored."""
 
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
@@ -50,7 +50,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     _loaded: tuple[Tensor, tuple[object, ...], list[object]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **options | {"trust_remote_code": False})
         self._logged_reasons: set[str] = set()
         if self._checkpoint is not None:
             self._loaded = self._sample(), self._settings(), _file_states(self._checkpoint)
