@@ -188,7 +188,7 @@ def draw_pairs(sampler: TextSampler, draw: np.random.Generator, count: int) -> l
 
 
 def pair_token_counts(engine: Engine, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    found = engine.tokenizer.encode_pairs(pairs, max_length=engine.checkpoint.max_length, token_types=False)
+    found = engine.tokenizer.encode_pairs(pairs, range(len(pairs)), engine.checkpoint.max_length, "right", False)
     return np.array([len(row.ids) for row in found], np.int64)
 
 
