@@ -147,12 +147,12 @@ class Engine:
 
     async def _abatch(self, texts: Iterable[Text | Pair], plan: Plan, deadline: float | None) -> Embeddings:
         only = texts[0] if isinstance(texts, list) and len(texts) == 1 else None
+        size = len(only) if isinstance(only, str) else None
         windows = self._pipeline.reader.windows(texts, plan)
         if self._batcher is None or self._batcher_process != os.getpid():  # a fork has none of its threads
             self._batcher, self._batcher_process = self._pipeline.batcher(), os.getpid()
         try:
             async with asyncio.timeout(deadline):
-                size = len(only) if isinstance(only, str) else None
                 done = await run_windows(self._batcher, windows, self._pipeline.work(plan), size=size)
         except InputError as error:
             raise error.with_traceback(None) from None
