@@ -71,7 +71,7 @@ class StandIn:
         self._end = 0.0
         self._lock = threading.Lock()
 
-    def launch(self, sequences: Sequence[np.ndarray], options: Any, *, pooled: bool = True) -> Any:
+    def launch(self, sequences: Sequence[np.ndarray], options: Any) -> Any:
         rows = np.zeros((len(sequences), self.dimensions), np.float32)
         rows[:, LENGTH] = lengths = [len(ids) for ids in sequences]
         rows[:, CHECKSUM] = np.add.reduceat(np.concatenate(sequences), np.cumsum([0, *lengths[:-1]])) % CHECKSUMS

@@ -2,6 +2,7 @@
 
 import itertools
 import traceback
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -321,7 +322,7 @@ def test_launch_runs_no_operation_of_torch_on_the_host(folder, cuda):
         with NoHostOperations():
             pending = runner.launch(batch, options)
         assert pending().flags.owndata
-    assert runner.launch(batch, options, pooled=False)().flags.owndata
+    assert runner.launch(batch, replace(options, head="states", normalize=False))().flags.owndata
 
 
 @pytest.mark.gpu

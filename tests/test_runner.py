@@ -101,7 +101,8 @@ def test_the_last_layer_computes_only_the_pooled_tokens(runner, pooling, monkeyp
     *earlier, last = rows_of_out
     assert set(earlier) == {sum(lengths)} and last == len(lengths)
     assert set(maps[:-1]) == {None} and maps[-1].shape == (len(lengths), 3)
-    states = np.split(runner.launch(draw(lengths), options, pooled=False)(), np.cumsum(lengths)[:-1])
+    states = runner.launch(draw(lengths), replace(options, head="states"))()
+    states = np.split(states, np.cumsum(lengths)[:-1])
     for row, hidden in zip(rows, states, strict=True):
         assert np.array_equal(row, hidden[0 if pooling == "cls" else -1] if len(hidden) else np.zeros(128))
     assert not runner.launch(draw((0, 0)), options)().any()

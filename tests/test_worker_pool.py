@@ -106,7 +106,7 @@ class Echo:
     def max_batch_tokens(self):
         return 101
 
-    def launch(self, sequences, options, pooled):
+    def launch(self, sequences, options):
         for ids in sequences:
             match ids[0]:
                 case Echo.KILL:

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
-from unpadded.execution.pipeline import Advance, EmbeddingPipeline, Embeddings, Ranked, join, ranked
+from unpadded.execution.pipeline import Advance, EmbeddingPipeline
+from unpadded.execution.results import Embeddings, Ranked, join, ranked
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
@@ -213,7 +214,8 @@ class Engine:
         plan = self._pipeline.plan(**options)
         if plan.long_text == "mean":
             raise OptionError("long_text is 'mean', which averages the token vectors; use long_text='truncate'")
-        return self._pipeline.token_embeddings(_as_texts(texts), plan)
+        with _progress_bar(texts, False) as advance:
+            return self._pipeline.token_embeddings(_as_texts(texts), plan, advance)
 
 
 def _as_texts(texts: Texts) -> Iterable[Text]:

@@ -214,7 +214,8 @@ class VectorOptions:
     dimensions: int
     normalize: bool
     adapter: str | None = None  # the task whose LoRA adapter is applied
-    head: Literal["vector", "score"] = "vector"
+    head: str = "vector"  # a name in the runner's heads
+    rows: Literal["text", "token", "span"] = "text"  # what has a row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ _one_capture = threading.Lock()  # torch supports one capture at a time per proc
 def bucket_of(batch: PackedBatch) -> Bucket | None:
     """Return the smallest bucket that holds a batch.
 
-    None if the batch exceeds every bucket, or if a text has rotary frequencies of its own.
+    None if the batch exceeds every bucket, or if a text has rotary frequencies of its own or spans.
     """
-    if batch.inv_freq is not None and batch.inv_freq.shape[1] > 1:
+    if (batch.inv_freq is not None and batch.inv_freq.shape[1] > 1) or batch.cu_spans is not None:
         return None
     tokens = next((size for size in TOKEN_BUCKETS if len(batch.input_ids) <= size), None)
     texts = next((size for size in TEXT_BUCKETS if len(batch.lengths) <= size), None)

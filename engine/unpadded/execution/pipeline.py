@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, Unpack
 
@@ -12,20 +12,22 @@ import torch
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError, OutputError
 from unpadded.execution.batcher import Batcher, Observe, Rows, Work
+from unpadded.execution.results import Embeddings, join
 from unpadded.execution.runner import Runner
 from unpadded.execution.scheduler import schedule
 from unpadded.execution.transfer import Wait
 from unpadded.execution.worker_pool import WorkerPool
+from unpadded.model.batch import Ids, SpannedIds
 from unpadded.options import (
     EncodeKeywords,
     EncodeOptions,
     Plan,
     ScoreKeywords,
+    VectorOptions,
     check_keywords,
     make_plan,
     make_score_plan,
 )
-from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
 from unpadded.tokenization.windows import Text, TextGroup, Window, WindowReader, delayed
 
@@ -36,29 +38,6 @@ WINDOW_BATCHES = 4  # about so many are tokenized at a time, while the device co
 # Attention on a CPU groups texts of equal length, of which long windows have more: MiniLM took 11 to 13 % more CPU time
 # with windows of 11,000 tokens than with 160,000, and 2 to 6 % more with 45,000 (3,000 paragraphs, Xeon, 2026-11).
 MIN_GROUP_TOKENS = 1 << 15
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """The vectors of texts, with the number of tokens of each text and whether it was truncated."""
-
-    vectors: np.ndarray  # [n, dimensions] in the requested precision
-    token_counts: np.ndarray  # [n] int64: tokens embedded, including prompt and special tokens
-    truncated: np.ndarray  # [n] bool
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        vectors: np.ndarray = self.vectors[index]
-        return vectors
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.vectors, dtype=dtype, copy=copy)
-
-    def __repr__(self) -> str:
-        texts, dimensions = self.vectors.shape
-        return f"Embeddings({texts} x {dimensions}, {sum(self.token_counts)} tokens, {sum(self.truncated)} truncated)"
 
 
 class EmbeddingPipeline:
@@ -89,15 +68,18 @@ class EmbeddingPipeline:
         plan, activation = make_score_plan(self.checkpoint, **options)
         return plan, partial(_scores, activation)
 
-    def work(self, plan: Plan, *, pooled: bool = True) -> Work:
-        """Return the work of a `Batcher`: the vectors, or if not pooled the hidden states, of sequences."""
+    def states_plan(self, plan: Plan) -> Plan:
+        """Return a plan for the last hidden states of all tokens instead of vectors."""
+        hidden, adapter = self.checkpoint.spec.hidden, plan.vector_options.adapter
+        states = VectorOptions(
+            layer_norm=False, dimensions=hidden, normalize=False, adapter=adapter, head="states", rows="token"
+        )
+        return replace(plan, vector_options=states)
+
+    def work(self, plan: Plan) -> Work:
+        """Return the work of a `Batcher`: the rows of sequences, as `split` returns them."""
         options = plan.vector_options
-
-        def run(sequences: list[np.ndarray]) -> Rows:
-            rows = self.backend.launch(sequences, options, pooled=pooled)()
-            return rows if pooled else np.split(rows, np.cumsum([len(ids) for ids in sequences])[:-1])
-
-        return Work(options if pooled else ("tokens", options.adapter), run)
+        return Work(options, lambda sequences: split(self.backend.launch(sequences, options)(), sequences, options))
 
     def batcher(self, observe: Observe | None = None) -> Batcher:
         """Return a batcher that runs the calls of many callers in shared batches; it calls `observe` after each."""
@@ -108,7 +90,7 @@ class EmbeddingPipeline:
         blocks = []
         for window, rows in done:
             vectors = np.stack(list(rows))
-            _check_finite(vectors, window, range(len(window.sequences)))
+            _check_finite(vectors, window, range(len(window.sequences)), plan.vector_options)
             blocks.append(_finish(window, vectors, plan))
         return join(blocks, plan)
 
@@ -137,23 +119,56 @@ class EmbeddingPipeline:
         window = self.reader.tokenize(group, plan)
         return lambda: next(self._blocks_of(iter([window]), plan, lambda texts, tokens: None))
 
+    def rows(
+        self, texts: Iterable[Text], plan: Plan, advance: Advance, reduce: Callable[[np.ndarray], Any] | None = None
+    ) -> Iterator[tuple[Window, list[Any]]]:
+        """Yield one window of texts after another, and reduce(rows) of each sequence: [rows, dimensions] fp32.
+
+        The next window is tokenized while the device computes.
+        """
+        found: dict[int, Any] = {}
+        for window, batch, rows, last in self._batches(self.reader.windows_ahead(texts, plan, math.inf), plan, advance):
+            parts = split(rows, [window.sequences[i] for i in batch], plan.vector_options)
+            found |= zip(batch, map(reduce, parts) if reduce else parts, strict=True)
+            if last:
+                yield window, [found[i] for i in range(len(found))]
+                found = {}
+
+    def token_embeddings(self, texts: Iterable[Text], plan: Plan, advance: Advance) -> list[np.ndarray]:
+        """Return the last hidden states of each text: [tokens, hidden] fp32."""
+        windows = self.rows(texts, self.states_plan(plan), advance)
+        return [rows[i] for window, rows in windows for i in window.first_sequences]
+
     def _blocks_of(self, windows: Iterator[Window], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
         """Yield the fp32 vectors of each window."""
-        rows = np.empty((0, 0), np.float32)  # of the window's sequences
+        vectors: np.ndarray | None = None  # of the window's sequences
+        for window, batch, rows, last in self._batches(windows, plan, advance):
+            if vectors is None:
+                vectors = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
+            vectors[batch] = rows
+            if last:
+                yield _finish(window, vectors, plan)
+                vectors = None
+
+    def _batches(
+        self, windows: Iterator[Window], plan: Plan, advance: Advance
+    ) -> Iterator[tuple[Window, list[int], np.ndarray, bool]]:
+        """Yield each batch: its window, the indices of its sequences, their rows, and whether it is the window's last.
+
+        OutputError names a text whose rows are not finite.
+        """
         done = 0
-        for window, batch, wait in delayed(self._launched(windows, plan), self.backend.depth - 1):
-            if done == 0:
-                rows = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
+        in_flight = self.backend.devices * self.backend.depth
+        for window, batch, wait in delayed(self._launched(windows, plan), in_flight - 1):
             with window.naming(batch):
-                rows[batch] = wait()
-            _check_finite(rows[batch], window, batch)
-            before, done, total = done, done + len(batch), len(rows)
+                rows = wait()
+            _check_finite(rows, window, batch, plan.vector_options)
+            before, done, total = done, done + len(batch), len(window.sequences)
             n_texts = len(window.first_sequences)
             tokens = sum(len(window.sequences[i]) for i in batch)
             advance(done * n_texts // total - before * n_texts // total, tokens)
-            if done == total:
-                yield _finish(window, rows, plan)
-                done = 0
+            yield window, batch, rows, done == total
+            done %= total
 
     def _launched(self, windows: Iterator[Window], plan: Plan) -> Iterator[tuple[Window, list[int], Wait]]:
         """Launch batch after batch; yield each with its window and the indices of its sequences."""
@@ -164,47 +179,16 @@ class EmbeddingPipeline:
                     wait = self.backend.launch([sequences[i] for i in batch], plan.vector_options)
                 yield window, batch, wait
 
-    def token_embeddings(self, texts: Iterable[Text], plan: Plan) -> list[np.ndarray]:
-        """Return the last hidden states of each text: [tokens, hidden] fp32."""
-        rows: list[np.ndarray] = []
-        run = self.work(plan, pooled=False).run
-        for window in self.reader.windows(texts, plan):
-            sequences = window.sequences
-            found: dict[int, np.ndarray] = {}
-            for batch in schedule([len(ids) for ids in sequences], self.token_budget):
-                with window.naming(batch):
-                    found |= zip(batch, run([sequences[i] for i in batch]), strict=True)
-            rows += [found[i] for i in window.first_sequences]
-        return rows
+
+def split(rows: np.ndarray, sequences: Sequence[Ids], options: VectorOptions) -> Rows:
+    """Return the rows of each sequence: [dimensions], or [rows, dimensions] of a head with rows per token or span."""
+    return rows if options.rows == "text" else np.split(rows, np.cumsum(_row_counts(sequences, options))[:-1])
 
 
-def join(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
-    """Concatenate blocks of fp32 vectors and quantize them together."""
-    no_texts = Embeddings(
-        np.zeros((0, plan.vector_options.dimensions), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
-    )
-    blocks = [no_texts, *blocks]
-    return Embeddings(
-        quantize(np.concatenate([block.vectors for block in blocks]), plan.precision, plan.ranges),
-        np.concatenate([block.token_counts for block in blocks]),
-        np.concatenate([block.truncated for block in blocks]),
-    )
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A document of a ranking."""
-
-    index: int
-    score: float
-
-
-def ranked(scores: np.ndarray, top_k: int | None = None) -> list[Ranked]:
-    """Return the `top_k` best scores, or all: equal ones in their order. scores: [n]; OptionError for [n, labels]."""
-    if scores.ndim > 1:
-        raise OptionError(f"the model gives {scores.shape[1]} scores per pair, not one; use score")
-    order = np.argsort(-scores, kind="stable")[:top_k]
-    return [Ranked(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+def _row_counts(sequences: Sequence[Ids], options: VectorOptions) -> list[int]:
+    if options.rows == "token":
+        return [len(ids) for ids in sequences]
+    return [len(ids.spans) if isinstance(ids, SpannedIds) else 1 for ids in sequences]
 
 
 def _scores(activation: str, logits: np.ndarray) -> np.ndarray:
@@ -223,11 +207,12 @@ def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
     return Embeddings(vectors, window.token_counts, window.truncated)
 
 
-def _check_finite(vectors: np.ndarray, window: Window, batch: Sequence[int]) -> None:
-    """Raise OutputError unless the vectors of a batch are finite. batch: indices into `window.sequences`."""
-    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+def _check_finite(rows: np.ndarray, window: Window, batch: Sequence[int], options: VectorOptions) -> None:
+    """Raise OutputError unless the rows of a batch are finite. batch: indices into `window.sequences`."""
+    wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(wrong):
-        index = min(window.text_index(batch[i]) for i in wrong.tolist())
+        ends = np.cumsum(_row_counts([window.sequences[i] for i in batch], options))
+        index = min(window.text_index(batch[place]) for place in np.searchsorted(ends, wrong, "right").tolist())
         raise OutputError(
             f"the vector of text {index} is not finite; the weights may hold NaN, or values exceed the dtype's range: "
             "try dtype='float32' or 'bfloat16'"

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from unpadded.execution.cpu_threads import CpuThreads
 from unpadded.execution.cuda_graphs import Graphs, bucket_of, fill
 from unpadded.execution.memory import max_batch_tokens
 from unpadded.execution.transfer import HostCopy, Wait, copy_to_host, from_words, to_words, wait_for
-from unpadded.model.batch import PackedBatch, pack
+from unpadded.model.batch import Ids, PackedBatch, pack
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head, head_rows
 from unpadded.options import VectorOptions
@@ -81,7 +80,7 @@ class Runner:
     def __init__(self, encoder: Encoder, device: torch.device, heads: Mapping[str, Head]) -> None:
         self.encoder = encoder
         self.device = device
-        self.heads = heads
+        self.heads = {"states": Head("none"), **heads}
         self.depth = DEPTH if device.type == "cuda" else 1
         self._threads = CpuThreads() if encoder.is_concurrent else None
         self._max_tokens: float = math.inf  # per batch; halved by a batch that did not fit, and grows again
@@ -141,18 +140,15 @@ class Runner:
 
     @_after_fork
     @torch.inference_mode()
-    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions, *, pooled: bool = True) -> Wait:
-        """Start computing one row of a head per sequence, each [tokens] int32: [batch, dimensions] fp32.
+    def launch(self, sequences: Sequence[Ids], options: VectorOptions) -> Wait:
+        """Start computing a head's rows for sequences: [rows, dimensions] fp32, in their order.
 
-        If not pooled, the last hidden states of all tokens: [total_tokens, hidden] fp32. Does not wait on CUDA, so that
-        the host can pack the next batch.
+        Does not wait on CUDA, so that the host can pack the next batch.
         Raises TooLargeError, with the index in `sequences`, for a sequence that does not fit the memory alone.
         """
 
         def run(batch: PackedBatch) -> HostCopy:
-            rows = self._run(batch, options.adapter, options.head if pooled else None)
-            if not pooled:
-                return copy_to_host(rows.float())
+            rows = self._run(batch, options.adapter, options.head)
             return copy_to_host(matryoshka(rows, options.layer_norm, options.dimensions, options.normalize))
 
         if self._threads is None:
@@ -174,7 +170,7 @@ class Runner:
 
     def _run_split(
         self,
-        sequences: Sequence[np.ndarray],
+        sequences: Sequence[Ids],
         run: Callable[[PackedBatch], HostCopy],
         on_device: Callable[[], AbstractContextManager[None]],
     ) -> list[HostCopy]:
@@ -228,7 +224,8 @@ class Runner:
         # All adapters share a graph: each is written into the same memory before the pass.
         key = (bucket, adapter is not None, head, batch.token_types is not None)
         rows = self.graphs.replay(key, to_words(filled), lambda words: run(from_words(words, filled)))
-        return rows[: len(batch.input_ids) if head is None else len(batch.lengths)]
+        per_token = head is None or self.heads[head].pooling == "none"
+        return rows[: len(batch.input_ids) if per_token else len(batch.lengths)]
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import IO, Any, TypeAlias
 
-import numpy as np
 import torch
 
 from unpadded.errors import WorkerError, forked_error
 from unpadded.execution.transfer import Wait
 from unpadded.execution.worker_process import BOOTSTRAP, Call
+from unpadded.model.batch import Ids
 from unpadded.options import Plan, VectorOptions
 from unpadded.tokenization.windows import TextGroup
 
@@ -75,11 +75,10 @@ class WorkerPool:
         name = f"a batch of {texts} texts ({group.first_index} to {group.first_index + texts - 1})"
         return self._pool.submit(name, group.tokens, (group, {"plan": plan, "token_budget": token_budget})).result
 
-    def launch(self, sequences: Sequence[np.ndarray], options: VectorOptions, *, pooled: bool = True) -> Wait:
-        lengths = [len(ids) for ids in sequences]
-        name = f"a batch of {len(lengths)} texts and {sum(lengths)} tokens"
-        call: Call = ((np.concatenate(sequences), lengths), {"options": options, "pooled": pooled})
-        return self._pool.submit(name, sum(lengths), call).result
+    def launch(self, sequences: Sequence[Ids], options: VectorOptions) -> Wait:
+        tokens = sum(map(len, sequences))
+        name = f"a batch of {len(sequences)} texts and {tokens} tokens"
+        return self._pool.submit(name, tokens, (list(sequences), {"options": options})).result
 
 
 @dataclass(eq=False)

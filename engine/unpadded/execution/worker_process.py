@@ -18,15 +18,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from unpadded.errors import UnpaddedError
+from unpadded.model.batch import Ids
 from unpadded.tokenization.windows import TextGroup
 
-# The pipeline's `embed_group` with texts, or the runner's `launch` with concatenated ids [total_tokens] int32 and
-# lengths; keyword arguments.
-Call: TypeAlias = tuple[TextGroup | tuple[np.ndarray, list[int]], dict[str, Any]]
+# The pipeline's `embed_group` with texts, or the runner's `launch` with sequences; keyword arguments.
+Call: TypeAlias = tuple[TextGroup | list[Ids], dict[str, Any]]
 Job: TypeAlias = tuple[int, Call]  # with its id
 Send: TypeAlias = Callable[[str, Any], None]
 
@@ -103,11 +102,8 @@ def _run_jobs(pipeline: Any, device: torch.device, jobs: SimpleQueue[Job], send:
     threads = ThreadPoolExecutor(pipeline.backend.depth)
     while True:
         number, (inputs, options) = jobs.get()
-        if isinstance(inputs, TextGroup):
-            answer(number, partial(pipeline.embed_group, inputs, **options))
-        else:
-            sequences = np.split(inputs[0], np.cumsum(inputs[1])[:-1])
-            answer(number, partial(pipeline.backend.launch, sequences, **options))
+        run = pipeline.embed_group if isinstance(inputs, TextGroup) else pipeline.backend.launch
+        answer(number, partial(run, inputs, **options))
 
 
 def _attempt(run: Callable[[], Any], device: torch.device) -> tuple[str, Any]:

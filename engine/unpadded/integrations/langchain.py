@@ -11,7 +11,7 @@ from langchain_core.embeddings import Embeddings
 from pydantic import ConfigDict, PositiveInt
 
 from unpadded.engine import Engine
-from unpadded.execution.pipeline import Ranked, ranked
+from unpadded.execution.results import Ranked, ranked
 from unpadded.options import EncodeKeywords
 
 # Names of the tasks in nomic, jina-embeddings-v3 and sentence-transformers checkpoints.

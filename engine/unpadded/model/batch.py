@@ -3,12 +3,27 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import EncoderSpec, Rotary
+
+
+@dataclass(frozen=True, eq=False)
+class SpannedIds:
+    """Token ids of a text, of which each span becomes a row."""
+
+    ids: np.ndarray  # [tokens] int32
+    spans: np.ndarray  # [spans, 2] int32: the first token, and the one after the last
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+Ids: TypeAlias = np.ndarray | SpannedIds  # of one text
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,8 @@ class PackedBatch:
     lengths: tuple[int, ...]  # tokens per text; stays on the host
     token_types: Tensor | None = None  # [total_tokens] int32; None: all of type 0
     tile_map: Tensor | None = None  # [tiles, 3] int32, the tiles of attention on CUDA; set by the runner
+    span_tokens: Tensor | None = None  # [n] int32, the tokens of one span after the other
+    cu_spans: Tensor | None = None  # [spans + 1] int32, the start of each span in span_tokens, then n
 
     @property
     def max_seqlen(self) -> int:
@@ -36,15 +53,15 @@ class SelectedTokens:
     tile_map: Tensor  # [n, 3] int32, the attention tiles that contain them
 
 
-def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
-    """Concatenate id sequences, each [tokens] int32, on the CPU. A token of type 1 has the id ~id.
+def pack(sequences: Sequence[Ids], spec: EncoderSpec) -> PackedBatch:
+    """Concatenate id sequences on the CPU. A token of type 1 has the id ~id.
 
     By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
     """
     lengths = tuple(len(ids) for ids in sequences)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    input_ids = np.concatenate(sequences)
+    input_ids = np.concatenate([ids.ids if isinstance(ids, SpannedIds) else ids for ids in sequences])
     token_types = None
     if (second := input_ids < 0).any():
         token_types = torch.from_numpy(second.astype(np.int32))
@@ -53,6 +70,7 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     else:
         positions = _positions_after_padding(input_ids, cu_seqlens, spec.padding_id)
+    span_tokens, cu_spans = _span_tokens(sequences, cu_seqlens)
     inv_freq = [inverse_frequencies(rotary, spec.head_dim, lengths) for rotary in spec.rotary_embeddings]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -61,7 +79,21 @@ def pack(sequences: Sequence[np.ndarray], spec: EncoderSpec) -> PackedBatch:
         inv_freq=torch.from_numpy(np.stack(np.broadcast_arrays(*inv_freq))) if inv_freq else None,
         lengths=lengths,
         token_types=token_types,
+        span_tokens=span_tokens,
+        cu_spans=cu_spans,
     )
+
+
+def _span_tokens(sequences: Sequence[Ids], cu_seqlens: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+    """Return `span_tokens` and `cu_spans` of a batch; None if its texts have no spans."""
+    pairs = zip(sequences, cu_seqlens.tolist(), strict=False)
+    spans = [ids.spans + start for ids, start in pairs if isinstance(ids, SpannedIds)]
+    if not spans:
+        return None, None
+    starts, ends = np.concatenate(spans).T
+    cu_spans = np.concatenate(([0], np.cumsum(ends - starts)))
+    tokens = np.arange(cu_spans[-1]) + np.repeat(starts - cu_spans[:-1], ends - starts)
+    return torch.from_numpy(tokens.astype(np.int32)), torch.from_numpy(cu_spans.astype(np.int32))
 
 
 def _positions_after_padding(input_ids: np.ndarray, cu_seqlens: np.ndarray, padding_id: int) -> np.ndarray:

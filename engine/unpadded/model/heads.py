@@ -1,4 +1,4 @@
-"""Heads: the last hidden states of a packed batch -> one row per text, its vector or its scores."""
+"""Heads: the last hidden states of a packed batch -> one row per text, span or token, such as its vector or scores."""
 
 from typing import NamedTuple, Self
 
@@ -15,7 +15,7 @@ from unpadded_kernels.tiles import attention_block_m
 class Head(NamedTuple):
     """A pooling and the layers after it."""
 
-    pooling: str  # "mean", "cls" or "last"
+    pooling: str  # "mean", "cls", "last", or "none" for one row per token
     layers: tuple[HeadLayer, ...] = ()
 
     def to(self, device: torch.device) -> Self:
@@ -27,9 +27,13 @@ class Head(NamedTuple):
 
 
 def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: Head) -> Tensor:
-    """Encode and pool a batch on the device: [batch, width] fp32, the input of `matryoshka`."""
-    if head.pooling == "mean" or len(batch.input_ids) == 0:
-        rows: Tensor = mean_pool(encoder(batch, adapter=adapter), batch.cu_seqlens)
+    """Encode and pool a batch on the device: [rows, width] fp32, the input of `matryoshka`; spans are mean-pooled."""
+    if head.pooling == "none":
+        rows = encoder(batch, adapter=adapter)
+    elif batch.span_tokens is not None:
+        rows = mean_pool(encoder(batch, adapter=adapter)[batch.span_tokens], batch.cu_spans)
+    elif head.pooling == "mean" or len(batch.input_ids) == 0:
+        rows = mean_pool(encoder(batch, adapter=adapter), batch.cu_seqlens)
     else:
         block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
         rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, head.pooling, block_m))

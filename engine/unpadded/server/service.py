@@ -14,7 +14,7 @@ from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
 from unpadded.execution.batcher import Limits, Rows, run_windows
-from unpadded.execution.pipeline import Ranked, ranked
+from unpadded.execution.results import Ranked, ranked
 from unpadded.execution.runner import Runner
 from unpadded.options import EncodeKeywords, Plan, ScoreActivation
 from unpadded.server.errors import HTTPError, check_maximum
@@ -109,7 +109,7 @@ class Service:
 
     async def embed_tokens(self, given: str | list[Any], usage: Usage, **options: Any) -> list[np.ndarray]:
         """Return the last hidden states of each text, [tokens, hidden]. options: those of `_run`."""
-        _, results = await self._run(given, usage, pooled=False, **options)
+        _, results = await self._run(given, usage, states=True, **options)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
     async def rank(
@@ -160,7 +160,7 @@ class Service:
         model: str | None = None,
         truncate: bool | None = None,
         fallback_task: str | None = None,
-        pooled: bool = True,
+        states: bool = False,
         **options: Unpack[EncodeKeywords],
     ) -> tuple[Plan, list[tuple[Window, Rows]]]:
         """Check a request's texts and run them.
@@ -175,10 +175,11 @@ class Service:
             raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")
         options["task"] = named or task or self.options.default_task or fallback_task
         plan = self.pipeline.plan(**options)
-        return plan, await self._run_plan(texts, plan, usage, truncate, pooled)
+        plan = self.pipeline.states_plan(plan) if states else plan
+        return plan, await self._run_plan(texts, plan, usage, truncate)
 
     async def _run_plan(
-        self, texts: Sequence[Text | Pair], plan: Plan, usage: Usage, truncate: bool | None, pooled: bool = True
+        self, texts: Sequence[Text | Pair], plan: Plan, usage: Usage, truncate: bool | None
     ) -> list[tuple[Window, Rows]]:
         """Count texts or pairs and run them in batches shared with all requests.
 
@@ -194,8 +195,8 @@ class Service:
             for text in texts
         )
         self.batcher.check(estimate, limits)
-        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, pooled)
-        work, size = self.pipeline.work(plan, pooled=pooled), sum(map(_size, texts))
+        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, plan)
+        work, size = self.pipeline.work(plan), sum(map(_size, texts))
         return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
     def texts(self, given: str | list[Any]) -> list[Text]:
@@ -229,7 +230,7 @@ class Service:
                 )
 
     def _count_windows(
-        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, pooled: bool
+        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, plan: Plan
     ) -> Iterator[Window]:
         """Yield the same windows; count their tokens and check the limits as they are tokenized."""
         if truncate is None:
@@ -242,7 +243,7 @@ class Service:
                 raise HTTPError("too_long", message)
             usage.truncated += len(truncated)
             usage.tokens += int(window.token_counts.sum())
-            if not pooled:
+            if plan.vector_options.rows == "token":
                 what = "the response would have too many token vectors"
                 check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
