@@ -116,7 +116,7 @@ def test_a_scaling_factor_applies_to_global_layers_only(folder):
 
 @pytest.mark.slow
 def test_real_width_and_length_match_transformers(tmp_path):
-    config = MODERNBERT_EMBED | {"num_hidden_layers": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    config = MODERNBERT_EMBED | {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
     model = seeded(ModernBertModel(ModernBertConfig(**config)))
     engine = unpadded.load(write_checkpoint(tmp_path, config, model.state_dict()), device="cpu")
     assert_parity(engine, last_hidden_state(model), (1, 512, 8192))

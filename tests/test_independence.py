@@ -46,10 +46,10 @@ def test_8192_tokens_and_real_width(tmp_path, dtype):
     engine = unpadded.load(
         nomic(tmp_path, layers=1, hidden=768, heads=12, intermediate=3072), device="cpu", dtype=dtype, max_length=8192
     )
-    lengths = (8192, 1, 40, 700, 40, 4000, 9)
+    lengths = (8192, 1, 40, 700, 40, 900, 9)
     if dtype == "bfloat16" and not onednn_supports(torch.bfloat16):  # emulated, at a seventh of the rate of fp32
         lengths = (1200, 1, 40, 700, 40, 900, 9)
-    assert_independent_of_batches(engine, lengths, batches=3)
+    assert_independent_of_batches(engine, lengths, batches=2)
 
 
 def test_paragraphs_of_real_weights(minilm):
