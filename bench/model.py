@@ -41,9 +41,9 @@ INVARIANT, COMPILED = "unpadded, batch-invariant", "transformers, compiled"
 HEADLINE = ("512 tokens", "8192 tokens")  # workloads
 # Values of `unpadded_kernels.choices` to compare with its own.
 CHOICES = {
-    "unpadded, library": {"linear_activation": "library", "linear_rotary": "library", "attention": "triton"},
-    "unpadded, triton": {"linear_activation": "triton", "linear_rotary": "library", "attention": "triton"},
-    "unpadded, hopper": {"linear_activation": "hopper", "linear_rotary": "hopper", "attention": "hopper"},
+    "unpadded, library": {"linear_activation": "library", "attention": "triton"},
+    "unpadded, triton": {"linear_activation": "triton", "attention": "triton"},
+    "unpadded, hopper": {"linear_activation": "triton", "attention": "hopper"},
 }
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 Ids = list[np.ndarray]

@@ -99,26 +99,14 @@ ACTIVATION = Op(
 GATE_UP = linear("gate-up", HIDDEN, 2 * INTERMEDIATE, 650e12)
 
 
-def qkv_and_rotary(rate: float, kernels: str) -> Op:
-    """Return the matmul to qkv whose epilogue rotates q and k."""
-    return Op(
-        name="qkv and rotary",
-        bytes=4 * HIDDEN * HALF,
-        flops=6 * HIDDEN**2,
-        flops_per_second=rate,
-        cases=(("linear and rotary", kernels),),
-    )
-
-
-def gate_up_and_swiglu(rate: float, kernels: str) -> Op:
-    """Return the matmul to gate and up whose epilogue is the activation."""
-    return Op(
-        name="gate-up and swiglu",
-        bytes=(HIDDEN + INTERMEDIATE) * HALF,
-        flops=4 * HIDDEN * INTERMEDIATE,
-        flops_per_second=rate,
-        cases=(("linear and swiglu", kernels),),
-    )
+# plain Triton's matmul to gate and up, whose epilogue is the activation
+GATE_UP_AND_SWIGLU = Op(
+    name="gate-up and swiglu",
+    bytes=(HIDDEN + INTERMEDIATE) * HALF,
+    flops=4 * HIDDEN * INTERMEDIATE,
+    flops_per_second=585e12,
+    cases=(("linear and swiglu", "unpadded, triton"),),
+)
 
 
 def library(length: int) -> list[Op]:
@@ -128,16 +116,14 @@ def library(length: int) -> list[Op]:
 
 def triton(length: int) -> list[Op]:
     """Return the operations of a layer in plain Triton, whose gate-up ends with the activation."""
-    kernels = "unpadded, triton"
-    fused = gate_up_and_swiglu(585e12, kernels)
-    return [QKV, ROTARY, attention(length, 290e12, 430e12, kernels), OUT, NORM, fused, DOWN]
+    own = attention(length, 290e12, 430e12, "unpadded, triton")
+    return [QKV, ROTARY, own, OUT, NORM, GATE_UP_AND_SWIGLU, DOWN]
 
 
 def hopper(length: int) -> list[Op]:
-    """Return the operations of a layer in Gluon, whose qkv also ends with the rotation."""
-    kernels = "unpadded, hopper"
-    qkv, gate_up = qkv_and_rotary(570e12, kernels), gate_up_and_swiglu(590e12, kernels)
-    return [qkv, attention(length, 400e12, 470e12, kernels), OUT, NORM, gate_up, DOWN]
+    """Return the same with attention in Gluon."""
+    own = attention(length, 400e12, 470e12, "unpadded, hopper")
+    return [QKV, ROTARY, own, OUT, NORM, GATE_UP_AND_SWIGLU, DOWN]
 
 
 # Kernels -> the operations of a layer for texts of a length.

@@ -24,7 +24,6 @@ from unpadded_kernels import (
     linear_activation,
     linear_fp8,
     linear_invariant,
-    linear_rotary,
     masked_mean_pool,
     matryoshka,
     mean_pool,
@@ -46,7 +45,7 @@ from unpadded_kernels.layer_norm import (
     qk_norm_reference,
     rms_norm_reference,
 )
-from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference, linear_rotary_reference
+from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference
 from unpadded_kernels.matryoshka import matryoshka_reference
 from unpadded_kernels.moe import expert_mlp_reference
 from unpadded_kernels.pooling import masked_mean_pool_reference, mean_pool_reference
@@ -156,23 +155,15 @@ def attention_case(*lengths: int, window: int | None = None, alibi: bool = False
 
 def linear_case(inner: int, outer: int) -> Case:
     arguments = randn(TOKENS, inner), weights(outer, inner), randn(outer)
-    found = chosen(linear_invariant, "linear_invariant", "triton", "hopper")
-    found |= {"unpadded, library": linear, "reference": linear_invariant_reference}
+    found = {"unpadded": linear_invariant, "unpadded, library": linear, "reference": linear_invariant_reference}
     return Case(arguments, 2 * TOKENS * inner * outer, False, found)
 
 
 def linear_swiglu_case(tokens: int) -> Case:
     arguments = randn(tokens, HIDDEN), weights(2 * INTERMEDIATE, HIDDEN), None, "swiglu"
-    found = chosen(linear_activation, "linear_activation", "library", "triton", "hopper")
+    found = chosen(linear_activation, "linear_activation", "library", "triton")
     found |= {"reference": linear_activation_reference}
     return Case(arguments, 4 * tokens * HIDDEN * INTERMEDIATE, False, found)
-
-
-def linear_rotary_case(tokens: int) -> Case:
-    arguments = randn(tokens, HIDDEN), weights(3 * HIDDEN, HIDDEN), None, table()[:tokens], HEADS
-    found = chosen(linear_rotary, "linear_rotary", "library", "hopper")
-    found |= {"reference": linear_rotary_reference}
-    return Case(arguments, 6 * tokens * HIDDEN**2, False, found)
 
 
 def linear_fp8_case(outer: int, kind: str | None) -> Case:
@@ -198,11 +189,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear, gate-up": lambda: linear_case(HIDDEN, 2 * INTERMEDIATE),
     "linear, down": lambda: linear_case(INTERMEDIATE, HIDDEN),
     "linear and swiglu": lambda: linear_swiglu_case(TOKENS),
-    "linear and rotary": lambda: linear_rotary_case(TOKENS),
     **{f"attention, texts of {n}": lambda n=n: attention_case(n) for n in (512, 8192, 2048, 128) if n <= TOKENS},
     # with incomplete tiles
     "linear and swiglu, 333 tokens": lambda: linear_swiglu_case(333),
-    "linear and rotary, 333 tokens": lambda: linear_rotary_case(333),
     "attention, mixed texts": lambda: attention_case(1, 7, 64, 127, 128, 129, 300, 513),
     "attention, window of 64": lambda: attention_case(min(TOKENS, 8192), window=64),
     "attention, ALiBi": lambda: attention_case(min(TOKENS, 2048), alibi=True),

@@ -25,7 +25,7 @@ import torch
 
 # What every forward pass of NomicBERT runs.
 NOMIC_BERT = (
-    *("linear and swiglu", "linear and rotary", "attention, texts", "attention, mixed", "add_layer_norm"),
+    *("linear and swiglu", "rotary", "attention, texts", "attention, mixed", "add_layer_norm"),
     *("embedding", "mean_pool", "matryoshka"),
 )
 DTYPES = ("float16", "bfloat16") if op_cases.CUDA else ("float32",)

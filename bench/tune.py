@@ -81,9 +81,10 @@ LINEAR = {
     "nothing": ((128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 8, 4)),
     "gated": ((128, 128, 8, 3), (256, 64, 8, 3)),
 }
+# (provider, cases) by epilogue
 LINEAR_CASES = {
-    "nothing": ("linear, qkv", "linear, out", "linear, gate-up", "linear, down"),
-    "gated": ("linear and swiglu",),
+    "nothing": ("unpadded", ("linear, qkv", "linear, out", "linear, gate-up", "linear, down")),
+    "gated": ("unpadded, triton", ("linear and swiglu",)),
 }
 
 
@@ -103,7 +104,8 @@ def sweeps(generation: int) -> dict[str, Sweep]:
             for m, n, warps, stages in shapes
         )
         key = op_cases.DTYPE.itemsize, epilogue, key_generation
-        found[f"linear, {epilogue}"] = Sweep(LINEAR_CASES[epilogue], "unpadded, triton", tiles.LINEAR, key, candidates)
+        provider, cases = LINEAR_CASES[epilogue]
+        found[f"linear, {epilogue}"] = Sweep(cases, provider, tiles.LINEAR, key, candidates)
     # fewer elements per warp need barriers: predicted to be slower, so one candidate checks that
     rows = ("add_layer_norm", "embedding", "swiglu", "rotary")
     found["rows"] = Sweep(rows, "unpadded", vars(tiles), "_ROW_ELEMENTS_PER_WARP", (512,))

@@ -109,7 +109,7 @@ def test_gpu_script_times_no_model_whose_operations_are_wrong(tmp_path, gpu_run)
 
 
 def test_gpu_script_leaves_out_a_choice_of_kernels_that_is_wrong(tmp_path, gpu_run):
-    wrong = "  linear and rotary, bfloat16, unpadded, hopper: FAILED: its process exited with 1"
+    wrong = "  attention, texts of 512, bfloat16, unpadded, hopper: FAILED: its process exited with 1"
     _, steps = finished(gpu_run(f'*smoke.py*) echo "{wrong}"; exit 2 ;;', programs=["compute-sanitizer"]))
     assert steps == [*STEPS, "sanitizer"]
     assert "--part headline --without hopper" in log(tmp_path, "headline")
@@ -417,7 +417,7 @@ def test_model_of_time_sums_to_the_reviewed_prediction(gpu):
     assert {op: found[op] for op in ops} == pytest.approx(ops, abs=6e-4)
     bounds = {row["op"]: row["bound"] for row in short}
     assert bounds["rotary"] == "bytes" and bounds["attention"] == "flops"
-    for kernels, saved in {"triton": 0.03, "hopper": 0.07}.items():
+    for kernels, saved in {"triton": 0.03, "hopper": 0.05}.items():
         assert sum(row["predicted"] for row in model_of_time.predict(gpu, 512, kernels)) < at_512 - saved
 
 

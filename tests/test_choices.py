@@ -24,12 +24,11 @@ def test_a_choice_depends_on_the_generation_and_on_fp32(sm_90):
 
 def test_an_override_ends_with_its_block(sm_90):
     x = torch.empty(2, 2, dtype=torch.float16)
-    before = chosen("linear_rotary", x)
-    with override(linear_rotary="library"):
-        with override(linear_activation="library", linear_rotary="hopper"):
-            assert (chosen("linear_activation", x), chosen("linear_rotary", x)) == ("library", "hopper")
-        assert (chosen("linear_activation", x), chosen("linear_rotary", x)) == ("triton", "library")
-    assert chosen("linear_rotary", x) == before
+    with override(attention="hopper"):
+        with override(linear_activation="library", attention="triton"):
+            assert (chosen("linear_activation", x), chosen("attention", x)) == ("library", "triton")
+        assert (chosen("linear_activation", x), chosen("attention", x)) == ("triton", "hopper")
+    assert (chosen("linear_activation", x), chosen("attention", x)) == ("triton", "triton")
 
 
 def test_an_unknown_op_cannot_be_overridden():

@@ -12,9 +12,12 @@ from unpadded_kernels import choices
 from unpadded_kernels.attention import attention_reference, attention_triton, make_tile_map
 
 pytest.importorskip("triton.experimental.gluon")
-from support.barriers import SimulationError, recorded_launches, simulate
+import triton
+from support.barriers import SimulationError, simulate
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from unpadded_kernels.hopper import attention as hopper
+from unpadded_kernels.hopper import is_supported
 
 attention_module = sys.modules["unpadded_kernels.attention"]  # the package's attribute is the op
 
@@ -163,7 +166,7 @@ MUTANTS = {
     "the first v is not awaited": ("v_slot = _wait_full(kv_full, item + 1, SLOTS)", "v_slot = (item + 1) % SLOTS"),
     "the next v is not awaited": ("                _wait_full(kv_full, item + 1, SLOTS)\n", ""),
     "the ring is shorter than a consumer needs": ("item % SLOTS", "item % (SLOTS - 1)"),
-    "one consumer releases a slot": ("new_barriers(SLOTS, 2)", "new_barriers(SLOTS, 1)"),
+    "one consumer releases a slot": ("_barriers(SLOTS, 2)", "_barriers(SLOTS, 1)"),
     "no consumer has the first turn": ("mbarrier.arrive(turn.index(0), count=1)", "pass"),
     "a consumer keeps the turn": ("turn.index(1 - CONSUMER)", "turn.index(CONSUMER)"),
     "the cleared rows have no fence": ("fence_async_shared()\n                thread_barrier()", "thread_barrier()"),
@@ -193,10 +196,23 @@ def test_the_simulation_finds(mutant, small_blocks, monkeypatch):
 
 @pytest.fixture
 def sm_90(monkeypatch):
-    """Let the op see a device of compute capability 9.0; return the names of the kernels that it launches."""
+    """Let the op see a device of compute capability 9.0. Return the list of launches: "triton" or "hopper" each."""
+    launched, plain_launch, hopper_launch = [], attention_module.launch_attention, hopper.attention_hopper
+
+    def launch_plain(*arguments):
+        launched.append("triton")
+        return plain_launch(*arguments)
+
+    def launch_hopper(*arguments):
+        launched.append("hopper")
+        return simulate(lambda: hopper_launch(*arguments), 0)
+
     for module in (attention_module, choices):
         monkeypatch.setattr(module, "generation", lambda device: 90)
-    return recorded_launches(monkeypatch, attention_module, "launch_attention", hopper, "attention_hopper")
+    monkeypatch.setattr(attention_module, "is_supported", lambda device: True)
+    monkeypatch.setattr(attention_module, "launch_attention", launch_plain)
+    monkeypatch.setattr(hopper, "attention_hopper", launch_hopper)
+    return launched
 
 
 def test_the_op_launches_the_kernel_of_its_choice(sm_90):
@@ -223,3 +239,18 @@ def test_other_attention_takes_plain_triton(case, sm_90):
     with choices.override(attention="hopper"):
         attention_triton(qkv, packed([9]), 9, 0.25, 3 if case == "window" else None)
     assert sm_90 == ["triton"]
+
+
+def test_only_compute_capability_9_0_is_supported(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert is_supported(torch.device("cuda", 0)) == (capability == (9, 0))
+    assert not is_supported(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delattr(tma, "async_load", raising=False)
+    monkeypatch.delattr(tma, "async_copy_global_to_shared", raising=False)
+    assert not is_supported(torch.device("cuda", 0))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not is_supported(torch.device("cuda", 0))  # in the interpreter

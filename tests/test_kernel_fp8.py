@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
-from unpadded_kernels import linear_kernels
 from unpadded_kernels._triton import tl
 from unpadded_kernels.activation import GATED, KINDS
 from unpadded_kernels.fp8 import (
@@ -52,7 +51,7 @@ def kernel(request, monkeypatch):
         pytest.skip("needs compute capability 9.0")
     generation = 80 if request.param == "pointers" else 90
     if not HAS_CUDA or generation == 80:
-        monkeypatch.setattr(linear_kernels, "generation", lambda device: generation)
+        monkeypatch.setattr(sys.modules["unpadded_kernels.linear"], "generation", lambda device: generation)
 
 
 def uneven(tokens, width, dtype):

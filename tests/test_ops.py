@@ -40,7 +40,6 @@ def arguments(tokens):
         "linear_activation": (x, weight, None, "geglu"),
         "linear_fp8": (*quantize_rows_reference(x), *quantize_rows_reference(weight), None, "gelu", torch.float16),
         "linear_invariant": (x, weight, None, "swiglu"),
-        "linear_rotary": (x, weight, None, cos_sin, HEADS),
         "matryoshka": (x, True, 24, True),
         "masked_mean_pool": (randn(2, tokens, HIDDEN), mask, True),
         "mean_pool": (x, cu_seqlens),

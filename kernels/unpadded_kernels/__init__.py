@@ -9,7 +9,7 @@ from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.fp8 import linear_fp8, quantize_rows
 from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, qk_norm_, rms_norm
-from unpadded_kernels.linear import linear, linear_activation, linear_invariant, linear_rotary
+from unpadded_kernels.linear import linear, linear_activation, linear_invariant
 from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
 from unpadded_kernels.pooling import masked_mean_pool, mean_pool
@@ -25,7 +25,6 @@ __all__ = [
     "linear_activation",
     "linear_fp8",
     "linear_invariant",
-    "linear_rotary",
     "masked_mean_pool",
     "matryoshka",
     "mean_pool",

@@ -1,9 +1,9 @@
 """Choices between the ways to compute an op, each with its reason.
 
-    library    the library's matmul, and a second kernel for the step after it
+    library    the library's matmul, and a second kernel for the activation
     triton     one kernel in plain Triton
-    hopper     one kernel in Gluon for sm_90; the next of the op's other values if that does not support the device,
-               the dtype or the dimensions
+    hopper     attention in Gluon for sm_90; plain Triton where that does not support the device, the dtype or the
+               dimensions
 
 A choice never depends on the number of tokens.
 """
@@ -16,15 +16,11 @@ from torch import Tensor
 
 from unpadded_kernels.tiles import generation
 
-# By op and generation. Nothing is measured; hopper, tested in the interpreter only, is nowhere the default.
+# By op and generation. Nothing is measured; hopper, tested in a simulation only, is nowhere the default.
 CHOICES = {
-    # predicted for H100 (2026-11): triton 11 % more tokens per second at 512 per text, hopper 12 %
+    # predicted for H100 (2026-11): 11 % more tokens per second at 512 per text
     "linear_activation": {80: "library", 90: "triton", 100: "library"},
-    # no such kernel in plain Triton; predicted for H100: hopper 4 % more tokens per second
-    "linear_rotary": {80: "library", 90: "library", 100: "library"},
-    # the only kernels for 80 and 100; predicted for H100: hopper is faster
-    "linear_invariant": {80: "triton", 90: "triton", 100: "triton"},
-    "linear_fp8": {80: "triton", 90: "triton", 100: "triton"},
+    # predicted for H100: hopper is faster
     "attention": {80: "triton", 90: "triton", 100: "triton"},
 }
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
-from unpadded_kernels.linear import fused_linear, linear_invariant_reference
+from unpadded_kernels.linear import linear_invariant_reference, linear_invariant_triton
 from unpadded_kernels.linear_cpu import linear_cpu
-from unpadded_kernels.linear_kernels import Epilogue
 from unpadded_kernels.tiles import hidden_launch
 
 E4M3 = torch.float8_e4m3fn
@@ -92,8 +91,7 @@ def linear_fp8_triton(
 ) -> Tensor:
     if x.dtype != E4M3 or weight.dtype != E4M3:
         raise ValueError(f"x and weight must be {E4M3}, got {x.dtype} and {weight.dtype}: pass them to quantize_rows")
-    epilogue = Epilogue(scales=(x_scale, weight_scale), bias=bias, kind=kind)
-    return fused_linear("linear_fp8", x, weight, epilogue, dtype)
+    return linear_invariant_triton(x, weight, bias, kind, dtype, x_scale, weight_scale)
 
 
 quantize_rows = operation(quantize_rows_reference, cuda=quantize_rows_triton)

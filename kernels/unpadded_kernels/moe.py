@@ -19,9 +19,8 @@ from torch import Tensor
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.activation import activate
-from unpadded_kernels.linear import linear_invariant_reference
+from unpadded_kernels.linear import linear_invariant_reference, matmul_tile
 from unpadded_kernels.linear_cpu import linear_cpu
-from unpadded_kernels.linear_kernels import matmul_tile
 from unpadded_kernels.tiles import generation, hidden_launch, linear_tile
 
 _ROUTE_T = 64  # tokens per program of the router's matmul

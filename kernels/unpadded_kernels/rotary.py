@@ -71,19 +71,14 @@ def _rotary_kernel(
     tl.store(first_ptrs + HALF, second * cos + first * sin, mask=mask)
 
 
-def check_cos_sin(cos_sin: Tensor, total_tokens: int, head_dim: int) -> None:
-    """Raise ValueError unless cos_sin is from rotary_cos_sin for these tokens and this head_dim."""
+def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
+    """Launch one program per token. qkv may be strided by token and head; the row of a head must be contiguous."""
+    total_tokens, _, heads, head_dim = qkv.shape
     if cos_sin.shape != (total_tokens, head_dim) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(
             f"cos_sin must be contiguous fp32 of ({total_tokens}, {head_dim}), got {cos_sin.dtype} of "
             f"{tuple(cos_sin.shape)}, strides {cos_sin.stride()}: make it with rotary_cos_sin"
         )
-
-
-def rotary_triton(qkv: Tensor, cos_sin: Tensor) -> None:
-    """Launch one program per token. qkv may be strided by token and head; the row of a head must be contiguous."""
-    total_tokens, _, heads, head_dim = qkv.shape
-    check_cos_sin(cos_sin, total_tokens, head_dim)
     check_rows("qkv", qkv, total_tokens, 3, heads, head_dim)
     block_r, block_d = triton.next_power_of_2(2 * heads), triton.next_power_of_2(head_dim // 2)
     _rotary_kernel[(total_tokens,)](

@@ -32,10 +32,8 @@ from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.fp8 import E4M3, linear_fp8_triton, quantize_rows_triton
 from unpadded_kernels.hopper.attention import attention_hopper
-from unpadded_kernels.hopper.linear import linear_hopper
 from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, qk_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
-from unpadded_kernels.linear_kernels import Epilogue
 from unpadded_kernels.matryoshka import matryoshka_triton
 from unpadded_kernels.moe import expert_mlp_triton
 from unpadded_kernels.pooling import masked_mean_pool_triton, mean_pool_triton
@@ -136,27 +134,9 @@ def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def gluon_cases(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls of the launchers of sm_90's own kernels; every: not only those that most models use."""
-    out = torch.float16 if dtype == E4M3 else dtype
-    chosen = [(2304, None, False, 64), (6144, "swiglu", False, 0), (3072, "gelu", True, 0)]
-    if dtype == E4M3:
-        chosen = [(6144, "swiglu", False, 0)]
-    if every:
-        activations = [(6144, "swiglu", True, 0), (6144, "geglu", True, 0), (3072, "gelu_tanh", False, 0)]
-        chosen += [(768, None, False, 0), (768, None, True, 0), *activations]
-        chosen += [] if dtype == E4M3 else [(2304, None, True, head_dim) for head_dim in (32, 64, 128)]
-    for rows, kind, bias, head_dim in chosen:
-        x, weight = (torch.empty(count, 768, dtype=dtype) for count in (TOKENS, rows))
-        epilogue = Epilogue(
-            scales=(torch.empty(TOKENS), torch.empty(rows)) if dtype == E4M3 else None,
-            bias=torch.empty(rows, dtype=out) if bias else None,
-            kind=kind,
-            cos_sin=torch.empty(TOKENS, head_dim) if head_dim else None,
-        )
-        name = f"768 to {rows}" + f", {kind}" * bool(kind) + ", bias" * bias + f", rotary {head_dim}" * bool(head_dim)
-        yield name, lambda arguments=(x, weight, epilogue, out): linear_hopper(*arguments)
+    """Yield calls of sm_90's own attention; every: not only those that most models use."""
     tile_map = make_tile_map([100, TOKENS - 100], 128)
-    for head_dim in () if dtype == E4M3 else (16, 32, 64) if every else (64,):
+    for head_dim in (16, 32, 64) if every else (64,):
         for slopes in (None, torch.empty(12)):
             arguments = torch.empty(TOKENS, 3, 12, head_dim, dtype=dtype), tile_map, 0.1, slopes
             name = f"head_dim {head_dim}" + ", alibi" * (slopes is not None)
@@ -229,7 +209,7 @@ def compile_cases(job: str) -> list[dict[str, Any]]:
     """Compile and describe every case of a job such as fp16:90."""
     dtype, generation, *gluon = job.split(":")
     capability = int(generation)
-    for op in ("attention", "choices", "linear_kernels", "moe"):
+    for op in ("attention", "choices", "linear", "moe"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
     for case, call in gluon_cases(DTYPES[dtype], gluon == ["gluon-all"]) if gluon else cases(DTYPES[dtype]):

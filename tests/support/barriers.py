@@ -6,7 +6,7 @@ Gluon has no interpreter. Here the source of a kernel runs on CPU tensors, one s
 point at which another partition may run or a TMA transfer may complete. `SimulationError` is raised for
 
 - a deadlock, or a barrier that receives too many arrivals or bytes;
-- a write to shared memory that a wgmma or a TMA store still reads, or a read of memory whose load has not completed;
+- a write to shared memory that a wgmma still reads, or a read of memory whose load has not completed;
 - generic writes that asynchronous reads may not see yet: without fence_async_shared and then a barrier;
 - an accumulator that is used while its wgmma runs;
 - an access outside of a tensor.
@@ -24,16 +24,14 @@ import random
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator
-from types import CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.language.extra.libdevice import fast_dividef
 from triton.runtime.jit import JITFunction
 
 Slot = tuple[int, int]
@@ -61,30 +59,6 @@ def simulate(call: Callable[[], Tensor], seed: int, change: Callable[[str], str]
         return call()
     finally:
         JITFunction.run = original
-
-
-def recorded_launches(
-    monkeypatch: pytest.MonkeyPatch, op: ModuleType, plain: str, kernel: ModuleType, special: str
-) -> list[str]:
-    """Let an op see a device with the kernels for sm_90. Return the list of launches: "triton" or "hopper" each.
-
-    op: the module that launches plain Triton with its function `plain`; kernel: the module with the function `special`.
-    """
-    launched = []
-    plain_launch, special_launch = getattr(op, plain), getattr(kernel, special)
-
-    def launch_plain(*arguments: Any) -> Any:
-        launched.append("triton")
-        return plain_launch(*arguments)
-
-    def launch_special(*arguments: Any) -> Tensor:
-        launched.append("hopper")
-        return simulate(lambda: special_launch(*arguments), 0)
-
-    monkeypatch.setattr(op, plain, launch_plain)
-    monkeypatch.setattr(op, "is_supported", lambda device: True)
-    monkeypatch.setattr(kernel, special, launch_special)
-    return launched
 
 
 def argument(value: Any) -> Any:
@@ -133,10 +107,6 @@ class Descriptor:
         inside, part = self.box(start)
         block[part] = self.tensor[inside]
         return block
-
-    def store(self, start: list[int], block: Tensor) -> None:
-        inside, part = self.box(start)
-        self.tensor[inside] = block[part]
 
 
 class Barrier:
@@ -187,9 +157,6 @@ class Shared:
             raise SimulationError(f"index {at} of {len(self.values)} slots")
         return Shared(self.simulation, self.values[at], self.slot if self.indexed else (self.slot[0], at), True)
 
-    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.simulation, self.values.narrow(dim, start, length), self.slot, True)
-
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.simulation, self.values.permute(*order), self.slot, True)
 
@@ -231,10 +198,9 @@ class Simulation:
         self.allocations = 0
         self.transfers: list[Callable[[], None]] = []
         self.loading: Counter[Slot] = Counter()  # TMA loads that have not completed
-        self.readers: Counter[Slot] = Counter()  # wgmmas and TMA stores that have not completed
+        self.readers: Counter[Slot] = Counter()  # wgmmas that have not completed
         self.wgmmas: dict[int, list[tuple[object, list[Slot]]]] = defaultdict(list)  # by partition, oldest first
-        self.stores: Counter[int] = Counter()  # TMA stores that still read, by partition
-        # by slot and partition: dirty, fenced, visible, or storing, stored, waited. Two may write the same bits.
+        # by slot and partition: dirty, fenced or visible. Two may write the same bits.
         self.written: dict[tuple[Slot, int], str] = {}
         self.functions: dict[FunctionType, FunctionType] = {}  # of a kernel -> translated
         self.program, self.programs = program, programs
@@ -267,8 +233,8 @@ class Simulation:
                 waiting[one] = next(generators[one])
             except StopIteration:
                 del waiting[one]
-                if self.stores[self.partition] or self.wgmmas[self.partition]:
-                    raise SimulationError(f"partition {one} ends before its stores or wgmmas") from None
+                if self.wgmmas[self.partition]:
+                    raise SimulationError(f"partition {one} ends before its wgmmas") from None
         self.partition = outer
 
     # translation of a kernel's source
@@ -302,7 +268,7 @@ class Simulation:
     # primitives
 
     def replacements(self) -> list[tuple[Any, Any]]:
-        elementwise = {
+        language = {
             "abs": torch.abs,
             "exp2": torch.exp2,
             "where": lambda mask, a, b: torch.where(mask, torch.as_tensor(a), torch.as_tensor(b)),
@@ -314,54 +280,35 @@ class Simulation:
             "full": lambda shape, value, dtype, layout=None: torch.full(tuple(shape), value, dtype=dtype),
             "zeros_like": torch.zeros_like,
             "zeros": lambda shape, dtype, layout=None: torch.zeros(tuple(shape), dtype=dtype),
-            "reshape": lambda x, shape: x.reshape(tuple(shape)),
-            "permute": lambda x, order: x.permute(tuple(order)),
-            "split": lambda x: x.unbind(-1),
-            "join": lambda a, b: torch.stack((a, b), -1),
-            "expand_dims": lambda x, axis: x.unsqueeze(axis),
-            "convert_layout": lambda x, layout, assert_trivial=False: x,
+            "convert_layout": lambda x, layout: x,
             "load": self.load,
+            "store": self.store,
+            "program_id": lambda axis: self.program,
+            "num_programs": lambda axis: self.programs,
+            "allocate_shared_memory": self.allocate,
+            "warp_specialize": self.warp_specialize,
             "static_range": range,
-            "static_assert": lambda condition, message="": None,
-            **{name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int64")},
+            "float32": torch.float32,
+            "int64": torch.int64,
         }
-        language = Namespace(
-            gl,
-            **elementwise,
-            store=self.store,
-            program_id=lambda axis: self.program,
-            num_programs=lambda axis: self.programs,
-            allocate_shared_memory=self.allocate,
-            warp_specialize=self.warp_specialize,
-            barrier=self.thread_barrier,
-            thread_barrier=self.thread_barrier,
-        )
         barriers = Namespace(
             hopper.mbarrier,
             init=lambda shared, count: shared.barrier.init(count),
-            wait=lambda shared, phase, pred=True, deps=(): Step(
-                ready=lambda: not pred or shared.barrier.phase != int(phase)
-            ),
-            arrive=lambda shared, count=1, pred=True: Step(shared.barrier.arrive(count) if pred else None),
-            expect=lambda shared, count, pred=True: Step(shared.barrier.arrive(1, count) if pred else None),
+            wait=lambda shared, phase, pred=True: Step(ready=lambda: not pred or shared.barrier.phase != int(phase)),
+            arrive=lambda shared, count: Step(shared.barrier.arrive(count)),
+            expect=lambda shared, count: Step(shared.barrier.arrive(1, count)),
         )
-        new = hasattr(hopper.tma, "async_load")
-        loads = {"async_load" if new else "async_copy_global_to_shared": self.tma_load}
-        stores = {"async_store" if new else "async_copy_shared_to_global": self.tma_store}
-        tma = Namespace(hopper.tma, **loads, **stores, store_wait=self.store_wait)
-        names = (self.fence_async_shared, self.warpgroup_mma, self.warpgroup_mma_init, self.warpgroup_mma_wait)
+        tma_load = "async_load" if hasattr(hopper.tma, "async_load") else "async_copy_global_to_shared"
+        names = (self.fence_async_shared, self.warpgroup_mma, self.warpgroup_mma_wait)
         return [
-            (gl, language),
-            (tl, Namespace(tl, **elementwise, math=Namespace(tl.math, **elementwise))),
+            (gl, Namespace(gl, **language)),
             (hopper.mbarrier, barriers),
-            (hopper.tma, tma),
             *((getattr(hopper, method.__name__), method) for method in names),
-            *((getattr(hopper.tma, name), method) for name, method in (loads | stores).items()),
+            (getattr(hopper.tma, tma_load), self.tma_load),
             *((getattr(gl, name), self.thread_barrier) for name in ("barrier", "thread_barrier") if hasattr(gl, name)),
-            (fast_dividef, torch.div),
         ]
 
-    def allocate(self, dtype: torch.dtype, shape: list[int], layout: Any, value: Any = None) -> Shared:
+    def allocate(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
         self.allocations += 1
         if isinstance(layout, hopper.mbarrier.MBarrierLayout):
             values: Any = [Barrier() for _ in range(shape[0])]
@@ -387,9 +334,8 @@ class Simulation:
 
     def write(self, shared: Shared, values: Tensor) -> None:
         slot, changes = shared.slot, not torch.equal(as_bits(shared.values), as_bits(values))
-        states = self.states(slot).values()
-        if changes and (self.readers[slot] or any(state in ("storing", "stored", "waited") for state in states)):
-            raise SimulationError(f"a write to {slot}, which is {', '.join(states) or 'read'}")
+        if changes and self.readers[slot]:
+            raise SimulationError(f"a write to {slot}, which is still read")
         self.check_loaded(slot)
         shared.values.copy_(values)
         self.written[slot, self.partition] = "dirty"
@@ -404,14 +350,13 @@ class Simulation:
             if (partition, state) == (self.partition, before):
                 self.written[slot, partition] = after
 
-    def fence_async_shared(self, cluster: bool = False) -> Step:
+    def fence_async_shared(self) -> Step:
         self.advance("dirty", "fenced")
         return Step()
 
     def thread_barrier(self) -> Step:
         """Synchronize the threads of a partition."""
         self.advance("fenced", "visible")
-        self.advance("waited", "visible")
         return Step()
 
     def check_visible(self, slot: Slot) -> None:
@@ -422,9 +367,7 @@ class Simulation:
         if relevant - {"visible"}:
             raise SimulationError(f"an asynchronous read of {slot}, which is {', '.join(states.values())}")
 
-    def tma_load(
-        self, descriptor: Descriptor, start: list[int], barrier: Shared, target: Shared, pred: Any = 1
-    ) -> Step:
+    def tma_load(self, descriptor: Descriptor, start: list[int], barrier: Shared, target: Shared) -> Step:
         slot, block = target.slot, descriptor.load(start)
         states = self.states(slot)
         if self.readers[slot] or set(states.values()) - {"visible"}:
@@ -441,41 +384,7 @@ class Simulation:
         self.transfers.append(complete)
         return Step()
 
-    def tma_store(self, descriptor: Descriptor, start: list[int], source: Shared) -> Step:
-        slot, partition = source.slot, self.partition
-        self.check_visible(slot)
-        self.written[slot, partition] = "storing"
-        self.readers[slot] += 1
-        self.stores[partition] += 1
-
-        def complete() -> None:
-            descriptor.store(start, source.values)
-            self.written[slot, partition] = "stored"
-            self.readers[slot] -= 1
-            self.stores[partition] -= 1
-
-        self.transfers.append(complete)
-        return Step()
-
-    def store_wait(self, pendings: int) -> Step:
-        partition = self.partition
-
-        def ready() -> bool:
-            done = self.stores[partition] <= pendings
-            if done:
-                for (slot, writer), state in self.written.items():
-                    if (writer, state) == (partition, "stored"):
-                        self.written[slot, writer] = "waited"
-            return done
-
-        return Step(ready=ready)
-
-    def warpgroup_mma_init(self, values: Any) -> Accumulator:
-        return values if isinstance(values, Accumulator) else Accumulator(values)
-
-    def warpgroup_mma(
-        self, a: Any, b: Shared, acc: Any, *, use_acc: Any = True, precision: Any = None, is_async: bool = False
-    ) -> Step:
+    def warpgroup_mma(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Step:
         operands = [operand for operand in (a, b) if isinstance(operand, Shared)]
         for operand in operands:
             self.check_visible(operand.slot)
@@ -516,20 +425,12 @@ def translated(function: FunctionType, change: Callable[[str], str]) -> CodeType
 
 
 class Steps(ast.NodeTransformer):
-    """Turn each call into a step, a layout of registers, which is not simulated, into None, and bits into bytes."""
+    """Turn each call into a step."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         call = ast.Call(func=ast.Name("_step", ast.Load()), args=[node.func, *node.args], keywords=node.keywords)
         return ast.YieldFrom(value=call)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        self.generic_visit(node)
-        if node.attr == "layout" and isinstance(node.value, ast.Attribute) and node.value.attr == "type":
-            return ast.Constant(None)
-        if node.attr == "primitive_bitwidth":  # of a torch.dtype
-            return ast.BinOp(ast.Constant(8), ast.Mult(), ast.Attribute(node.value, "itemsize", ast.Load()))
-        return node
 
 
 class Namespace:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded.model.linear import AnyLinear, Linear
+from unpadded.model.linear import AnyLinear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
 
 # of layers after the encoder
@@ -71,8 +71,6 @@ class QKV:
 
     def __call__(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """x: [total_tokens, hidden]; cos_sin: the rotary table. Returns [total_tokens, 3, heads, head_dim]."""
-        if cos_sin is not None and self.norm is None and isinstance(self.linear, Linear):
-            return self.linear.with_rotary(x, cos_sin, self.heads)
         qkv = self.linear(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
         if self.norm is not None:
             qk_norm_(qkv, *self.norm)

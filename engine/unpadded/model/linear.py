@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, linear_rotary, quantize_rows
+from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, quantize_rows
 from unpadded_kernels.fp8 import quantize_rows_reference
 from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
 from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
@@ -18,7 +18,7 @@ from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """The library's matmul, or this project's: with the activation or the rotation in the same pass, or invariant."""
+    """The library's matmul, or this project's: with the activation in the same pass, or invariant."""
 
     weight: Tensor  # [out_features, in_features]; gate rows, then up rows, before a gated activation
     bias: Tensor | None
@@ -32,10 +32,6 @@ class Linear:
         if self.activation is None:
             return linear(x, self.weight, self.bias)
         return linear_activation(x, self.weight, self.bias, self.activation)
-
-    def with_rotary(self, x: Tensor, cos_sin: Tensor, heads: int) -> Tensor:
-        """Return qkv with q and k rotated: [total_tokens, 3, heads, head_dim]."""
-        return linear_rotary(x, self.weight, self.bias, cos_sin, heads, self.invariant)
 
 
 class PrepackedLinear:

@@ -1,4 +1,4 @@
-"""Kernels for sm_90 in Gluon. Plain Triton, or the library's matmul, computes the same without them."""
+"""Attention for sm_90 in Gluon. Plain Triton computes the same without it."""
 
 import torch
 

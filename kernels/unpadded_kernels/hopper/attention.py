@@ -17,18 +17,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from unpadded_kernels.hopper.common import new_barriers, thread_barrier, tma_load
 from unpadded_kernels.tiles import multiprocessors
 
+# the names of the latest triton, else those of 3.6
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 BLOCK_M, BLOCK_N = 128, 128
 # Items in the ring of k and v, by head_dim: 128 would spill registers. At least 4: a consumer releases v of a block
 # after it has k of the next but one.
 SLOTS = {16: 8, 32: 8, 64: 8}
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """Return barriers that complete a phase after so many arrivals. Fence before another warp uses them."""
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
 
 
 @gluon.jit
@@ -202,8 +214,8 @@ def _attention_hopper_kernel(
     HEAD_DIM: gl.constexpr = kv_source.block_shape[1]
     q_ring = gl.allocate_shared_memory(q_source.dtype, [4, ROWS, HEAD_DIM], q_source.layout)
     kv_ring = gl.allocate_shared_memory(q_source.dtype, [SLOTS, BLOCK_N, HEAD_DIM], kv_source.layout)
-    rings = (q_ring, new_barriers(2, 1), new_barriers(2, 2), kv_ring, new_barriers(SLOTS, 1), new_barriers(SLOTS, 2))
-    turn = new_barriers(2, 1)
+    rings = (q_ring, _barriers(2, 1), _barriers(2, 2), kv_ring, _barriers(SLOTS, 1), _barriers(SLOTS, 2))
+    turn = _barriers(2, 1)
     fence_async_shared()
     mbarrier.arrive(turn.index(0), count=1)
     inputs = (tile_map_ptr, alibi_slopes_ptr, out_ptr, works, scale)
