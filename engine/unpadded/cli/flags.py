@@ -57,12 +57,13 @@ def flag_values(args: argparse.Namespace, options: Iterable[Option]) -> dict[str
     return {option.name: convert(option, getattr(args, option.name)) for option in options}
 
 
-def load(args: argparse.Namespace) -> Engine:
-    """Load the model that the flags describe."""
+def load(args: argparse.Namespace, model: str | None = None) -> Engine:
+    """Load a model as the flags describe; model: instead of theirs."""
     import unpadded
 
-    with waiting(f"loading {args.model}"):
-        return unpadded.load(args.model, **flag_values(args, describe(LoadOptions)))
+    model = model or args.model
+    with waiting(f"loading {model}"):
+        return unpadded.load(model, **flag_values(args, describe(LoadOptions)))
 
 
 def _help(option: Option) -> str:
