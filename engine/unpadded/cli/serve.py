@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 
-from unpadded.cli.flags import MODEL_VARIABLE, Commands, add_flags, add_model_arguments, load
+from unpadded.cli.flags import Commands, add_flags, add_model, add_model_arguments, load
 from unpadded.errors import OptionError, install_command
 from unpadded.options import describe
 from unpadded.server.options import API_KEYS_VARIABLE, FLAG_NAMES, ServerOptions
@@ -22,7 +21,7 @@ APIs:
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
   TEI       POST /embed /embed_all /similarity /rerank /predict /tokenize /decode, GET /info /health /metrics
   Cohere    POST /v1/embed /v2/embed /v1/rerank /v2/rerank
-  Jina      POST /v1/embeddings /v1/rerank             https://api.jina.ai becomes http://HOST:PORT
+  Jina      POST /v1/embeddings /v1/rerank
   all       GET /openapi.json, and GET / and /docs in a browser. Request bodies may be compressed with gzip. With
             "Accept: application/octet-stream", vectors are returned as raw little-endian float32 rows, and the header
             x-shape has their shape.
@@ -71,14 +70,7 @@ def add_command(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.set_defaults(command=run)
-    default = os.environ.get(MODEL_VARIABLE)
-    serve.add_argument(
-        "models",
-        nargs="*" if default else "+",
-        default=[default],
-        metavar="MODEL",
-        help=f"folders or Hugging Face ids (default: {MODEL_VARIABLE} of the environment)",
-    )
+    add_model(serve, several=True)
     add_flags(serve.add_argument_group("serving", LOG_DESCRIPTION), describe(ServerOptions))
     keys = serve.add_argument_group("API keys", KEYS_DESCRIPTION)
     keys.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept this key; repeatable")
