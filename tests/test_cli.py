@@ -31,6 +31,7 @@ from support.serving import wait_until
 
 import unpadded
 from unpadded import bulk
+from unpadded.cli.main import _parser as parser
 from unpadded.cli.main import main
 from unpadded.errors import InputError
 
@@ -446,6 +447,12 @@ def test_the_environment_names_the_model(
     assert main(["embed", str(text_file), "-m", "fake", "-o", "-"]) == 0 and engine.load_options["model"] == "fake"
     assert main(["info"]) == 2
     assert "absent" in capsys.readouterr().err
+    assert parser().parse_args(["serve"]).models == ["absent/"]
+    assert parser().parse_args(["serve", "a", "b", "--port", "0"]).models == ["a", "b"]
+    monkeypatch.delenv("UNPADDED_MODEL")
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve"])
+    assert "required: MODEL" in capsys.readouterr().err
 
 
 def test_special_outputs_are_errors_or_work(

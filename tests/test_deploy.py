@@ -56,7 +56,7 @@ def test_the_docker_examples_parse() -> None:
 def test_the_deployment_passes_valid_flags_and_leaves_time_to_drain() -> None:
     args = parse(CONTAINER["args"])
     options = read_options(args)
-    assert args.model == "nomic-ai/nomic-embed-text-v1.5" and options.default_task == "search_document"
+    assert args.models == ["nomic-ai/nomic-embed-text-v1.5"] and options.default_task == "search_document"
     before_sigterm = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert before_sigterm + options.grace < POD["spec"]["terminationGracePeriodSeconds"]
     assert CONTAINER["env"][0]["name"] == API_KEYS_VARIABLE

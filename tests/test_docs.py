@@ -32,9 +32,11 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 URL = "http://127.0.0.1:8080"  # the servers' in the documentation
-RERANKER_URL = "http://127.0.0.1:8081"
+URL_OF_BOTH = "http://127.0.0.1:8081"
 SERVE = "unpadded serve nomic-ai/nomic-embed-text-v1.5 --alias text-embedding-3-small --default-task search_document"
-SERVE_RERANKER = "unpadded serve cross-encoder/ms-marco-MiniLM-L6-v2 --port 8081 --alias rerank-v3.5"
+SERVE_BOTH = (
+    "unpadded serve nomic-ai/nomic-embed-text-v1.5 cross-encoder/ms-marco-MiniLM-L6-v2 --port 8081 --alias rerank-v3.5"
+)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def serve(process: ForkingProcess, folder: Path, command: str) -> Iterator[str]:
 def test_the_snippets_of_a_page_run(page: Path, site: Site, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         urls = {URL: site.url}
-        if SERVE_RERANKER in page.read_text():
-            urls[RERANKER_URL] = stack.enter_context(serve(site.process, tmp_path, SERVE_RERANKER))
+        if SERVE_BOTH in page.read_text():
+            urls[URL_OF_BOTH] = stack.enter_context(serve(site.process, tmp_path, SERVE_BOTH))
         status, printed = site.process.run("page", tmp_path, [str(page), urls])
     assert status == 0, printed
 

@@ -186,7 +186,7 @@ def test_a_port_that_is_taken_while_the_model_loads_is_an_error(engine):
         with reserve(options) as other:
             other.listen()
             with pytest.raises(unpadded.OptionError, match=f"cannot listen on 127.0.0.1 port {options.port}"):
-                serve(engine, options, listener, time.perf_counter())
+                serve([engine], options, listener, time.perf_counter())
 
 
 def test_invalid_flags_exit_with_2_and_a_message(minilm, limited):

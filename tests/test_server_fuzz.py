@@ -41,6 +41,8 @@ VALID = {
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}},
     "/rerank": {"query": "a", "texts": ["b", "c"], "raw_scores": True, "return_text": True, "truncate": False},
     "/predict": {"inputs": [["a"], ["b", "c"]], "truncation_direction": "right"},
+    "/v1/embed": {"texts": ["a"], "embedding_types": ["int8", "base64"], "input_type": "clustering", "images": None},
+    "/v2/embed": {"texts": ["a", "b"], "truncate": "START", "output_dimension": 3},
     "/v1/rerank": {"query": "a", "documents": [{"text": "c"}], "return_documents": True},
     "/v2/rerank": {"query": "a", "documents": ["b"], "max_tokens_per_doc": 4096, "priority": 0},
     "/tokenize": {"inputs": ["a"], "add_special_tokens": False},

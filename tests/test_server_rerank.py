@@ -253,7 +253,7 @@ def test_a_task_is_rejected(tmp_path):
 
 
 def test_a_model_without_scores(embedder_server, classifier_server):
-    message = f"{MINILM_NAME} has no head for scores; load a reranker"
+    message = f"{MINILM_NAME} has no head for scores; serve a reranker"
     for path, body in (("/rerank", {"query": "a", "texts": ["b"]}), ("/predict", {"inputs": "a"})):
         status, error = error_of(embedder_server, path, body)
         assert status == 424 and message in error["error"] and error["error_type"] == "Backend"
@@ -380,14 +380,14 @@ def test_a_full_queue_answers_429(reranker):
 
 
 def test_warm_up_runs_pairs_of_a_reranker(reranker):
-    service = Service(unpadded.load(reranker, device="cpu", token_budget=64), ServerOptions())
-    heads, launch = set(), service.backend.launch
+    service = Service([unpadded.load(reranker, device="cpu", token_budget=64)], ServerOptions())
+    heads, launch = set(), service.backends[0].launch
 
     def record(sequences, options, **rest):
         heads.add((options.head, min(ids.min() for ids in sequences) < 0))
         return launch(sequences, options, **rest)
 
-    service.backend.launch = record
+    service.backends[0].launch = record
     service.warm_up()
     service.batcher.close()
     assert heads == {("score", True)}

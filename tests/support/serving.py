@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from support.forks import ENVIRONMENT, ROOT, ForkedProcess
@@ -21,8 +21,11 @@ HANG_SECONDS = 600  # after which a wait fails; on a busy machine, everything ta
 class Server:
     """A running `unpadded serve`. `log` has the parsed lines of its log, and `stderr` all lines as text."""
 
-    def __init__(self, model: Path, *flags: str, fork: bool = True, env: dict[str, str] | None = None) -> None:
-        arguments = ["serve", str(model), "--port", "0", "--device", "cpu", *flags]
+    def __init__(
+        self, model: Path | Sequence[Path], *flags: str, fork: bool = True, env: dict[str, str] | None = None
+    ) -> None:
+        models = [model] if isinstance(model, Path) else model
+        arguments = ["serve", *map(str, models), "--port", "0", "--device", "cpu", *flags]
         self.process: ForkedProcess | subprocess.Popen[str]
         if fork:
             assert env is None, "the environment of a forked process is that of the fork server"
@@ -92,7 +95,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *flags: str, fork: bool = True, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    model: Path | Sequence[Path], *flags: str, fork: bool = True, env: dict[str, str] | None = None
+) -> Iterator[Server]:
     server = Server(model, *flags, fork=fork, env=env)
     try:
         yield server

@@ -32,10 +32,18 @@ class CommandParser(argparse.ArgumentParser):
         return found, unknown
 
 
-def add_model(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """Add the model as an option with these flags, or as a positional argument, which may be omitted."""
+def add_model(parser: argparse.ArgumentParser, *flags: str, several: bool = False) -> None:
+    """Add the model as an option with these flags, or as a positional argument, which may be omitted.
+
+    several: the argument is `models`, a list.
+    """
     default = os.environ.get(MODEL_VARIABLE) or None
-    text = f"a folder or a Hugging Face id (default: {MODEL_VARIABLE} of the environment)"
+    kind = "folders or Hugging Face ids" if several else "a folder or a Hugging Face id"
+    text = f"{kind} (default: {MODEL_VARIABLE} of the environment)"
+    if several:
+        nargs = "*" if default else "+"
+        parser.add_argument("models", nargs=nargs, default=default and [default], metavar="MODEL", help=text)
+        return
     needed: dict[str, Any] = {"required": default is None} if flags else {"nargs": "?" if default else None}
     parser.add_argument(*(flags or ["model"]), default=default, metavar="MODEL", help=text, **needed)
 
@@ -57,12 +65,13 @@ def flag_values(args: argparse.Namespace, options: Iterable[Option]) -> dict[str
     return {option.name: convert(option, getattr(args, option.name)) for option in options}
 
 
-def load(args: argparse.Namespace) -> Engine:
-    """Load the model that the flags describe."""
+def load(args: argparse.Namespace, model: str | None = None) -> Engine:
+    """Load a model as the flags describe; None: the one that they name."""
     import unpadded
 
-    with waiting(f"loading {args.model}"):
-        return unpadded.load(args.model, **flag_values(args, describe(LoadOptions)))
+    model = model or args.model
+    with waiting(f"loading {model}"):
+        return unpadded.load(model, **flag_values(args, describe(LoadOptions)))
 
 
 def _help(option: Option) -> str:

@@ -1,4 +1,4 @@
-"""`unpadded serve`: serve a model over HTTP."""
+"""`unpadded serve`: serve models over HTTP."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from unpadded.options import describe
 from unpadded.server.options import API_KEYS_VARIABLE, FLAG_NAMES, ServerOptions
 
 DESCRIPTION = """\
-Serve a model's embeddings and scores over HTTP, with the APIs of OpenAI, nomic, text-embeddings-inference (TEI), Cohere
-and Jina.
-All requests share batches within the model's token budget, so a short request never waits for a long one to finish."""
+Serve the embeddings and scores of one or several models over HTTP, with the APIs of OpenAI, nomic,
+text-embeddings-inference (TEI), Cohere and Jina.
+All requests share batches within a token budget, so a short request never waits for a long one to finish."""
 
 EPILOG = """\
 APIs:
   OpenAI    POST /v1/embeddings, GET /v1/models        base_url="http://HOST:PORT/v1"
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
   TEI       POST /embed /embed_all /similarity /rerank /predict /tokenize /decode, GET /info /health /metrics
-  rerankers POST /v1/rerank (Cohere, Jina), /v2/rerank (Cohere)
+  Cohere    POST /v1/embed /v2/embed /v1/rerank /v2/rerank
+  Jina      POST /v1/embeddings /v1/rerank
   all       GET /openapi.json, and GET / and /docs in a browser. Request bodies may be compressed with gzip. With
             "Accept: application/octet-stream", vectors are returned as raw little-endian float32 rows, and the header
             x-shape has their shape.
@@ -33,6 +34,12 @@ status codes of errors:
   503            the server is draining after SIGTERM, or no device is available
   504            the deadline passed and the work was dropped
 
+several models:
+  A request is for the model that its field "model" names. Without one, it is for the first model with scores on routes
+  that rank and classify, and for the first one without scores on the others. A batch has texts of one model, and the
+  models' batches run in turn on one device. --alias, --default-task and the options of loading are for all models; a
+  model that does not have the default task ignores it.
+
 several devices:
   --device all, or cuda:0,cuda:1, starts one process per device; they share the queue. If a process exits, it is
   restarted and its batches run on another device: no request is lost. unpadded_devices in /metrics counts the devices
@@ -40,6 +47,7 @@ several devices:
 
 examples:
   unpadded serve nomic-ai/nomic-embed-text-v1.5 --alias text-embedding-3-small --default-task search_document
+  unpadded serve BAAI/bge-m3 BAAI/bge-reranker-v2-m3
   unpadded serve ./model --host 0.0.0.0 --port 80 --api-key-file keys.txt --long-input reject
 """
 
@@ -56,13 +64,13 @@ def add_command(commands: Commands) -> None:
     """Add the command and its flags."""
     serve = commands.add_parser(
         "serve",
-        help="serve a model over HTTP",
+        help="serve one or several models over HTTP",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     serve.set_defaults(command=run)
-    add_model(serve)
+    add_model(serve, several=True)
     add_flags(serve.add_argument_group("serving", LOG_DESCRIPTION), describe(ServerOptions))
     keys = serve.add_argument_group("API keys", KEYS_DESCRIPTION)
     keys.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept this key; repeatable")
@@ -86,5 +94,8 @@ def run(args: argparse.Namespace) -> None:
     options = read_options(args)
     configure_logging()
     listener = reserve(options)
-    logger.info("loading the model", extra={"fields": {"model": args.model}})
-    serve(load(args), options, listener, started)
+    engines = []
+    for model in args.models:  # in turn: the token budget of each is computed from the memory that the others leave
+        logger.info("loading the model", extra={"fields": {"model": model}})
+        engines.append(load(args, model))
+    serve(engines, options, listener, started)

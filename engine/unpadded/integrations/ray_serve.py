@@ -106,7 +106,7 @@ class Replica:
 
     def __init__(self, model: str, load_options: LoadOptions, server_options: ServerOptions) -> None:
         configure_logging()
-        self.state = ServerState(Service(load(model, **vars(load_options)), server_options))
+        self.state = ServerState(Service([load(model, **vars(load_options))], server_options))
         self.state.service.warm_up()
 
     def __serve_build_asgi_app__(self) -> Starlette:

@@ -1,4 +1,4 @@
-"""An HTTP server for one engine, with the APIs of OpenAI, nomic, text-embeddings-inference, Jina and Cohere.
+"""An HTTP server for engines, with the APIs of OpenAI, nomic, text-embeddings-inference, Jina and Cohere.
 
 options        flags of `unpadded serve` and their validation
 serve          start, listen, drain on SIGTERM
@@ -6,9 +6,9 @@ app            ASGI application: one route per endpoint, and the OpenAPI documen
 endpoint       one request from its first byte to its log line; API keys
 http_protocol  HTTP/1.1: limits for heads, held and unread bytes; upgrades
 request_body   limits of a body's size and time, decompression, JSON to request types, with the fields of other APIs
-service        the engine as endpoints use it: model names, limits, shared batches
+service        the served models as endpoints use them: names, tasks, limits, shared batches
 responses      response bodies, and the pages in pages/
 errors         error responses
 metrics        Prometheus metrics
-api/           fields: what requests share; openai, nomic, tei, rerank (Jina, Cohere): request types and handlers
+api/           fields: what requests share; openai (also Jina), nomic, tei, cohere: request types and handlers
 """

@@ -13,12 +13,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import unpadded
-from unpadded.server.api import nomic, openai, rerank, tei
+from unpadded.server.api import cohere, nomic, openai, tei
 from unpadded.server.endpoint import Endpoint, EndpointApp, ServerState
 from unpadded.server.errors import HTTPError, api_of_path
 from unpadded.server.responses import JSON, html_page
 
-ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *rerank.ENDPOINTS, *tei.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *cohere.ENDPOINTS, *tei.ENDPOINTS]
 
 
 def make_app(state: ServerState) -> Starlette:

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response as Reply
 from starlette.types import Receive, Scope, Send
 
 from unpadded.errors import WorkerError
+from unpadded.server.api.fields import Request as ApiRequest
 from unpadded.server.errors import Api, HTTPError, check_maximum, to_http_error
 from unpadded.server.metrics import Usage
 from unpadded.server.request_body import decode_request, decompress, read_body
 from unpadded.server.responses import JSON, Response
-from unpadded.server.service import Service
+from unpadded.server.service import ServedModel, Service
 
 logger = logging.getLogger("unpadded.server")
 
@@ -40,10 +40,11 @@ SEND_BYTES = 1 << 20  # of a body at a time; --send-timeout is the time for so m
 
 
 class RequestContext(Request):
-    """A request, and the usage that its handler counts."""
+    """A request, its model, and the usage that its handler counts."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, model: ServedModel) -> None:
         super().__init__(scope, receive)
+        self.model = model  # set again when the body is decoded, as is the next
         self.ignored_fields: list[str] = []
         self.usage = Usage()
         self.started = time.perf_counter()
@@ -64,8 +65,8 @@ class Endpoint:
     api: Api
     path: str
     summary: str
-    handler: Callable[[Service, Any, RequestContext], Awaitable[Response]]
-    request_type: type[msgspec.Struct] | None = None
+    handler: Callable[[ServedModel, Any, RequestContext], Awaitable[Response]]
+    request_type: type[ApiRequest] | None = None
     public: bool = False  # needs no API key, and is neither limited nor logged
 
     @property
@@ -110,7 +111,7 @@ class EndpointApp:
         self.service = state.service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext(scope, receive)
+        context = RequestContext(scope, receive, self.service.find(None))
         self.state.active += 1
         try:
             [result] = await asyncio.gather(self._handle(context), return_exceptions=True)
@@ -126,15 +127,15 @@ class EndpointApp:
 
     async def _handle(self, context: RequestContext) -> Reply:
         self._check_access(context)
-        request = None
-        if self.endpoint.request_type is not None:
+        request, type_ = None, self.endpoint.request_type
+        if type_ is not None:
             options, hold = self.service.options, partial(self.state.hold, context)
             body = await read_body(context, hold, max_bytes=options.max_body, seconds=options.read_timeout)
             if len(body) <= INLINE_REQUEST_BYTES and "content-encoding" not in context.headers:
-                request = self._decode(body, context)
+                request = self._decode(body, type_, context)
             else:
                 loop = asyncio.get_running_loop()
-                request = await loop.run_in_executor(self.state.decoder, self._decode, body, context)
+                request = await loop.run_in_executor(self.state.decoder, self._decode, body, type_, context)
         return await self._encode(await self._run_handler(request, context), context)
 
     def _check_access(self, context: RequestContext) -> None:
@@ -151,21 +152,20 @@ class EndpointApp:
         active, limit = self.state.active, self.service.options.max_concurrent_requests
         check_maximum("overloaded", "the server is busy", active, limit, "requests", "try again later")
 
-    def _decode(self, body: bytes, context: RequestContext) -> msgspec.Struct:
-        assert self.endpoint.request_type is not None, self.endpoint.path
+    def _decode(self, body: bytes, type_: type[ApiRequest], context: RequestContext) -> ApiRequest:
         options, encoding = self.service.options, context.headers.get("content-encoding", "").strip().lower()
         plain = decompress(body, encoding, options.max_body)
         if plain is not body:
             self.state.hold(context, len(plain))
         if options.log_requests:
             context.body_excerpt = plain[:BODY_EXCERPT_BYTES].decode(errors="replace")
-        request, context.ignored_fields = decode_request(plain, self.endpoint.request_type, self.service)
+        request, context.model, context.ignored_fields = decode_request(plain, type_, self.service)
         return request
 
-    async def _run_handler(self, request: msgspec.Struct | None, context: RequestContext) -> Response:
+    async def _run_handler(self, request: ApiRequest | None, context: RequestContext) -> Response:
         """Run the handler, and cancel it at the deadline or when the client disconnects."""
         deadline = self.service.options.deadline
-        work = asyncio.ensure_future(self.endpoint.handler(self.service, request, context))
+        work = asyncio.ensure_future(self.endpoint.handler(context.model, request, context))
         disconnect = asyncio.ensure_future(context.wait_for_disconnect())
         try:
             await asyncio.wait({work, disconnect}, timeout=deadline or None, return_when=asyncio.FIRST_COMPLETED)
@@ -208,7 +208,7 @@ class EndpointApp:
 
     def _error_reply(self, exception: BaseException) -> Reply:
         error = to_http_error(exception)
-        if isinstance(exception, WorkerError) and not self.service.backend.ready_devices:
+        if isinstance(exception, WorkerError) and not self.service.ready_devices:
             error.kind = "no_device"  # the worker processes failed, not these texts
         if error.kind == "internal" or (error.kind == "model_failed" and exception.__cause__ is not None):
             logger.error("a request failed", exc_info=exception)
@@ -223,7 +223,7 @@ class EndpointApp:
     def _record(self, context: RequestContext, reply: Reply) -> None:
         """Update the metrics and write the log line."""
         path, usage, seconds = self.endpoint.path, context.usage, time.perf_counter() - context.started
-        self.service.metrics.observe_request(path, reply.status_code, usage, seconds)
+        self.service.metrics.observe_request(path, reply.status_code, context.model.name, usage, seconds)
         if self.endpoint.public:
             return
         fields = {
@@ -231,6 +231,7 @@ class EndpointApp:
             "client": context.client and context.client.host,
             "method": context.method,
             "path": path,
+            "model": context.model.name,
             "status": reply.status_code,
             "seconds": round(seconds, 6),
             "texts": usage.texts,

@@ -6,7 +6,7 @@ import orjson
 
 from unpadded.errors import OutputError, OverloadedError, UnpaddedError
 
-Api = Literal["openai", "tei", "nomic", "rerank"]  # rerank: of Jina and Cohere
+Api = Literal["openai", "tei", "nomic", "cohere"]  # cohere: also Jina's rerankers
 
 STATUS_CODES = {
     "malformed": 400,
@@ -44,8 +44,8 @@ TEI_TYPES = {413: "Validation", 422: "Validation", 424: "Backend", 429: "Overloa
 
 def api_of_path(path: str) -> Api:
     """Return the API whose error bodies a client expects that requests a path without an endpoint."""
-    if path == "/v1/rerank" or path.startswith("/v2/"):
-        return "rerank"
+    if path in ("/v1/embed", "/v1/rerank") or path.startswith("/v2/"):
+        return "cohere"
     return "openai" if path.startswith("/v1/") else "tei"
 
 
@@ -66,9 +66,9 @@ class HTTPError(Exception):
         """Return the status code, and the JSON body as the API defines it."""
         code, message = STATUS_CODES[self.kind], str(self)
         body: dict[str, Any] = {"detail": message}
-        if api in ("openai", "rerank") and self.kind in BAD_REQUESTS:
+        if api in ("openai", "cohere") and self.kind in BAD_REQUESTS:
             code = 400
-        if api == "rerank":
+        if api == "cohere":
             body["message"] = message  # Cohere's name; Jina has nomic's
         elif api == "openai":
             type_ = OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")

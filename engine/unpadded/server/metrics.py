@@ -37,9 +37,9 @@ class Metrics:
         self.requests = counter("requests", "requests answered", ["path", "status"])
         self.errors = counter("errors", "requests answered with an error", ["kind"])
         self.disconnects = counter("disconnects", "clients that disconnected before the response")
-        self.texts = counter("texts", "texts embedded, and pairs scored")
-        self.tokens = counter("tokens", "tokens of texts and pairs")
-        self.truncated = counter("truncated_texts", "texts that were truncated")
+        self.texts = counter("texts", "texts embedded, and pairs scored", ["model"])
+        self.tokens = counter("tokens", "tokens of texts and pairs", ["model"])
+        self.truncated = counter("truncated_texts", "texts that were truncated", ["model"])
         self.seconds = histogram("request_seconds", "seconds per stage", ["stage"], buckets=SECONDS_BUCKETS)
         self.batch_seconds = histogram("batch_seconds", "seconds per batch", buckets=SECONDS_BUCKETS)
         self.batch_tokens = histogram("batch_tokens", "tokens per batch", buckets=COUNT_BUCKETS)
@@ -54,12 +54,12 @@ class Metrics:
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
 
-    def observe_request(self, path: str, status: int, usage: Usage, seconds: float) -> None:
+    def observe_request(self, path: str, status: int, model: str, usage: Usage, seconds: float) -> None:
         self.requests.labels(path, status).inc()
         if status == 200:
-            self.texts.inc(usage.texts)
-            self.tokens.inc(usage.tokens)
-            self.truncated.inc(usage.truncated)
+            self.texts.labels(model).inc(usage.texts)
+            self.tokens.labels(model).inc(usage.tokens)
+            self.truncated.labels(model).inc(usage.truncated)
             self.seconds.labels("tokenize").observe(usage.tokenize)
             self.seconds.labels("queue").observe(usage.queue)
             self.seconds.labels("inference").observe(usage.inference)

@@ -26,18 +26,14 @@ class ServerOptions:
     tls_cert: str | None = option(None, "serve HTTPS with this certificate chain", metavar="PEM")
     tls_key: str | None = option(None, "private key of the certificate", metavar="PEM")
     cors_origin: tuple[str, ...] = option((), "allow web pages of this origin, * for all; repeatable", metavar="URL")
-    alias: tuple[str, ...] = option((), "additional name of the model; repeatable", metavar="NAME")
-    default_task: str | None = option(None, "task of requests that do not name one", metavar="TASK")
-    long_input: LongInput = option(
-        "truncate", "truncate and count texts that are too long for the model, or reject the request", literal=LongInput
-    )
+    alias: tuple[str, ...] = option((), "additional name of the models; repeatable", metavar="NAME")
+    default_task: str | None = option(None, "task of requests that name none, in models that have it", metavar="TASK")
+    long_input: LongInput = option("truncate", "truncate and count too long texts, or reject them", literal=LongInput)
     max_concurrent_requests: int = option(512, "requests in progress; further ones get 429", metavar="N")
     max_queued_tokens: int = option(1_000_000, "tokens waiting for a batch; further ones get 429", metavar="N")
     max_inputs: int = option(2048, "texts per request; more get 413, or 400 over OpenAI's API", metavar="N")
     max_body: int = option(16 << 20, "size of a request body after decompression; larger ones get 413", metavar="BYTES")
-    read_timeout: float = option(
-        30.0, "time to receive a head, then the connection is closed; and a body, then 408", metavar="SECONDS"
-    )
+    read_timeout: float = option(30.0, "time to receive a head, or a body, which otherwise gets 408", metavar="SECONDS")
     send_timeout: float = option(30.0, "time for a client to read 1 MiB, then it is disconnected", metavar="SECONDS")
     deadline: float = option(60.0, "time to process a request, then 504; 0 for no limit", metavar="SECONDS")
     grace: float = option(30.0, "time to finish requests after SIGTERM; a second one exits at once", metavar="SECONDS")
@@ -54,10 +50,8 @@ class ServerOptions:
         if self.port > 65535:
             raise OptionError(f"port is out of range: {self.port}; pass a number from 0 to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise OptionError(
-                f"HTTPS needs a certificate and its key: --tls-cert {self.tls_cert}, --tls-key {self.tls_key}; pass "
-                "both or neither"
-            )
+            given = f"--tls-cert {self.tls_cert}, --tls-key {self.tls_key}"
+            raise OptionError(f"HTTPS needs a certificate and its key: {given}; pass both or neither")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerOptions:

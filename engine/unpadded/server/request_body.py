@@ -8,14 +8,16 @@ import asyncio
 import codecs
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import Request as Received
 
+from unpadded.server.api.fields import Request
 from unpadded.server.errors import HTTPError, check_maximum
-from unpadded.server.service import Service
+from unpadded.server.service import ServedModel, Service
 
 GZIP_WBITS = 16 + zlib.MAX_WBITS  # selects gzip framing in zlib
 # Names of one option in the APIs of OpenAI, TEI, nomic, Cohere, Voyage, Jina and NVIDIA.
@@ -24,11 +26,7 @@ SYNONYMS = (
     ("dimensions", "dimensionality", "output_dimension"),
     ("truncate", "truncation"),
     ("normalize", "normalized"),
-)
-# Names of the prompt that an `input_type` may stand for.
-INPUT_TYPES = (
-    ("query", "search_query", "retrieval.query"),
-    ("document", "passage", "search_document", "retrieval.passage"),
+    ("embedding_type", "output_dtype", "encoding_type"),
 )
 TRUNCATE_WORDS: dict[str, dict[str, Any]] = {
     "NONE": {"truncate": False},
@@ -43,13 +41,12 @@ DEFAULTS: dict[str, object] = {
     "return_embeddings": False,
     "embedding_type": "float",
     "output_dtype": "float",
-    "truncate_prompt_tokens": None,
 }
 # In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
 LONE_SURROGATE = re.compile(rb"(?is)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..|\xed[\xa0-\xbf].")
 
 
-async def read_body(request: Request, hold: Callable[[int], None], *, max_bytes: int, seconds: float) -> bytes:
+async def read_body(request: Received, hold: Callable[[int], None], *, max_bytes: int, seconds: float) -> bytes:
     """Return the body as received; `hold` is called with the size of each part. ClientDisconnect if it is not sent."""
     # httptools has checked that it is a number below 2 ** 64; int() raises for thousands of leading zeros.
     _check_size(int(request.headers.get("content-length", "0").lstrip("0") or "0"), max_bytes)
@@ -88,17 +85,21 @@ def _check_size(size: int, max_bytes: int) -> None:
     check_maximum("too_large", "the body is too large", size, max_bytes, "bytes", "send fewer texts per request")
 
 
-def decode_request(body: bytes, type_: type[msgspec.Struct], service: Service) -> tuple[msgspec.Struct, list[str]]:
-    """Return the request and the names of its fields that were ignored."""
+def decode_request(body: bytes, type_: type[Request], service: Service) -> tuple[Request, ServedModel, list[str]]:
+    """Return the request, its model, and the names of its fields that were ignored."""
+    find = partial(service.find, scores=type_.scores)
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         try:
-            return msgspec.json.decode(body, type=type_), []
+            request = msgspec.json.decode(body, type=type_)
+            return request, find(request.model), []
         except msgspec.ValidationError:
             if not isinstance(given := msgspec.json.decode(body), dict):
                 raise
-            fields, ignored = _adapt(given, set(type_.__struct_encode_fields__), service)
-            return msgspec.convert(fields, type_), ignored
+            model = find(name if isinstance(name := given.get("model"), str) else None)
+            fields, ignored = _adapt(given, set(type_.__struct_encode_fields__), model.has_prompts)
+            request = msgspec.convert(fields, type_)
+            return request, find(request.model), ignored
     except msgspec.ValidationError as error:
         raise HTTPError("invalid", f"the request does not match its schema: {error}; see /openapi.json") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -107,7 +108,7 @@ def decode_request(body: bytes, type_: type[msgspec.Struct], service: Service) -
         raise HTTPError("malformed", f"the body is not JSON: {what}; send a JSON object in UTF-8") from error
 
 
-def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[dict[str, Any], list[str]]:
+def _adapt(given: dict[str, Any], names: set[str], has_prompts: bool) -> tuple[dict[str, Any], list[str]]:
     """Return the fields with the request type's names, and the names of those that are ignored."""
     parameters: dict[str, Any] = {}
     if "parameters" not in names and isinstance(given.get("parameters"), dict | None):
@@ -116,29 +117,15 @@ def _adapt(given: dict[str, Any], names: set[str], service: Service) -> tuple[di
     ignored: list[str] = []
     for name, value in [*given.items(), *parameters.items()]:
         own = next((own for group in SYNONYMS if name in group for own in group if own in names), name)
-        if name == "input_type" and isinstance(value, str):
-            value = _task(value, service.engine.checkpoint.prompts)
-        if name == "model" and name not in names and isinstance(value, str):
-            service.task_of_model(value)  # raises for another model
+        if name == "input_type" and not has_prompts:
             ignored.append(name)
-        elif own in names and own != name and value is None:
-            ignored.append(name)
-        elif own in names:
+        elif own in names and (own == name or value is not None):
             words = TRUNCATE_WORDS.get(str(value).upper()) if own == "truncate" else None
             for key, option in (words or {own: value}).items():
                 if found.setdefault(key, option) != option:
                     raise HTTPError("invalid", f"{key} has two values: {found[key]!r} and {option!r}; send one")
-        elif name in IGNORED or value == DEFAULTS.get(name, msgspec.UNSET):
+        elif value is None or name in IGNORED or value == DEFAULTS.get(name, msgspec.UNSET):
             ignored.append(name)
         else:
             found[name] = value  # `msgspec.convert` names it
     return found, ignored
-
-
-def _task(input_type: str, prompts: Mapping[str, str]) -> str | None:
-    """Return the task for an `input_type`; None if the model has no prompts, so that all are alike."""
-    group: tuple[str, ...] = next((group for group in INPUT_TYPES if input_type in group), ())
-    task = next((name for name in (input_type, *group) if name in prompts), None)
-    if task is None and any(prompts.values()):
-        raise HTTPError("invalid", f"the input_type is unknown: {input_type!r}; use one of {', '.join(prompts)}")
-    return task

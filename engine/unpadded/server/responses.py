@@ -1,5 +1,6 @@
 """Responses as bytes. Vectors never become Python floats: orjson and base64 read numpy rows."""
 
+import base64
 import functools
 import re
 from collections.abc import Callable
@@ -11,11 +12,15 @@ import numpy as np
 import orjson
 from starlette.datastructures import Headers
 
+from unpadded.quantization import quantize
+
 JSON = "application/json"
 PAGES = Path(__file__).parent / "pages"
 OCTET_STREAM = "application/octet-stream"
 # orjson holds the interpreter's lock for about 2 ms for this many floats; other threads run between its calls.
 FLOATS_PER_CALL = 1 << 17
+# For any dimension of a unit vector: with these, int8 is 127 x, rounded, and uint8 is 128 more.
+RANGE = np.array([[-128.5], [126.5]], np.float32) / 127
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ def _array_json(array: np.ndarray) -> Any:
     if array.size > FLOATS_PER_CALL and array.ndim > 1:
         return list(array)  # orjson calls this function for each of them
     return orjson.Fragment(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def vectors_as(kind: Any, vectors: np.ndarray) -> Any:
+    """Return one JSON value per vector, [n, dimensions] fp32: float, base64 (of float's bytes), or quantized.
+
+    int8 and uint8 have the same range for every text, which suits unit vectors only.
+    """
+    if kind == "float":
+        return vectors
+    if kind == "base64":
+        return [base64.b64encode(row).decode() for row in vectors.astype("<f4", copy=False)]
+    return quantize(vectors, kind, RANGE.repeat(vectors.shape[1], axis=1))
 
 
 def vectors_response(vectors: np.ndarray, headers: Headers, to_json: Callable[[], Any]) -> Response:

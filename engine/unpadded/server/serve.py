@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -40,9 +40,9 @@ def reserve(options: ServerOptions) -> socket.socket:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(options.tls_cert, options.tls_key, password="")
         except OSError as error:  # includes ssl.SSLError
+            files = f"{options.tls_cert} with {options.tls_key}, {error}"
             raise OptionError(
-                f"the certificate cannot be read: {options.tls_cert} with {options.tls_key}, {error}; pass PEM files, "
-                "the key without a passphrase"
+                f"the certificate cannot be read: {files}; pass PEM files without a passphrase"
             ) from error
     listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     if os.name == "posix":  # on Windows, this option lets another process take the port
@@ -54,9 +54,9 @@ def reserve(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def serve(engine: Engine, options: ServerOptions, listener: socket.socket, started: float) -> None:
+def serve(engines: Sequence[Engine], options: ServerOptions, listener: socket.socket, started: float) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `started` is time.perf_counter() when the process started."""
-    state = ServerState(Service(engine, options))
+    state = ServerState(Service(engines, options))
     logger.info("warming up", extra={"fields": {"device": state.service.device_type}})
     state.service.warm_up()
     config = uvicorn.Config(
@@ -82,9 +82,8 @@ def _naming_the_port(options: ServerOptions) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OptionError(
-            f"cannot listen on {options.host} port {options.port}: {error}; choose another --host or --port"
-        ) from error
+        message = f"cannot listen on {options.host} port {options.port}: {error}; choose another --host or --port"
+        raise OptionError(message) from error
 
 
 class _Server(uvicorn.Server):
@@ -110,7 +109,7 @@ class _Server(uvicorn.Server):
         scheme = "http" if options.tls_cert is None else "https"
         fields = {
             "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
-            "models": list(service.model_names),
+            "models": list(service.names),
             "keys": len(options.api_keys),
             "seconds": round(time.perf_counter() - self._started, 3),
         }

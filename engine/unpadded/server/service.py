@@ -1,11 +1,12 @@
-"""The engine as endpoints use it: model names, limits, and batches shared by all requests."""
+"""The served models as endpoints use them: names, tasks, limits, and batches shared by all requests."""
 
 import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ import torch
 from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
-from unpadded.execution.batcher import Limits, Rows, run_windows
+from unpadded.execution.batcher import Batcher, Limits, Rows, Work, run_windows
 from unpadded.execution.results import Ranked, ranked
 from unpadded.execution.runner import Runner
-from unpadded.options import EncodeKeywords, Plan, ScoreActivation
+from unpadded.options import Plan, ScoreActivation
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
@@ -29,55 +30,84 @@ MAX_CHARACTERS = 1 << 19
 MAX_TOKEN_VECTORS = 32_768  # per request; with 768 dimensions, 96 MiB before they become JSON
 # Clients of OpenAI's own models may send token ids of OpenAI's tokenizer.
 OPENAI_MODEL_PREFIX = "text-embedding-"
+# Names of one task in checkpoints, and in the APIs of Cohere, Voyage, nomic and Jina.
+QUERIES = ("search_query", "query", "retrieval.query")
+DOCUMENTS = ("search_document", "document", "passage", "retrieval.passage")
+TASKS = (QUERIES, DOCUMENTS, ("clustering", "separation"))
 MAX_RETRY_AFTER_SECONDS = 60
 
 
 class Service:
-    """One served model."""
+    """The served models. Their batches wait in one queue and run one after another on the device."""
 
-    def __init__(self, engine: Engine, options: ServerOptions) -> None:
-        self.engine = engine
-        self.pipeline = engine._pipeline
-        self.backend = self.pipeline.backend
-        if options.default_task is not None:
-            self.pipeline.plan(task=options.default_task)
+    def __init__(self, engines: Sequence[Engine], options: ServerOptions) -> None:
+        backends = [engine._pipeline.backend for engine in engines]
+        runners = [backend for backend in backends if isinstance(backend, Runner)]
+        device = backends[0].describe()["device"]
+        if len(backends) > 1 and len(runners) < len(backends):
+            raise OptionError(f"several models need one device: {device}; pass one, or start a server for each model")
+        for runner in runners[1:]:  # on one stream, a batch reuses the memory of the batches before it, of any model
+            runner.encoder.lock, runner.encoder.stream = runners[0].encoder.lock, runners[0].encoder.stream
         self.options = options
         self.metrics = Metrics()
-        self.batcher = self.pipeline.batcher(self.metrics.observe_batch)
-        self.model_name = engine.checkpoint.name
-        self.model_names = tuple(dict.fromkeys([self.model_name, self.model_name.rpartition("/")[2], *options.alias]))
+        self.backends, first = backends, backends[0]
+        budget = min(engine._pipeline.token_budget for engine in engines)
+        self.batcher = Batcher(budget, self.metrics.observe_batch, devices=first.devices, depth=first.depth)
+        self.models = [ServedModel(engine, self) for engine in engines]
+        self.names = tuple(dict.fromkeys(name for model in self.models for name in model.names))
+        if len({model.name for model in self.models}) < len(engines):
+            raise OptionError(f"two models have the same name: {', '.join(self.names)}; rename or omit one of them")
+        if options.default_task is not None:
+            for model in [model for model in self.models if model.default_task] or self.models[:1]:
+                model.pipeline.plan(task=options.default_task)  # raises if no model has it
         self.created = int(time.time())
-        self.description = engine.describe()
-        self.device_type = re.split("[:,]", str(self.description["device"]))[0]
-        backend, batcher, watch = self.backend, self.batcher, self.metrics.watch
-        watch("devices", "devices that accept batches", lambda: backend.ready_devices)
+        self.device_type = re.split("[:,]", device)[0]
+        batcher, watch = self.batcher, self.metrics.watch
+        watch("devices", "devices that accept batches", lambda: self.ready_devices)
         watch("queued_requests", "requests waiting for a batch", lambda: batcher.queued_calls)
         watch("queued_tokens", "tokens waiting for a batch", lambda: batcher.queued_tokens)
-        if isinstance(backend, Runner) and backend.device.type == "cuda":  # worker processes hold their own memory
-            memory = partial(torch.cuda.memory_allocated, backend.device)
+        if self.device_type == "cuda" and runners:  # worker processes hold their own memory
+            memory = partial(torch.cuda.memory_allocated, runners[0].device)
             watch("gpu_memory_bytes", "GPU memory held by tensors", memory)
 
+    @property
+    def ready_devices(self) -> int:
+        """Devices that accept batches."""
+        return min(backend.ready_devices for backend in self.backends)
+
+    def find(self, name: str | None, *, scores: bool = False) -> "ServedModel":
+        """Return the model of a name, or of any: the first with or without scores, if there is one. 404 if unknown.
+
+        name: as in a request's field `model`, which may have a task: nomic-embed-text-v1.5:search_query.
+        """
+        wanted = {name, (name or "").rpartition(":")[0]}
+        found = [model for model in self.models if name is None or not wanted.isdisjoint(model.names)]
+        if not found:
+            raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.names)}")
+        return min(found, key=lambda model: bool(model.labels) != scores)
+
     def warm_up(self) -> None:
-        """Run a small and a full batch on every device; on GPUs, also one batch per CUDA graph to capture.
+        """Run a small and a full batch of each model on every device, and on GPUs one batch per CUDA graph to capture.
 
         A model with scores runs batches of pairs: there are other graphs for its head and for two token types.
         """
-        vocabulary, length = self.engine.checkpoint.spec.vocabulary, self.engine.checkpoint.max_length
-        head = self.engine.checkpoint.score
-        work = self.pipeline.work(self.pipeline.plan() if head is None else self.pipeline.score_plan()[0])
-        for tokens, texts in self.warm_up_sizes():
-            ids = np.arange(tokens, dtype=np.int32) % vocabulary
-            if head is not None and head.token_types:
-                ids[tokens // 2 :] = ~ids[tokens // 2 :]
-            sequences = np.array_split(ids, max(texts, -(-tokens // length)))
-            # One call per device, submitted together so that each device runs one.
-            calls = [self.batcher.submit(sequences, work) for _ in range(self.backend.devices)]
-            for call in calls:
-                call.future.result()
+        for model in self.models:
+            vocabulary, length = model.checkpoint.spec.vocabulary, model.checkpoint.max_length
+            score, pipeline = model.checkpoint.score, model.pipeline
+            work = model.work(pipeline.plan() if score is None else pipeline.score_plan()[0])
+            for tokens, texts in self.warm_up_sizes():
+                ids = np.arange(tokens, dtype=np.int32) % vocabulary
+                if score is not None and score.token_types:
+                    ids[tokens // 2 :] = ~ids[tokens // 2 :]
+                sequences = np.array_split(ids, max(texts, -(-tokens // length)))
+                # One call per device, submitted together so that each device runs one.
+                calls = [self.batcher.submit(sequences, work) for _ in range(pipeline.backend.devices)]
+                for call in calls:
+                    call.future.result()
 
     def warm_up_sizes(self) -> list[tuple[int, int]]:
         """Return the numbers of tokens and texts of the batches that `warm_up` runs."""
-        token_budget = self.pipeline.token_budget
+        token_budget = self.batcher.token_budget
         if self.device_type != "cuda":
             return [(1, 1), (token_budget, 1)]
         return [
@@ -87,20 +117,46 @@ class Service:
             if texts == 1 or texts <= tokens <= cuda_graphs.TOKEN_BUCKETS[-1]
         ]
 
-    def task_of_model(self, name: str | None) -> str | None:
-        """Return the task in a model's name, such as nomic-embed-text-v1.5:search_query; 404 for an unknown model."""
-        if name is None or name in self.model_names:
-            return None
-        base, _, task = name.rpartition(":")
-        if base not in self.model_names:
-            raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.model_names)}")
-        self.pipeline.plan(task=task)  # raises for an unknown one
-        return task
-
     def estimate_queue_seconds(self) -> int:
-        """Return the seconds in which the model processes the queued tokens, from 1 to MAX_RETRY_AFTER_SECONDS."""
+        """Return the seconds in which the queued tokens are processed, from 1 to MAX_RETRY_AFTER_SECONDS."""
         rate = self.batcher.tokens_per_second
         return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(self.batcher.queued_tokens / rate) if rate else 1))
+
+
+class ServedModel:
+    """One served model: its names, its limits, and its requests in batches shared with all others."""
+
+    def __init__(self, engine: Engine, service: Service) -> None:
+        self.service = service
+        self.options, self.batcher = service.options, service.batcher
+        self.engine = engine
+        self.pipeline = engine._pipeline
+        self.checkpoint = engine.checkpoint
+        self.name = self.checkpoint.name
+        self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *self.options.alias]))
+        self.default_task = self.options.default_task if self.options.default_task in self.checkpoint.prompts else None
+        self.labels = () if self.checkpoint.score is None else self.checkpoint.score.labels
+        self.has_prompts = any(self.checkpoint.prompts.values())
+
+    def task_of_name(self, name: str | None) -> str | None:
+        """Return the task in a name of this model, see `Service.find`."""
+        return None if name is None or name in self.names else name.rpartition(":")[2]
+
+    def task_options(self, task: str | None, fallback: str | None = None) -> dict[str, Any]:
+        """Return the options of `pipeline.plan` for a task, which may have another API's name; None: --default-task.
+
+        fallback: the task without --default-task, of a model with prompts. Documents have no prompt in a model that has
+        one for queries only.
+        """
+        task = task or self.default_task or (fallback if self.has_prompts else None)
+        if task is None:
+            return {}
+        prompts = self.checkpoint.prompts
+        group: tuple[str, ...] = next((group for group in TASKS if task in group), ())
+        own = next((own for own in (task, *group) if own in prompts), None)
+        if own is None and group == DOCUMENTS and not prompts.keys().isdisjoint(QUERIES):
+            return {"prompt": ""}
+        return {"task": own or task}
 
     async def embed(self, given: str | list[Any], usage: Usage, **options: Any) -> Embeddings:
         """Embed a request's texts. options: those of `_run`."""
@@ -116,9 +172,8 @@ class Service:
         self, query: str, documents: Sequence[str], usage: Usage, *, top_n: int | None = None, **options: Any
     ) -> list[Ranked]:
         """Return the best `top_n` documents for a query, or all of them, best first. options: those of `score`."""
-        head = self.engine.checkpoint.score
-        if head is not None and len(head.labels) > 1:
-            raise HTTPError("no_scores", f"the model gives {len(head.labels)} scores per pair, not one; use /predict")
+        if len(self.labels) > 1:
+            raise HTTPError("no_scores", f"the model gives {len(self.labels)} scores per pair, not one; use /predict")
         return ranked(await self.score([(query, document) for document in documents], usage, **options), top_n)
 
     async def score(
@@ -136,16 +191,12 @@ class Service:
         The APIs define scores from 0 to 1, whatever the checkpoint's activation: a sigmoid of one label, a softmax over
         several. raw_scores: without either.
         """
-        head = self.engine.checkpoint.score
-        activation: ScoreActivation = "sigmoid" if head is not None and len(head.labels) == 1 else "softmax"
-        try:
-            plan, activate = self.pipeline.score_plan(
-                activation="none" if raw_scores else activation, truncation=truncation
-            )
-        except OptionError as error:
-            raise HTTPError("no_scores", str(error)) from error
-        if self.task_of_model(model) is not None:
-            raise HTTPError("invalid", f"scores have no task: {model!r}; use {self.model_name}")
+        if not self.labels:
+            raise HTTPError("no_scores", f"{self.name} has no head for scores; serve a reranker or classifier")
+        activation: ScoreActivation = "none" if raw_scores else "sigmoid" if len(self.labels) == 1 else "softmax"
+        plan, activate = self.pipeline.score_plan(activation=activation, truncation=truncation)
+        if self.task_of_name(model) is not None:
+            raise HTTPError("invalid", f"scores have no task: {model!r}; use {self.name}")
         self._check_sizes(pairs)
         # A body can have many documents for one long query, which is tokenized with each of them.
         size, what = sum(map(_size, pairs)), "the pairs are too long"
@@ -158,23 +209,23 @@ class Service:
         usage: Usage,
         *,
         model: str | None = None,
+        task: str | None = None,
         truncate: bool | None = None,
         fallback_task: str | None = None,
         states: bool = False,
-        **options: Unpack[EncodeKeywords],
+        **options: Any,
     ) -> tuple[Plan, list[tuple[Window, Rows]]]:
         """Check a request's texts and run them.
 
-        model: its name in the request, which may have a task. truncate: None follows --long-input. fallback_task: the
-        task without --default-task.
+        model: its name in the request, which may have a task. task, fallback_task: as in `task_options`. truncate: None
+        follows --long-input. options: those of `pipeline.plan`.
         """
-        named, task = self.task_of_model(model), options.get("task")
+        named = self.task_of_name(model)
         texts = self.texts(given)
         self._check_token_ids(texts, foreign=(model or "").startswith(OPENAI_MODEL_PREFIX))
         if named is not None and task not in (None, named):
             raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")
-        options["task"] = named or task or self.options.default_task or fallback_task
-        plan = self.pipeline.plan(**options)
+        plan = self.pipeline.plan(**options, **self.task_options(named or task, fallback_task))
         plan = self.pipeline.states_plan(plan) if states else plan
         return plan, await self._run_plan(texts, plan, usage, truncate)
 
@@ -188,16 +239,21 @@ class Service:
         usage.texts += len(texts)
         usage.characters += sum(_size(text) for text in texts if isinstance(text, str | tuple))
         deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
-        limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.engine.checkpoint.max_length
+        limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.checkpoint.max_length
         # Rejects most of what is too much before it is tokenized.
         estimate = sum(
             min(_size(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str | tuple) else len(text)
             for text in texts
         )
         self.batcher.check(estimate, limits)
-        windows = self._count_windows(self.pipeline.reader.windows(texts, plan), usage, truncate, plan)
-        work, size = self.pipeline.work(plan), sum(map(_size, texts))
+        windows = self._counted(self.pipeline.reader.windows(texts, plan), usage, truncate, plan)
+        work, size = self.work(plan), sum(map(_size, texts))
         return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
+
+    def work(self, plan: Plan) -> Work:
+        """Return the work of the pipeline with a key that no other model has."""
+        work = self.pipeline.work(plan)
+        return replace(work, key=(self, work.key))
 
     def texts(self, given: str | list[Any]) -> list[Text]:
         """Return the texts of a request's input: a string, strings, one sequence of token ids, or several.
@@ -229,7 +285,7 @@ class Service:
                     "OpenAIEmbeddings(check_embedding_ctx_length=False))",
                 )
 
-    def _count_windows(
+    def _counted(
         self, windows: Iterator[Window], usage: Usage, truncate: bool | None, plan: Plan
     ) -> Iterator[Window]:
         """Yield the same windows; count their tokens and check the limits as they are tokenized."""
@@ -238,7 +294,7 @@ class Service:
         for window in windows:
             truncated = np.flatnonzero(window.truncated)
             if len(truncated) and not truncate:
-                index, maximum = window.first_index + truncated[0], self.engine.checkpoint.max_length
+                index, maximum = window.first_index + truncated[0], self.checkpoint.max_length
                 message = f"text {index} is too long: more than {maximum} tokens; shorten it or request truncation"
                 raise HTTPError("too_long", message)
             usage.truncated += len(truncated)

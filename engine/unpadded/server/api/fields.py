@@ -1,6 +1,6 @@
 """Types and fields that requests of several APIs have."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -10,15 +10,18 @@ Texts: TypeAlias = Annotated[list[str], Meta(min_length=1)]
 Input: TypeAlias = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
 Direction: TypeAlias = Literal["right", "left", "Right", "Left"]
 
-# Arguments of `Service.embed` and `Service.score` that are fields of a request, which may have other names in its JSON.
+# Arguments of `ServedModel.embed` and `score` that are fields of a request, which may have other names in its JSON.
 KEYWORDS = ("model", "task", "truncate", "truncation_direction", "dimensions", "normalize", "long_text", "raw_scores")
 
 
-class Request(Struct, forbid_unknown_fields=True):
+class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     """A request whose fields have the names in KEYWORDS, and in JSON those of its API: `field(name=...)`."""
 
+    scores: ClassVar[bool] = False  # whether it needs a model with scores
+    model: str | None = None  # as in `Service.find`
+
     def keywords(self) -> dict[str, Any]:
-        """Return the arguments of `Service.embed` or `score`; the server and the model have those that are None."""
+        """Return the arguments of `embed` or `score`; the server and the model have those that are None."""
         given = {name: getattr(self, name, None) for name in KEYWORDS}
         direction = given.pop("truncation_direction") or "right"
         return {name: value for name, value in given.items() if value is not None} | {"truncation": direction.lower()}

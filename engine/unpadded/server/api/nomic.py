@@ -7,27 +7,26 @@ from msgspec import field
 from unpadded.server.api.fields import Dimensions, Request, Texts
 from unpadded.server.endpoint import Endpoint, RequestContext
 from unpadded.server.responses import Response, json_response, vectors_response
-from unpadded.server.service import Service
+from unpadded.server.service import ServedModel
 
 
 class TextRequest(Request):
     """Texts and their task."""
 
     texts: Texts
-    model: str | None = None
     task: str | None = field(default=None, name="task_type")  # None: --default-task, or search_document
     dimensions: Dimensions | None = field(default=None, name="dimensionality")
     long_text: Literal["truncate", "mean"] | None = field(default=None, name="long_text_mode")  # None: --long-input
 
 
-async def _embed_text(service: Service, request: TextRequest, context: RequestContext) -> Response:
+async def _embed_text(model: ServedModel, request: TextRequest, context: RequestContext) -> Response:
     options = request.keywords() | {"truncate": request.long_text == "truncate" or None, "normalize": True}
-    embeddings = await service.embed(request.texts, context.usage, **options, fallback_task="search_document")
-    rest = {"usage": context.usage.as_json(), "model": request.model or service.model_name}
+    embeddings = await model.embed(request.texts, context.usage, **options, fallback_task="search_document")
+    rest = {"usage": context.usage.as_json(), "model": request.model or model.name}
     return vectors_response(embeddings.vectors, context.headers, lambda: {"embeddings": embeddings.vectors, **rest})
 
 
-async def _user(service: Service, request: None, context: RequestContext) -> Response:
+async def _user(model: ServedModel, request: None, context: RequestContext) -> Response:
     return json_response({"sub": "unpadded", "nickname": "unpadded", "organizations": []})
 
 

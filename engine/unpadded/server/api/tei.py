@@ -1,10 +1,9 @@
 """The API of text-embeddings-inference (TEI)."""
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-from msgspec import Meta, field
+from msgspec import Meta, Struct, field
 
 import unpadded
 from unpadded.execution.batcher import MAX_READERS
@@ -12,7 +11,7 @@ from unpadded.server.api.fields import Dimensions, Direction, Input, Request, Te
 from unpadded.server.endpoint import Endpoint, RequestContext
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.responses import Response, html_page, json_response, negotiate, vectors_response
-from unpadded.server.service import MAX_CHARACTERS, Service
+from unpadded.server.service import MAX_CHARACTERS, ServedModel
 
 MAX_LISTED_TOKENS = 1 << 17  # per /tokenize and /decode, as are the scores of /predict
 
@@ -38,18 +37,17 @@ class EmbedRequest(EmbedAllRequest, kw_only=True):
     dimensions: Dimensions | None = None
 
 
-class SimilarityInputs(Request):
+class SimilarityInputs(Struct, forbid_unknown_fields=True):
     """A sentence and the sentences to compare it with."""
 
     source_sentence: str
     sentences: Texts
 
 
-class SimilarityRequest(Request):
-    """Input and options of /similarity."""
+class SimilarityRequest(CommonOptions, kw_only=True):
+    """Sentences to compare. The options may be in an object `parameters`, as in every request."""
 
     inputs: SimilarityInputs
-    parameters: CommonOptions | None = None
 
 
 class RootRequest(EmbedRequest, kw_only=True):
@@ -61,6 +59,7 @@ class RootRequest(EmbedRequest, kw_only=True):
 class ScoreOptions(Request, kw_only=True):
     """Options of the endpoints that score. Only the end of a pair can be truncated."""
 
+    scores: ClassVar[bool] = True
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Literal["right", "Right"] | None = None
     raw_scores: bool = False  # logits
@@ -95,38 +94,37 @@ class DecodeRequest(Request):
     skip_special_tokens: bool = True
 
 
-async def _embed(service: Service, request: EmbedRequest, context: RequestContext) -> Response:
+async def _embed(model: ServedModel, request: EmbedRequest, context: RequestContext) -> Response:
     options = request.keywords() | {"normalize": request.normalize is not False}
-    embeddings = await service.embed(request.inputs, context.usage, **options)
+    embeddings = await model.embed(request.inputs, context.usage, **options)
     return vectors_response(embeddings.vectors, context.headers, lambda: embeddings.vectors)
 
 
-async def _embed_all(service: Service, request: EmbedAllRequest, context: RequestContext) -> Response:
-    return json_response(await service.embed_tokens(request.inputs, context.usage, **request.keywords()))
+async def _embed_all(model: ServedModel, request: EmbedAllRequest, context: RequestContext) -> Response:
+    return json_response(await model.embed_tokens(request.inputs, context.usage, **request.keywords()))
 
 
-async def _similarity(service: Service, request: SimilarityRequest, context: RequestContext) -> Response:
-    options = (request.parameters or CommonOptions()).keywords() | {"normalize": True}
+async def _similarity(model: ServedModel, request: SimilarityRequest, context: RequestContext) -> Response:
+    options = request.keywords() | {"normalize": True}
     texts = [request.inputs.source_sentence, *request.inputs.sentences]
-    vectors = (await service.embed(texts, context.usage, **options)).vectors
+    vectors = (await model.embed(texts, context.usage, **options)).vectors
     return json_response(vectors[1:] @ vectors[0])
 
 
-async def _root(service: Service, request: RootRequest, context: RequestContext) -> Response:
-    if isinstance(request.inputs, SimilarityInputs):
-        return await _similarity(service, SimilarityRequest(inputs=request.inputs, parameters=request), context)
-    return await _embed(service, request, context)
+async def _root(model: ServedModel, request: RootRequest, context: RequestContext) -> Response:
+    handler = _similarity if isinstance(request.inputs, SimilarityInputs) else _embed
+    return await handler(model, request, context)  # type: ignore[arg-type]
 
 
-async def _rerank(service: Service, request: RerankTextsRequest, context: RequestContext) -> Response:
-    found = await service.rank(request.query, request.texts, context.usage, **request.keywords())
+async def _rerank(model: ServedModel, request: RerankTextsRequest, context: RequestContext) -> Response:
+    found = await model.rank(request.query, request.texts, context.usage, **request.keywords())
     results: list[dict[str, object]] = [{"index": one.index, "score": one.score} for one in found]
     if request.return_text:
         results = [result | {"text": request.texts[one.index]} for result, one in zip(results, found, strict=True)]
     return json_response(results)
 
 
-async def _predict(service: Service, request: PredictRequest, context: RequestContext) -> Response:
+async def _predict(model: ServedModel, request: PredictRequest, context: RequestContext) -> Response:
     given: Any = request.inputs
     is_batch = not isinstance(given, str) and not isinstance(given[0], str)
     inputs = given if is_batch else [[given] if isinstance(given, str) else given]
@@ -134,45 +132,42 @@ async def _predict(service: Service, request: PredictRequest, context: RequestCo
         if isinstance(texts, str) or not 1 <= len(texts) <= 2 or not all(isinstance(text, str) for text in texts):
             message = f"input {index} is not a text or a pair of texts: {texts!r:.80}; send [text] or [text, text]"
             raise HTTPError("invalid", message)
-    head = service.engine.checkpoint.score
-    labels = () if head is None else head.labels
-    count, what = len(inputs) * len(labels), "the response would have too many scores"
+    count, what = len(inputs) * len(model.labels), "the response would have too many scores"
     check_maximum("too_many_inputs", what, count, MAX_LISTED_TOKENS, "scores", "send fewer")
     pairs = [(texts[0], texts[1]) if len(texts) == 2 else texts[0] for texts in inputs]
-    scores = (await service.score(pairs, context.usage, **request.keywords())).reshape(len(pairs), -1)
+    scores = (await model.score(pairs, context.usage, **request.keywords())).reshape(len(pairs), -1)
 
     def to_json() -> Any:
-        orders = np.argsort(-scores, axis=1, kind="stable").tolist()
+        found = [zip(row, model.labels, strict=True) for row in scores.tolist()]
         rows = [
-            [{"score": row[i], "label": labels[i]} for i in order]
-            for row, order in zip(scores.tolist(), orders, strict=True)
+            [{"score": score, "label": label} for score, label in sorted(row, key=lambda one: -one[0])] for row in found
         ]
         return rows if is_batch else rows[0]
 
     return json_response(to_json)
 
 
-async def _tokenize(service: Service, request: TokenizeRequest, context: RequestContext) -> Response:
-    prompt = service.pipeline.plan(task=request.prompt_name or service.options.default_task).prompt
-    prompted = [f"{prompt}{text}" for text in service.texts(request.inputs)]
+async def _tokenize(model: ServedModel, request: TokenizeRequest, context: RequestContext) -> Response:
+    prompt = model.pipeline.plan(**model.task_options(request.prompt_name)).prompt
+    prompted = [f"{prompt}{text}" for text in model.texts(request.inputs)]
     size = sum(map(len, prompted))
     check_maximum("too_long", "the texts are too long", size, MAX_CHARACTERS, "characters", "send fewer")
-    encode_batch = service.engine.tokenizer.backend.encode_batch
+    encode_batch = model.engine.tokenizer.backend.encode_batch
     encodings = await asyncio.get_running_loop().run_in_executor(
-        service.batcher.reader(size), lambda: encode_batch(prompted, add_special_tokens=request.add_special_tokens)
+        model.batcher.reader(size), lambda: encode_batch(prompted, add_special_tokens=request.add_special_tokens)
     )
     count = sum(map(len, encodings))
     check_maximum("too_many_inputs", "the texts are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
     return json_response([_token_objects(encoding, text) for encoding, text in zip(encodings, prompted, strict=True)])
 
 
-async def _decode(service: Service, request: DecodeRequest, context: RequestContext) -> Response:
-    sequences: list[Any] = service.texts(request.ids)
+async def _decode(model: ServedModel, request: DecodeRequest, context: RequestContext) -> Response:
+    sequences: list[Any] = model.texts(request.ids)
     count = sum(map(len, sequences))
     check_maximum("too_many_inputs", "the lists are too long", count, MAX_LISTED_TOKENS, "tokens", "send fewer")
-    decode_batch = service.engine.tokenizer.backend.decode_batch
+    decode_batch = model.engine.tokenizer.backend.decode_batch
     texts = await asyncio.get_running_loop().run_in_executor(
-        service.batcher.reader(count), lambda: decode_batch(sequences, skip_special_tokens=request.skip_special_tokens)
+        model.batcher.reader(count), lambda: decode_batch(sequences, skip_special_tokens=request.skip_special_tokens)
     )
     return json_response(texts)
 
@@ -187,53 +182,57 @@ def _token_objects(encoding: Any, text: str) -> list[dict[str, object]]:
     ]
 
 
-def _model_type(service: Service) -> dict[str, object]:
-    head = service.engine.checkpoint.score
-    if head is None:
-        return {"embedding": {"pooling": service.description["pooling"]}}
-    ids = {label: index for index, label in enumerate(head.labels)}
-    names = {"id2label": {str(index): label for index, label in enumerate(head.labels)}, "label2id": ids}
-    return {"reranker" if len(head.labels) == 1 else "classifier": names}
+def _model_type(model: ServedModel) -> dict[str, object]:
+    if not model.labels:
+        return {"embedding": {"pooling": model.checkpoint.pooling}}
+    ids = {label: index for index, label in enumerate(model.labels)}
+    names = {"id2label": {str(index): label for index, label in enumerate(model.labels)}, "label2id": ids}
+    return {"reranker" if len(model.labels) == 1 else "classifier": names}
 
 
-async def _info(service: Service, request: None, context: RequestContext) -> Response:
-    options, description = service.options, service.description
-    return json_response(
-        {
-            "model_id": service.model_name,
-            "model_sha": None,
-            "model_dtype": description["dtype"],
-            "device": description["device"],
-            "dimensions": description["dimensions"],
-            "model_type": _model_type(service),
-            "max_concurrent_requests": options.max_concurrent_requests,
-            "max_input_length": description["max_length"],
-            "max_batch_tokens": description["token_budget"],
-            "max_batch_requests": None,
-            "max_client_batch_size": options.max_inputs,
-            "auto_truncate": options.long_input == "truncate",
-            "tokenization_workers": MAX_READERS,
-            "version": unpadded.__version__,
-            "sha": None,
-            "docker_label": None,
-        }
-    )
+def _model_info(model: ServedModel) -> dict[str, object]:
+    described = model.engine.describe()
+    return {
+        "model_id": model.name,
+        "model_sha": None,
+        "model_dtype": described["dtype"],
+        "device": described["device"],
+        "dimensions": described["dimensions"],
+        "model_type": _model_type(model),
+        "max_input_length": model.checkpoint.max_length,
+    }
 
 
-async def _health(service: Service, request: None, context: RequestContext) -> Response:
-    if not service.backend.ready_devices:
+async def _info(model: ServedModel, request: None, context: RequestContext) -> Response:
+    limits = {
+        "max_concurrent_requests": model.options.max_concurrent_requests,
+        "max_batch_tokens": model.batcher.token_budget,
+        "max_batch_requests": None,
+        "max_client_batch_size": model.options.max_inputs,
+        "auto_truncate": model.options.long_input == "truncate",
+        "tokenization_workers": MAX_READERS,
+        "version": unpadded.__version__,
+        "sha": None,
+        "docker_label": None,
+    }
+    models = [_model_info(one) | {"names": one.names} for one in model.service.models]
+    return json_response(_model_info(model) | limits | {"models": models})
+
+
+async def _health(model: ServedModel, request: None, context: RequestContext) -> Response:
+    if not model.service.ready_devices:
         raise HTTPError("no_device", "no device accepts batches: its worker process exited; wait until it is restarted")
     return Response(lambda: b"", "text/plain")
 
 
-async def _home(service: Service, request: None, context: RequestContext) -> Response:
+async def _home(model: ServedModel, request: None, context: RequestContext) -> Response:
     if negotiate(context.headers, "text/plain", "text/html") == "text/plain":
-        return await _health(service, request, context)
+        return await _health(model, request, context)
     return Response(lambda: html_page("home.html"), "text/html; charset=utf-8")
 
 
-async def _metrics(service: Service, request: None, context: RequestContext) -> Response:
-    return Response(service.metrics.exposition, "text/plain; version=0.0.4; charset=utf-8")
+async def _metrics(model: ServedModel, request: None, context: RequestContext) -> Response:
+    return Response(model.service.metrics.exposition, "text/plain; version=0.0.4; charset=utf-8")
 
 
 ENDPOINTS = [
@@ -245,7 +244,7 @@ ENDPOINTS = [
     Endpoint("tei", "/predict", "The score of each label of texts or pairs", _predict, PredictRequest),
     Endpoint("tei", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
     Endpoint("tei", "/decode", "The texts of token ids", _decode, DecodeRequest),
-    Endpoint("tei", "/info", "The served model and the limits", _info),
+    Endpoint("tei", "/info", "The served models and the limits", _info),
     Endpoint("tei", "/", "A page in a browser, otherwise the same as /health", _home, public=True),
     Endpoint("tei", "/ping", "The same as /health", _health, public=True),
     Endpoint("tei", "/health", "200 if ready, 503 if draining or without a device", _health, public=True),

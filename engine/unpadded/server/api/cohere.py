@@ -1,0 +1,89 @@
+"""Cohere's API: /v1/embed and /v2/embed, and its and Jina's rerankers, /v1/rerank and /v2/rerank.
+
+The rerankers differ in the other fields of a response and in those of an error, so both have the fields of both APIs.
+"""
+
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from unpadded.server.api.fields import Dimensions, Direction, Request, Texts
+from unpadded.server.endpoint import Endpoint, RequestContext
+from unpadded.server.errors import HTTPError
+from unpadded.server.responses import Response, json_response, vectors_as
+from unpadded.server.service import ServedModel
+
+
+class EmbedTextsRequest(Request):
+    """Texts, and the formats of their vectors."""
+
+    texts: Texts
+    task: str | None = field(default=None, name="input_type")  # ignored by a model without prompts
+    embedding_types: list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]] | None = None
+    dimensions: Dimensions | None = field(default=None, name="output_dimension")
+    truncate: bool | None = None  # and "NONE", "START" or "END"; None follows --long-input
+    truncation_direction: Direction | None = None
+
+
+class RerankRequest(Request):
+    """A query and the documents to rank for it: strings, or objects with a text."""
+
+    scores: ClassVar[bool] = True
+    query: str
+    documents: Annotated[list[str | dict[str, Any]], Meta(min_length=1)]
+    top_n: Annotated[int, Meta(ge=1)] | None = None  # None: all
+    return_documents: bool | None = None  # None means False
+    truncate: bool | None = None  # not in these APIs; None follows --long-input
+    # Of the values in Cohere's API, those that do not change the scores.
+    rank_fields: Annotated[list[Literal["text"]], Meta(min_length=1)] | None = None
+    max_chunks_per_doc: Literal[1] | None = None
+    max_tokens_per_doc: int | None = None
+
+
+def _text(document: str | dict[str, Any], index: int) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise HTTPError("invalid", f"document {index} has no text: {document!r:.80}; send a string or object with it")
+    return text
+
+
+async def _embed(version: str, model: ServedModel, request: EmbedTextsRequest, context: RequestContext) -> Response:
+    options = request.keywords() | {"normalize": True}
+    if not model.has_prompts and options.pop("task", None):  # the clients require it
+        context.ignored_fields.append("input_type")
+    vectors = (await model.embed(request.texts, context.usage, **options)).vectors
+    kinds = request.embedding_types or (["float"] if version == "2" else [])
+
+    def to_json() -> dict[str, Any]:
+        found: Any = {kind: vectors_as(kind, vectors) for kind in kinds}
+        meta = {"api_version": {"version": version}, "tokens": {"input_tokens": context.usage.tokens}}
+        rest = {"embeddings": found or vectors, "texts": request.texts, "meta": meta}
+        return {"id": context.request_id, "response_type": f"embeddings_{'by_type' if kinds else 'floats'}", **rest}
+
+    return json_response(to_json)
+
+
+async def _rerank(version: str, model: ServedModel, request: RerankRequest, context: RequestContext) -> Response:
+    limit, max_length = request.max_tokens_per_doc, model.checkpoint.max_length
+    if limit is not None and limit < max_length:
+        raise HTTPError("invalid", f"max_tokens_per_doc is not supported below {max_length}: {limit}; omit it")
+    documents, usage = request.documents, context.usage
+    texts = [_text(document, index) for index, document in enumerate(documents)]
+    found = await model.rank(request.query, texts, usage, top_n=request.top_n, **request.keywords())
+    results: list[dict[str, Any]] = [{"index": one.index, "relevance_score": one.score} for one in found]
+    if request.return_documents:
+        for result in results:
+            document = documents[result["index"]]
+            result["document"] = {"text": document} if isinstance(document, str) else document
+    meta = {"api_version": {"version": version}, "tokens": {"input_tokens": usage.tokens, "output_tokens": 0}}
+    rest = {"model": request.model or model.name, "usage": usage.as_json(), "meta": meta}
+    return json_response({"id": context.request_id, "results": results, **rest})
+
+
+ENDPOINTS = [
+    Endpoint("cohere", "/v1/embed", "Embed texts", partial(_embed, "1"), EmbedTextsRequest),
+    Endpoint("cohere", "/v2/embed", "Embed texts", partial(_embed, "2"), EmbedTextsRequest),
+    Endpoint("cohere", "/v1/rerank", "Documents by their score, best first", partial(_rerank, "1"), RerankRequest),
+    Endpoint("cohere", "/v2/rerank", "Documents by their score, best first", partial(_rerank, "2"), RerankRequest),
+]
