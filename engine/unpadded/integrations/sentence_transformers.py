@@ -34,7 +34,7 @@ from unpadded.engine import Engine
 from unpadded.errors import CheckpointError, ConfigError, OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
-from unpadded.integrations.cross_encoder import CrossEncoder as CrossEncoder
+from unpadded.integrations.encoders import CrossEncoder as CrossEncoder
 from unpadded.integrations.module_checks import (
     is_modified,
     log_unsupported,

@@ -1,31 +1,26 @@
-"""sentence-transformers' CrossEncoder with a packed forward pass.
+"""Inference of sentence-transformers' models by an engine, for classes whose forward pass is sentence-transformers' own.
 
->>> from unpadded.integrations.sentence_transformers import CrossEncoder
->>> CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2").predict([("What is TSNE?", "A method to visualize data.")])
-
-Loading, saving, training, prompts and pools are sentence-transformers' own code. The first call that is supported loads
-the weights a second time, into an engine. It scores pairs of texts and single texts as long as modules, parameters and
-tokenizer are as they were loaded; they may have been moved, cast or copied, and `max_seq_length` may differ. Otherwise
-the modules run, and a warning is logged once for each reason.
-
-Written for sentence-transformers >= 6.2, < 7, because it overrides `_inference` and `_load_modules`, private there.
+Loading, saving, training, prompts and pools stay sentence-transformers' code. The first call that is supported loads
+the weights a second time, into an engine. It runs as long as modules, parameters and tokenizer are as they were loaded;
+they may have been moved, cast or copied, and `max_seq_length` may differ. Otherwise the modules run, and a warning is
+logged once for each reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-import sentence_transformers
 import torch
-from torch import Tensor, nn
+from sentence_transformers.base.model import BaseModel
+from torch import Tensor
 
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
 from unpadded.errors import CheckpointError, OptionError, UnpaddedError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.integrations.module_checks import (
+    PREPROCESSING,
     find_folder,
     is_modified,
     log_unsupported,
@@ -41,9 +36,11 @@ MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_us
 SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
 
 
-class CrossEncoder(sentence_transformers.CrossEncoder):
-    """Takes the same arguments and returns the same results. `batch_size` and `trust_remote_code` are ignored."""
+class EngineInference(BaseModel):
+    """The first base of a model class whose `_inference` calls `_engine_for`."""
 
+    head: ClassVar[str]  # field of a Checkpoint, None for one without the head
+    results: ClassVar[str]  # of the head, in errors
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
     # the sample, the settings and the weight files after loading; set by __init__
@@ -66,55 +63,20 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     def _open(
         self, model: str, *, model_kwargs: Any, processor_kwargs: Any, config_kwargs: Any, **options: Any
     ) -> Checkpoint:
-        """Return the checkpoint; UnpaddedError, with the reason, if an engine cannot compute the scores."""
+        """Return the checkpoint; UnpaddedError, with the reason, if an engine cannot compute its results."""
         if self.backend != "torch":
             raise OptionError(f"backend = {self.backend!r} is not supported; omit it")
         checkpoint = open_checkpoint(find_folder(model, **options))
-        if checkpoint.score is None:
-            raise OptionError(f"{model} has no head for scores; train one first")
+        if getattr(checkpoint, self.head) is None:
+            raise OptionError(f"{model} has no head for {self.results}; train one first")
         keywords = without_hub_keywords(config_kwargs)
-        if keywords.get("num_labels") == len(checkpoint.score.labels):
+        if checkpoint.score is not None and keywords.get("num_labels") == len(checkpoint.score.labels):
             del keywords["num_labels"]
         keywords |= {name: None for name in without_hub_keywords(processor_kwargs) if name != "model_max_length"}
         keywords |= {name: None for name in without_hub_keywords(model_kwargs) if name not in MODEL_KEYWORDS}
         if keywords:
             raise OptionError(f"the engine does not support {', '.join(keywords)}; omit it")
         return checkpoint
-
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # keywords are passed through
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        show_progress_bar: bool,
-        activation_fn: Callable[[Tensor], Tensor] | None,
-        apply_softmax: bool | None,
-        device: str | torch.device | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Score in the engine if it computes what the modules would compute, else in the modules."""
-        target = self._resolve_inference_device(device)
-        self.eval()
-        engine = self._engine_for(inputs, options)
-        if engine is None:
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                show_progress_bar=show_progress_bar,
-                activation_fn=activation_fn,
-                apply_softmax=apply_softmax,
-                device=device,
-                **options,
-            )
-        pairs = [one if isinstance(one, str) else tuple(one) for one in inputs]
-        logits = engine.score(pairs, activation="none", prompt=prompt or "", show_progress=bool(show_progress_bar))
-        scores = torch.from_numpy(logits).to(target).reshape(len(pairs), -1)
-        if activation_fn is not None:
-            scores = activation_fn(scores)
-        if self.num_labels == 1 and scores.ndim > 1:
-            scores = scores.squeeze(-1)
-        return nn.functional.softmax(scores, dim=1) if apply_softmax and scores.ndim > 1 else scores
 
     def _engine_for(self, inputs: list[Any], options: dict[str, Any]) -> Engine | None:
         """Return an engine that computes what the modules, in their current state, would; None if it cannot."""
@@ -134,10 +96,10 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def _own_reason(self, checkpoint: Checkpoint, inputs: list[Any], options: dict[str, Any]) -> str | None:
         """Return why the modules have to run, or None."""
-        if unsupported := sorted(options.keys() - {"batch_size"}):
+        if unsupported := sorted(name for name, value in options.items() if name != "batch_size" and value is not None):
             return f"{', '.join(unsupported)} is not supported"
-        if not (all(isinstance(one, str) for one in inputs) or all(map(_is_pair, inputs))):
-            return "the inputs are not pairs of texts"
+        if not self._are_supported(inputs):
+            return "the inputs are not texts"
         if torch.is_autocast_enabled(self.device.type):
             return "autocast is enabled"
         if is_modified(self):
@@ -151,6 +113,9 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         if settings != self._settings() or not tokenizes_as_engine(self[0], checkpoint.spec):
             return "its modules or its tokenizer have changed, or are not supported"
         return None
+
+    def _are_supported(self, inputs: list[Any]) -> bool:
+        return all(isinstance(text, str) for text in inputs)
 
     def _sample(self) -> Tensor:
         """Return values of every parameter. All of them would take longer to read than the forward pass of a pair."""
@@ -166,6 +131,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             transformer.model.config.to_dict(),
             tokenizer_state(transformer.tokenizer),
             transformer.tokenizer.model_input_names,
+            [getattr(transformer, name) for name in PREPROCESSING],
         )
 
     def _current_engine(self, checkpoint: Checkpoint) -> Engine:
@@ -190,10 +156,6 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the engine; a copy loads its own."""
         return {**self.__dict__, "_engine": None}
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _file_states(checkpoint: Checkpoint) -> list[object]:
