@@ -285,9 +285,7 @@ class ServedModel:
                     "OpenAIEmbeddings(check_embedding_ctx_length=False))",
                 )
 
-    def _counted(
-        self, windows: Iterator[Window], usage: Usage, truncate: bool | None, plan: Plan
-    ) -> Iterator[Window]:
+    def _counted(self, windows: Iterator[Window], usage: Usage, truncate: bool | None, plan: Plan) -> Iterator[Window]:
         """Yield the same windows; count their tokens and check the limits as they are tokenized."""
         if truncate is None:
             truncate = self.options.long_input == "truncate"
