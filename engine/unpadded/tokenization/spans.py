@@ -49,13 +49,12 @@ def read_sections(
     encoding: of prompt + text, of whose tokens `limit` fit. special: ids before and after them. index: named in errors.
     """
     text, spans = item
-    full, prefix = prompt + text, len(prompt)
-    ends = [max(end, 1) - prefix for _, end in encoding.offsets]
+    full, prefix, offsets = prompt + text, len(prompt), encoding.offsets
+    ends = [max(end, 1) - prefix for _, end in offsets]
     before = min(bisect_right(ends, 0), limit - 1)  # tokens of the prompt
     prompt_ids, ids, ends = encoding.ids[:before], encoding.ids[before:], ends[before:]
     # A token of whitespace only has its last character.
-    trimmed = (min(end - len(full[start:end].lstrip()), end - 1) for start, end in encoding.offsets[before:])
-    starts = [max(start - prefix, 0) for start in trimmed]
+    starts = [max(0, min(end - len(full[start:end].lstrip()), end - 1) - prefix) for start, end in offsets[before:]]
     total, size = len(ids), limit - before
     if cut is not None:
         if not 0 <= cut[1] < cut[0] <= size:
@@ -111,5 +110,6 @@ def sentence_spans(text: str, starts: list[int], span_tokens: int, overlap: int)
         start = start if start < end else low
         fitting = sentences[bisect_right(sentences, start + span_tokens) - 1]
         end = fitting if fitting > end else start + span_tokens
-        spans.append((starts[start] if start else 0, starts[end] if end < total else len(text)))
-    return tuple(span for span in spans if span[0] < span[1])  # not those of some tokens of one character
+        if end == total or starts[start] < starts[end]:  # otherwise it has some of the tokens of one character
+            spans.append((starts[start] if spans else 0, starts[end] if end < total else len(text)))
+    return tuple(spans)
