@@ -7,7 +7,8 @@ and bge-reranker-base, on CUDA rerankers of the shapes of gte-reranker-modernber
 is a query and a passage of Python's manual, together 20 to 512 tokens; 32 passages share a query. Rounds interleave
 and have new texts. Both libraries run in the same dtype, and sentence-transformers with the fastest of several batch
 sizes, which the first round finds. Before it the values are compared with those of sentence-transformers in float32. A
-round for which unpadded would need more than --seconds has fewer inputs. The last line on stdout is JSON.
+round for which unpadded would need more than --seconds has fewer inputs. Without --only or with --only spans, also
+`Engine.encode_spans` of a long text is compared with `encode` of it. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from unpadded.engine import Engine
 PAIR, QUERY, PASSAGES = (20, 512), (8, 32), 32  # tokens of a pair and of a query; passages per query
 BATCHES = {"cpu": (1, 4, 32), "cuda": (32, 128, 256)}  # of sentence-transformers, whose default is 32
 CHECKED, MIN_INPUTS = 8, 16
+SPAN_ROUNDS = 6
 UTILIZATION = 0.6  # share of the matmul rate that a round is expected to reach
 MAX_ERROR = 1e-5  # relative, and at most twice that of sentence-transformers in the same dtype
-Run = Callable[[Sequence[Any]], np.ndarray]
+Run = Callable[[Sequence[Any]], Any]
 
 
 class TooSlow(Exception):
@@ -78,7 +80,10 @@ def main() -> None:
         rates = {dtype: matmul_rate(device, getattr(torch, dtype), 3) for dtype in dtypes}
         result |= {"matmul_rate": rates, "rows": [], "not run": {}}
         if args.only and args.out and args.out.exists():
+            result |= {key: value for key, value in json.loads(args.out.read_text()).items() if key == "spans"}
             result["rows"] = [row for row in json.loads(args.out.read_text())["rows"] if row["model"] != args.only]
+        if args.only in (None, "spans"):
+            result["spans"] = measure_spans(device, args.small)
         for name, head in HEADS.items():
             for model, write in head.models["cuda" if args.small else device.type].items():
                 if args.only not in (None, model):
@@ -164,6 +169,23 @@ def measure(
         )
         rows.append(row)
     return rows
+
+
+def measure_spans(device: torch.device, small: bool) -> dict[str, Any]:
+    """Return the seconds of `encode` and `encode_spans` of texts of 8192 tokens, and the median of their ratios."""
+    shape = {"layers": 1, "hidden": 64, "heads": 1} if small else {**checkpoints.REAL, "layers": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.write_nomic(Path(folder), **shape)
+        engine = unpadded.load(folder, device=device, max_length=256 if small else 8192, rotary_scaling_factor=2)
+        texts = TextSampler(engine).sample([8192] * (SPAN_ROUNDS + 1))  # at most max_length
+        tokens = int(engine.embed(texts[:1]).token_counts[0])
+        spans = len(engine.encode_spans(texts[0], span_tokens=tokens // 32).vectors)
+        calls = [engine.encode, partial(engine.encode_spans, span_tokens=tokens // 32)]
+        taken = [[seconds(call, text) for call in calls[:: 1 - index % 2 * 2]] for index, text in enumerate(texts[1:])]
+    pairs = [pair[:: 1 - index % 2 * 2] for index, pair in enumerate(taken)]  # the first of a round alternates
+    ratio = statistics.median(after / before for before, after in pairs)
+    print(f"encode_spans of {spans} spans in {tokens} tokens: {ratio:.3f} x the time of encode", flush=True)
+    return {"tokens": tokens, "spans": spans, "seconds": pairs, "ratio": ratio}
 
 
 def seconds(run: Run, inputs: Sequence[Any]) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 import plots
 import pytest
 import report
+import report_heads
 import server
 import torch
 from support.checkpoints import add_sentence_transformers_files, write_bert, write_bert_reranker
@@ -287,6 +288,15 @@ def test_heads_are_compared_on_pairs_of_20_to_512_tokens(tmp_path, capsys):
     counts = heads.pair_token_counts(engine, pairs)
     assert 12 <= counts.min() <= 40 and 490 <= counts.max() <= 512 and 230 <= counts.mean() <= 300
     assert len({query for query, _ in pairs}) == 7 and len({passage for _, passage in pairs}) == 200
+
+
+def test_spans_are_compared_with_encode():
+    found = heads.measure_spans(torch.device("cpu"), small=True)
+    assert 240 <= found["tokens"] <= 256 and 20 <= found["spans"] <= 60 and len(found["seconds"]) == heads.SPAN_ROUNDS
+    ratios = [spans / whole for whole, spans in found["seconds"]]
+    assert found["ratio"] == statistics.median(ratios) and min(ratios) > 0
+    result = {"rows": [], "not run": {}, "spans": found}
+    assert f"with {found['spans']} spans takes {found['ratio']:.2f} x" in report_heads.heads(result)
 
 
 class Stub(BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any, Literal, Self, TypeAlias, Unpack, get_args, overload
 
 import numpy as np
@@ -19,11 +20,11 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline
-from unpadded.execution.results import Embeddings, Ranked, join, ranked
+from unpadded.execution.results import Embeddings, Ranked, Spans, join, ranked
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
-from unpadded.tokenization.windows import Text
+from unpadded.tokenization.windows import Text, iterate
 
 Output = Literal["numpy", "torch", "list"]
 NARROW_COLUMNS = 70
@@ -182,6 +183,36 @@ class Engine:
             for block in self._pipeline.blocks(texts, plan, advance):
                 vectors = quantize(block.vectors, plan.precision, plan.ranges)
                 yield Embeddings(vectors, block.token_counts, block.truncated)
+
+    def encode_spans(
+        self,
+        texts: str | Iterable[str],
+        *,
+        spans: Iterable[Any] | None = None,
+        span_tokens: int = 256,
+        overlap: int = 0,
+        task: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        show_progress: bool | None = None,
+    ) -> Spans:
+        """Embed spans of texts, each as the mean of its tokens after one pass over the whole text (late chunking).
+
+        spans: for each text, a sequence of (start, end) in characters, in any order; for one string, its own. Without
+        them, texts are cut at ends of sentences into spans of about `span_tokens` tokens at most, of which consecutive
+        ones share up to `overlap`. The prompt is context and in no span. A text longer than max_length is read in
+        sections that share 512 tokens, at most half of one, and a span is computed where it has most context.
+        Raises OptionError for a model without mean pooling, InputError with the indices of text and span.
+        """
+        if isinstance(texts, str):
+            texts, spans = [texts], None if spans is None else [spans]
+        pipeline, cut = self._pipeline, (span_tokens, overlap) if spans is None else None
+        plan = pipeline.span_plan(cut, task=task, prompt=prompt, dimensions=dimensions, normalize=normalize)
+        texts = iterate(texts)
+        items: Iterable[Any] = ((text, ()) for text in texts) if spans is None else zip_longest(texts, spans)
+        with _progress_bar(texts, show_progress) as advance:
+            return pipeline.collect_spans(pipeline.rows(items, plan, advance), plan)
 
     def score(
         self, pairs: Iterable[Pair | str], *, show_progress: bool | None = None, **options: Unpack[ScoreKeywords]

@@ -224,6 +224,7 @@ class Plan(EncodeOptions):
 
     vector_options: VectorOptions
     prompt: str
+    cut: tuple[int, int] | None = None  # span_tokens and overlap of `encode_spans` without spans
 
 
 # Keyword arguments of sentence-transformers -> what to do here.

@@ -21,6 +21,7 @@ import numpy as np
 
 from unpadded.errors import OutputError, OverloadedError, TooLargeError, UnpaddedError
 from unpadded.execution.scheduler import Backlog, CallerQueue, is_short, next_batch
+from unpadded.model.batch import Ids
 from unpadded.tokenization.windows import Window
 
 Rows: TypeAlias = Sequence[np.ndarray] | np.ndarray  # one row per sequence
@@ -40,7 +41,7 @@ class Work:
     """A computation on sequences. Calls with equal `key` may share a batch, which the `run` of any of them computes."""
 
     key: Hashable
-    run: Callable[[list[np.ndarray]], Rows]
+    run: Callable[[list[Ids]], Rows]
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Limits:
 class Call(Backlog):
     """One caller's sequences and the rows computed so far."""
 
-    def __init__(self, sequences: Sequence[np.ndarray], work: Work) -> None:
+    def __init__(self, sequences: Sequence[Ids], work: Work) -> None:
         super().__init__([len(ids) for ids in sequences])
         self.sequences = sequences
         self.work = work
@@ -146,7 +147,7 @@ class Batcher:
                 f"the {left:.1f} s left; try again later or send fewer texts"
             )
 
-    def submit(self, sequences: Sequence[np.ndarray], work: Work, *, limits: Limits | None = None) -> Call:
+    def submit(self, sequences: Sequence[Ids], work: Work, *, limits: Limits | None = None) -> Call:
         """Queue sequences. The call's future returns their rows in order; cancelling it drops what has not run.
 
         Raises OverloadedError for a call that exceeds the limits.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias, Unpack
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError, OutputError
 from unpadded.execution.batcher import Batcher, Observe, Rows, Work
-from unpadded.execution.results import Embeddings, join
+from unpadded.execution.results import Embeddings, Spans, join
 from unpadded.execution.runner import Runner
 from unpadded.execution.scheduler import schedule
 from unpadded.execution.transfer import Wait
@@ -76,6 +77,13 @@ class EmbeddingPipeline:
         )
         return replace(plan, vector_options=states)
 
+    def span_plan(self, cut: tuple[int, int] | None, **options: Any) -> Plan:
+        """Return a plan for spans, whose texts are pairs of a string and its spans, which `cut` makes if not None."""
+        if (pooling := self.checkpoint.pooling) != "mean":
+            raise OptionError(f"{self.checkpoint.name} has {pooling} pooling, spans are means of tokens; use encode")
+        plan = self.plan(**options)
+        return replace(plan, cut=cut, vector_options=replace(plan.vector_options, rows="span"))
+
     def work(self, plan: Plan) -> Work:
         """Return the work of a `Batcher`: the rows of sequences, as `split` returns them."""
         options = plan.vector_options
@@ -93,6 +101,22 @@ class EmbeddingPipeline:
             _check_finite(vectors, window, range(len(window.sequences)), plan.vector_options)
             blocks.append(_finish(window, vectors, plan))
         return join(blocks, plan)
+
+    def collect_spans(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Spans:
+        """Return the spans of windows and their rows; OutputError names a text with a vector that is not finite."""
+        vectors = [np.zeros((0, plan.vector_options.dimensions), np.float32)]
+        sources = [np.zeros((0, 5), np.int64)]  # the text, then those of the sequences
+        for window, rows in done:
+            _check_finite(np.concatenate(rows), window, range(len(rows)), plan.vector_options)
+            ends = dict(pairwise([*sorted({*window.first_sequences}), len(rows)]))
+            for index, first in enumerate(window.first_sequences, window.first_index):
+                vectors += rows[first : ends[first]]
+                sections = window.sequences[first : ends[first]]
+                sources += [np.insert(ids.sources, 0, index, 1) for ids in sections if isinstance(ids, SpannedIds)]
+        table = np.concatenate(sources)
+        order = np.lexsort((table[:, 1], table[:, 0]))
+        table = table[order]
+        return Spans(np.concatenate(vectors)[order], table[:, 0], table[:, 2:4], table[:, 4])
 
     def blocks(self, texts: Iterable[Text | Pair], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
         """Yield the fp32 vectors of one window of texts after another.

@@ -48,6 +48,16 @@ def join(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """The vectors of spans of texts: text after text, and the spans of each in the order that the caller gave."""
+
+    vectors: np.ndarray  # [m, dimensions] fp32
+    text_index: np.ndarray  # [m] int64
+    bounds: np.ndarray  # [m, 2] int64: the first character in the text, and the one after the last
+    token_counts: np.ndarray  # [m] int64: tokens of which a vector is the mean
+
+
+@dataclass(frozen=True)
 class Ranked:
     """A document of a ranking."""
 

@@ -18,6 +18,7 @@ class SpannedIds:
 
     ids: np.ndarray  # [tokens] int32
     spans: np.ndarray  # [spans, 2] int32: the first token, and the one after the last
+    sources: np.ndarray  # [spans, 4] int64, for results: place in the text's spans, its characters, number of tokens
 
     def __len__(self) -> int:
         return len(self.ids)

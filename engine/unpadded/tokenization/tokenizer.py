@@ -12,7 +12,9 @@ from tokenizers import Encoding
 
 from unpadded.checkpoint.json_config import not_implemented
 from unpadded.errors import CheckpointError, InputError, OptionError
+from unpadded.model.batch import SpannedIds
 from unpadded.options import Truncation, check_choice
+from unpadded.tokenization.spans import Cut, SpannedText, read_sections
 from unpadded.tokenization.tokenizer_files import read_tokenizer
 from unpadded.tokenization.truncation import TextSlicer
 
@@ -176,6 +178,17 @@ class Tokenizer:
             starts = range(0, max(1, len(ids) - overlap), limit - overlap)
             rows.append([np.array(before + ids[start : start + limit] + self._trailing, np.int32) for start in starts])
         return rows
+
+    def sections(
+        self, items: dict[int, SpannedText], prompt: str, max_length: int, cut: Cut
+    ) -> Iterator[list[SpannedIds]]:
+        """Yield the sections of each text, of at most `max_length` tokens; see `read_sections`."""
+        texts = [text for text, _ in items.values()]
+        _check_texts(texts, list(items))
+        fixed = prompt, self._token_limit(prompt, max_length), [self._leading, self._trailing], cut
+        encodings = self._encodings((prompt + text for text in texts), words=True)
+        for (index, item), encoding in zip(items.items(), encodings, strict=True):
+            yield read_sections(item, index, encoding, *fixed)
 
     def _tokens(self, ids: list[int], *, truncated: bool) -> Tokens:
         return Tokens(np.array(self._leading + ids + self._trailing, np.int32), truncated)

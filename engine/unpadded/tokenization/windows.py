@@ -5,7 +5,7 @@ import logging
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,15 @@ import numpy as np
 
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import InputError, TooLargeError, WorkerError
+from unpadded.model.batch import Ids, SpannedIds
 from unpadded.options import Plan
+from unpadded.tokenization.spans import SpannedText, checked_spans
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
 
 logger = logging.getLogger("unpadded")
 
 Text: TypeAlias = str | Sequence[int] | np.ndarray
+Input: TypeAlias = str | Pair | SpannedText | np.ndarray  # a checked text; token ids are [tokens] int32
 Item = TypeVar("Item")
 
 # long_text="mean" as in nomic's client (gpt4all): tokens of a chunk, including prompt and special tokens, and of an
@@ -37,13 +40,13 @@ class TextGroup(NamedTuple):
     """The texts of a window."""
 
     first_index: int  # index of the first text, among all texts
-    texts: list[str | Pair | np.ndarray]  # strings, pairs of them, or token ids [tokens] int32
+    texts: list[Input]
     tokens: int  # estimate
     last: bool  # no texts follow; if False, some may
 
 
-# Token ids of one text: one sequence, or one per chunk, each [tokens] int32; and whether it is truncated.
-TextTokens: TypeAlias = tuple[list[np.ndarray], bool]
+# Token ids of one text: one sequence, or one per chunk or section; and whether it is truncated.
+TextTokens: TypeAlias = tuple[Sequence[Ids], bool]
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class Window:
     """Consecutive texts and their sequences of token ids, which equal texts share."""
 
     first_index: int  # index of the first text, among all texts
-    first_sequences: list[int]  # of each text, its only one unless it is split into chunks
+    first_sequences: list[int]  # of each text, its only one unless it is split into chunks or sections
     token_counts: np.ndarray  # [texts] int64
     truncated: np.ndarray  # [texts] bool
-    sequences: list[np.ndarray]  # each [tokens] int32
+    sequences: list[Ids]
     last: bool  # no texts follow; if False, some may
 
     def text_index(self, sequence: int) -> int:
@@ -159,7 +162,7 @@ class WindowReader:
 
         The `first` groups, one per device, have an eighth of that, to start early; the next ones twice that.
         """
-        group: list[str | Pair | np.ndarray] = []
+        group: list[Input] = []
         scores = plan.vector_options.head == "score"
         first_index = size = number = 0
         tokens, limit = 0.0, max_tokens / 8
@@ -168,6 +171,8 @@ class WindowReader:
         for index, text in enumerate(source):
             if isinstance(text, str):
                 group.append(str.__str__(text))  # not of another library's type, which other processes may not know
+            elif plan.vector_options.rows == "span":
+                group.append(checked_spans(text, index))
             else:
                 group.append(_checked_pair(text, index) if scores else self._checked_ids(text, index))
             added = group[-1]
@@ -188,15 +193,15 @@ class WindowReader:
 
     def tokenize(self, group: TextGroup, plan: Plan) -> Window:
         """Tokenize each distinct text once."""
-        keys: list[str | Pair | bytes] = []
-        distinct: dict[str | Pair | bytes, tuple[int, str | Pair | np.ndarray]] = {}  # first index, text or ids
+        keys: list[Hashable] = []
+        distinct: dict[Hashable, tuple[int, Input]] = {}  # with the first index
         for index, text in enumerate(group.texts, group.first_index):
             keys.append(text.tobytes() if isinstance(text, np.ndarray) else text)
             distinct.setdefault(keys[-1], (index, text))
         tokens = self._tokens(dict(distinct.values()), plan)
 
-        sequences: list[np.ndarray] = []
-        texts: dict[str | Pair | bytes, tuple[int, int, bool]] = {}
+        sequences: list[Ids] = []
+        texts: dict[Hashable, tuple[int, int, bool]] = {}
         for key, (index, _) in distinct.items():
             found, is_truncated = tokens[index]
             texts[key] = len(sequences), sum(map(len, found)), is_truncated
@@ -207,9 +212,13 @@ class WindowReader:
         token_counts = np.array(counts, np.int64)
         return Window(group.first_index, list(first), token_counts, np.array(truncated), sequences, group.last)
 
-    def _tokens(self, texts: dict[int, str | Pair | np.ndarray], plan: Plan) -> dict[int, TextTokens]:
+    def _tokens(self, texts: dict[int, Any], plan: Plan) -> dict[int, TextTokens]:
         """Return the tokens of texts or given ids, both by the text's index among all texts."""
         max_length, score = self._checkpoint.max_length, self._checkpoint.score
+        if plan.vector_options.rows == "span":
+            self._warn_without_task({index: text for index, (text, _) in texts.items()}, plan.prompt)
+            sections = self.tokenizer.sections(texts, plan.prompt, max_length, plan.cut)
+            return {index: (found, False) for index, found in zip(texts, sections, strict=True)}
         strings = {index: text for index, text in texts.items() if isinstance(text, str)}
         pairs = {index: (plan.prompt + text[0], text[1]) for index, text in texts.items() if isinstance(text, tuple)}
         found: dict[int, TextTokens] = {
@@ -255,7 +264,9 @@ class WindowReader:
     def _check_vocabulary(self, tokens: dict[int, TextTokens]) -> None:
         """Raise InputError for a token without a word embedding, which a device would read out of bounds."""
         vocabulary = self._checkpoint.spec.vocabulary
-        rows = [(index, np.maximum(ids, ~ids)) for index, (sequences, _) in tokens.items() for ids in sequences]
+        found = [(index, ids) for index, (sequences, _) in tokens.items() for ids in sequences]
+        plain = [(index, ids.ids if isinstance(ids, SpannedIds) else ids) for index, ids in found]
+        rows = [(index, np.maximum(ids, ~ids)) for index, ids in plain]
         if np.concatenate([ids for _, ids in rows]).max(initial=0) >= vocabulary:
             index, token = min((index, int(ids.max())) for index, ids in rows if ids.max(initial=0) >= vocabulary)
             raise InputError(
