@@ -1,5 +1,6 @@
 """CPU attention with a window or ALiBi: against the reference, and bit for bit in any batch."""
 
+import itertools
 import sys
 
 import pytest
@@ -34,6 +35,34 @@ def test_matches_the_reference(window, slopes, dtype):
     actual = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes)
     assert actual.dtype == dtype
     assert_matches(actual, attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes))
+
+
+KEYS = [1, 1, 7, 3, 65, 64, 1, 100, 130, 512, 40]
+FEWER_KEYS = pytest.mark.parametrize("window, slopes", [(None, None), (5, None), (0, None), (64, SLOPES)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@FEWER_KEYS
+def test_fewer_keys_than_queries(window, slopes, dtype):
+    qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
+    keys = torch.tensor(KEYS, dtype=torch.int32)
+    actual = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes, None, keys)
+    assert_matches(actual, attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes, None, keys))
+    for text, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        alone, only = torch.tensor([0, stop - start], dtype=torch.int32), keys[text : text + 1]
+        if KEYS[text] == LENGTHS[text]:
+            only = None  # as in a batch of whole texts
+        one = attention_cpu(qkv[start:stop].clone(), alone, stop - start, SCALE, window, slopes, None, only)
+        assert torch.equal(one, actual[start:stop]), stop - start
+
+
+def test_the_reference_ignores_tokens_that_are_no_keys():
+    qkv, cu_seqlens = packed_qkv([9], torch.float64)
+    found = attention_reference(qkv, cu_seqlens, 9, SCALE, 2, None, None, torch.tensor([4]))
+    for query in range(9):
+        q, keys = qkv[query, 0], slice(max(0, query - 2), min(4, query + 3))
+        weights = torch.einsum("hd,khd->hk", q, qkv[keys, 1]).mul(SCALE).softmax(1)
+        torch.testing.assert_close(found[query].view(HEADS, -1), torch.einsum("hk,khd->hd", weights, qkv[keys, 2]))
 
 
 def test_a_long_text_takes_several_blocks_of_the_mask(monkeypatch):
