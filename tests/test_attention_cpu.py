@@ -83,6 +83,22 @@ def test_a_text_does_not_depend_on_its_batch(window, slopes, dtype):
         assert torch.equal(one, whole[start:stop]), stop - start
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window, slopes, keys", [(3, None, None), (None, SLOPES, None), (None, None, 4)])
+def test_short_texts_of_equal_length_do_not_depend_on_their_batch(window, slopes, keys, dtype):
+    for length in (5, 7, 8, 9, 16):
+        qkv, cu_seqlens = packed_qkv([length] * 5, dtype)
+        counts = None if keys is None else torch.tensor([keys, 1, 2, 3, keys])
+        whole = attention_cpu(qkv, cu_seqlens, length, SCALE, window, slopes, None, counts)
+        for text, rows in enumerate(qkv.split(length)):
+            alone, only = (
+                torch.tensor([0, length], dtype=torch.int32),
+                counts if keys is None else counts[text : text + 1],
+            )
+            one = attention_cpu(rows.clone(), alone, length, SCALE, window, slopes, None, only)
+            assert torch.equal(one, whole[text * length : (text + 1) * length]), (length, text)
+
+
 def test_alibi_in_bf16_keeps_fp32_distances():
     """bf16 represents distances past 256 inexactly; a rounded bias would move the weights."""
     qkv = torch.zeros(600, 3, 1, 16, dtype=torch.bfloat16)
