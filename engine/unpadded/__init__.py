@@ -25,7 +25,7 @@ from unpadded.errors import (
 
 if TYPE_CHECKING:
     from unpadded.engine import Engine
-    from unpadded.execution.results import Embeddings
+    from unpadded.execution.results import Embeddings, TokenVectors, maxsim
     from unpadded.integrations import nomic as embed
     from unpadded.loading import load
 
@@ -42,6 +42,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OverloadedError",
+    "TokenVectors",
     "TooLargeError",
     "UnpaddedError",
     "WeightsError",
@@ -49,10 +50,12 @@ __all__ = [
     "__version__",
     "embed",
     "load",
+    "maxsim",
 ]
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
-_LAZY = {"Embeddings": "unpadded.execution.results", "Engine": "unpadded.engine", "load": "unpadded.loading"}
+_LAZY = dict.fromkeys(("Embeddings", "TokenVectors", "maxsim"), "unpadded.execution.results")
+_LAZY |= {"Engine": "unpadded.engine", "load": "unpadded.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
     out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]
     bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
 
-A text can have fewer keys than tokens: j is then one of its first tokens, and a query without a key in its window gets 0.
+A text can have fewer keys than tokens, which are its first tokens. A query without a key in its window gets 0.
 
 Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length * heads exponentials per token.
 

@@ -120,9 +120,10 @@ def load_dense(modules: tuple[Dense, ...], *, device: torch.device) -> tuple[Hea
     layers = []
     for dense in modules:
         shapes = {"weight": dense.shape} | ({"bias": dense.shape[:1]} if dense.bias else {})
-        specs = {kind: TensorSpec(shape, ((f"{dense.name}.{kind}",),)) for kind, shape in shapes.items()}
+        prefix = f"{dense.name}." if dense.name else ""
+        specs = {kind: TensorSpec(shape, ((prefix + kind,),)) for kind, shape in shapes.items()}
         stored = read_headers(dense.weight_files)
-        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(f"{dense.name}.")]
+        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(prefix)]
         found = find_tensors(specs, own)
         tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
         layers.append(HeadLayer(tensors["weight"], tensors.get("bias"), dense.activation, dense.eps))

@@ -7,13 +7,14 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from unpadded.checkpoint.reader import Checkpoint
+from unpadded.checkpoint.token_head import UNATTENDED
 from unpadded.errors import InputError, TooLargeError, WorkerError
 from unpadded.options import Plan
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
@@ -209,7 +210,7 @@ class WindowReader:
 
     def _tokens(self, texts: dict[int, str | Pair | np.ndarray], plan: Plan) -> dict[int, TextTokens]:
         """Return the tokens of texts or given ids, both by the text's index among all texts."""
-        max_length, score = self._checkpoint.max_length, self._checkpoint.score
+        max_length, score = plan.max_length or self._checkpoint.max_length, self._checkpoint.score
         strings = {index: text for index, text in texts.items() if isinstance(text, str)}
         pairs = {index: (plan.prompt + text[0], text[1]) for index, text in texts.items() if isinstance(text, tuple)}
         found: dict[int, TextTokens] = {
@@ -234,6 +235,10 @@ class WindowReader:
         rows = self.tokenizer.encode(
             values, prompt=plan.prompt, max_length=max_length, truncation=plan.truncation, indices=indices
         )
+        if plan.expansion is not None:
+            length, token = plan.expansion
+            added = [np.full(max(0, length - len(row.ids)), token, np.int32) for row in rows]
+            rows = [replace(row, ids=np.append(row.ids, ids)) for row, ids in zip(rows, added, strict=True)]
         return found | {index: ([row.ids], row.truncated) for index, row in zip(indices, rows, strict=True)}
 
     def _checked_ids(self, ids: Text | Pair, index: int) -> np.ndarray:
@@ -255,7 +260,7 @@ class WindowReader:
     def _check_vocabulary(self, tokens: dict[int, TextTokens]) -> None:
         """Raise InputError for a token without a word embedding, which a device would read out of bounds."""
         vocabulary = self._checkpoint.spec.vocabulary
-        rows = [(index, np.maximum(ids, ~ids)) for index, (sequences, _) in tokens.items() for ids in sequences]
+        rows = [(index, np.maximum(ids, ~ids) % UNATTENDED) for index, (found, _) in tokens.items() for ids in found]
         if np.concatenate([ids for _, ids in rows]).max(initial=0) >= vocabulary:
             index, token = min((index, int(ids.max())) for index, ids in rows if ids.max(initial=0) >= vocabulary)
             raise InputError(
