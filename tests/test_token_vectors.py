@@ -143,7 +143,7 @@ def test_a_pickled_linear_layer_is_rejected_when_it_is_needed(tmp_path: Path) ->
     with pytest.raises(WeightsError, match=r"colbert_linear\.pt is a pickle, .*; convert it .*: save_file\(") as error:
         engine.encode_tokens(["a"])
     code = str(error.value).rpartition(": ")[2].replace("'colbert_linear", f"'{folder}/colbert_linear")
-    exec(code, {"torch": torch, "save_file": save_file})  # as the message says
+    exec(code, {"torch": torch, "save_file": save_file})  # from the message
     assert unpadded.load(folder, device="cpu").encode_tokens(["a"]).vectors.shape == (2, 32)
 
 
@@ -255,7 +255,7 @@ def test_bad_options_raise(
         with pytest.raises(OptionError, match=f"pool_factor is {factor} for kind='{kind}'; pass 1"):
             engine.encode_tokens(["a"], kind=kind, pool_factor=factor)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
-    with pytest.raises(OptionError, match="pool_factor = 2 needs scipy: .*; run pip install scipy"):
+    with pytest.raises(OptionError, match=r"pool_factor = 2 needs scipy: .*; run pip install scipy"):
         engine.encode_tokens(["tide of bread"], pool_factor=2)
 
 
@@ -329,7 +329,7 @@ def test_modules_that_are_not_supported(saved: Path, pylate: Path) -> None:
     modules = json.loads((saved / "modules.json").read_text())
     for order, kinds in (([0, 1, 4, 2, 3], "Transformer, Dense, Hier"), ([0, 2, 3, 1, 4], "Transformer, MultiVectorM")):
         write_json(saved / "modules.json", [modules[index] for index in order])
-        with pytest.raises(ConfigError, match=f"modules.json = '{kinds}.* is not implemented"):
+        with pytest.raises(ConfigError, match=rf"modules\.json = '{kinds}.* is not implemented"):
             open_checkpoint(saved)
     write_json(saved / "modules.json", [modules[index] for index in (0, 1, 3, 4)])
     with pytest.raises(ConfigError, match=r"query_expansion = Expansion.* is not implemented, only 'null without"):
@@ -337,7 +337,7 @@ def test_modules_that_are_not_supported(saved: Path, pylate: Path) -> None:
     write_json(saved / "modules.json", [modules[index] for index in (0, 1, 3, 2)])  # any order of these two
     assert open_checkpoint(saved).tokens is not None
     change_json(pylate / "1_Dense" / "config.json", use_residual=True)
-    with pytest.raises(ConfigError, match="use_residual in .* = True is not implemented"):
+    with pytest.raises(ConfigError, match=r"use_residual in .* = True is not implemented"):
         open_checkpoint(pylate)
 
 

@@ -7,24 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from tokenizers import AddedToken, Tokenizer
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, XLMRobertaConfig, XLMRobertaModel
 
-from support.checkpoints import MINILM, change_json, write_json
+from support.checkpoints import MINILM, write_colbert, write_json
 from support.rerankers import BERT_IDS, SIZES, spread
 
 VOCABULARY, DIMENSIONS, POSITIONS = 30524, 16, 64  # two tokens more than MiniLM's
-METADATA = {"dim": DIMENSIONS, "query_maxlen": 12, "doc_maxlen": 24, "attend_to_mask_tokens": False, "nway": 64}
-METADATA |= {
-    "mask_punctuation": True,
-    "query_token_id": "[unused0]",
-    "doc_token_id": "[unused1]",
-    "similarity": "cosine",
-}
 PYLATE = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 24, "prompts": {}}
 PYLATE |= {"attend_to_expansion_tokens": False, "do_query_expansion": True, "similarity_fn_name": "MaxSim"}
 
@@ -57,12 +50,10 @@ def modernbert() -> ModernBertModel:
 
 def write_stanford(folder: Path, **metadata: Any) -> Path:
     """Write an HF_ColBERT."""
-    write_backbone(folder, bert())
-    tensors = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors | {"linear.weight": torch.randn(DIMENSIONS, 32)}, folder / "model.safetensors")
-    change_json(folder / "config.json", architectures=["HF_ColBERT"])
-    write_json(folder / "artifact.metadata", METADATA | metadata)
-    return folder
+    shape = {"layers": 2, "hidden": 32, "heads": 2, "intermediate": 64, "positions": POSITIONS}
+    return write_colbert(
+        folder, dimensions=DIMENSIONS, metadata={"query_maxlen": 12, "doc_maxlen": 24} | metadata, **shape
+    )
 
 
 def write_pylate(

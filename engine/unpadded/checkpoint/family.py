@@ -20,7 +20,7 @@ SIZE_KEYS = {
 }
 _PREFIXES = "0.auto_model. auto_model. base_model.model. bert. gte. model. module. new. nomic_bert. roberta."
 PREFIXES = _PREFIXES.split()  # removed from stored names, repeatedly
-_IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* linear.* lm_head.* pooler.*"
+_IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* lm_head.* pooler.*"
 IGNORED = _IGNORED.split()  # patterns of stored names, without prefix, that no encoder needs
 # Names of a checkpoint's modules by tensor of the encoder; several are stacked along dim 0. In a layer's modules,
 # {layer} is the layer's index and {next} that of the next one.

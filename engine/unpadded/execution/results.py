@@ -94,5 +94,7 @@ def maxsim(query: np.ndarray, documents: Sequence[np.ndarray]) -> np.ndarray:
     """
     shapes = [np.shape(query), *map(np.shape, documents)]
     if wrong := [shape for shape in shapes if len(shape) != 2 or shape[1:] != shapes[0][1:]]:
-        raise InputError(f"shapes are not [tokens, dimensions] of one width: {shapes[0]}, {wrong[0]}; use encode_tokens")
+        raise InputError(
+            f"shapes are not [tokens, dimensions] of one width: {shapes[0]}, {wrong[0]}; use encode_tokens"
+        )
     return np.array([(document @ query.T).max(0).sum() if len(document) else 0 for document in documents], np.float32)

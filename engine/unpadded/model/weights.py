@@ -63,7 +63,10 @@ def load_weights(
     # with one LoRA file per task, the specs describe one task's tensors, and the files' tensors are stacked
     lora_names = [name for name in specs if name.startswith("lora.")] if checkpoint.lora_files else []
     lora_specs = {name: specs.pop(name) for name in lora_names}
-    found = find_tensors(specs, read_headers(checkpoint.weight_files))
+    heads = checkpoint.tokens.dense if checkpoint.tokens else ()
+    of_heads = tuple(f"{dense.name}." for dense in heads if dense.weight_files == checkpoint.weight_files)
+    stored = [tensor for tensor in read_headers(checkpoint.weight_files) if not tensor.name.startswith(of_heads)]
+    found = find_tensors(specs, stored)
     per_task = [find_tensors(lora_specs, read_header(file).values()) for file in checkpoint.lora_files]
     loader = TensorLoader(device, dtype)
     tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
