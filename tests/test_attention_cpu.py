@@ -1,5 +1,6 @@
 """CPU attention with a window or ALiBi: against the reference, and bit for bit in any batch."""
 
+import itertools
 import sys
 
 import pytest
@@ -36,6 +37,34 @@ def test_matches_the_reference(window, slopes, dtype):
     assert_matches(actual, attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes))
 
 
+KEYS = [1, 1, 7, 3, 65, 64, 1, 100, 130, 512, 40]
+FEWER_KEYS = pytest.mark.parametrize("window, slopes", [(None, None), (5, None), (0, None), (64, SLOPES)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@FEWER_KEYS
+def test_fewer_keys_than_queries(window, slopes, dtype):
+    qkv, cu_seqlens = packed_qkv(LENGTHS, dtype)
+    keys = torch.tensor(KEYS, dtype=torch.int32)
+    actual = attention_cpu(qkv, cu_seqlens, 700, SCALE, window, slopes, None, keys)
+    assert_matches(actual, attention_reference(qkv.float(), cu_seqlens, 700, SCALE, window, slopes, None, keys))
+    for text, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        alone, only = torch.tensor([0, stop - start], dtype=torch.int32), keys[text : text + 1]
+        if KEYS[text] == LENGTHS[text]:
+            only = None  # as in a batch of whole texts
+        one = attention_cpu(qkv[start:stop].clone(), alone, stop - start, SCALE, window, slopes, None, only)
+        assert torch.equal(one, actual[start:stop]), stop - start
+
+
+def test_the_reference_ignores_tokens_that_are_no_keys():
+    qkv, cu_seqlens = packed_qkv([9], torch.float64)
+    found = attention_reference(qkv, cu_seqlens, 9, SCALE, 2, None, None, torch.tensor([4]))
+    for query in range(9):
+        q, keys = qkv[query, 0], slice(max(0, query - 2), min(4, query + 3))
+        weights = torch.einsum("hd,khd->hk", q, qkv[keys, 1]).mul(SCALE).softmax(1)
+        torch.testing.assert_close(found[query].view(HEADS, -1), torch.einsum("hk,khd->hd", weights, qkv[keys, 2]))
+
+
 def test_a_long_text_takes_several_blocks_of_the_mask(monkeypatch):
     monkeypatch.setattr("unpadded_kernels.attention_cpu._MAX_MASK", 2**15)
     qkv, cu_seqlens = packed_qkv([700, 90], torch.float32)
@@ -52,6 +81,22 @@ def test_a_text_does_not_depend_on_its_batch(window, slopes, dtype):
         alone = torch.tensor([0, stop - start], dtype=torch.int32)
         one = attention_cpu(qkv[start:stop].clone(), alone, stop - start, SCALE, window, slopes)
         assert torch.equal(one, whole[start:stop]), stop - start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window, slopes, keys", [(3, None, None), (None, SLOPES, None), (None, None, 4)])
+def test_short_texts_of_equal_length_do_not_depend_on_their_batch(window, slopes, keys, dtype):
+    for length in (5, 7, 8, 9, 16):
+        qkv, cu_seqlens = packed_qkv([length] * 5, dtype)
+        counts = None if keys is None else torch.tensor([keys, 1, 2, 3, keys])
+        whole = attention_cpu(qkv, cu_seqlens, length, SCALE, window, slopes, None, counts)
+        for text, rows in enumerate(qkv.split(length)):
+            alone, only = (
+                torch.tensor([0, length], dtype=torch.int32),
+                counts if keys is None else counts[text : text + 1],
+            )
+            one = attention_cpu(rows.clone(), alone, length, SCALE, window, slopes, None, only)
+            assert torch.equal(one, whole[text * length : (text + 1) * length]), (length, text)
 
 
 def test_alibi_in_bf16_keeps_fp32_distances():

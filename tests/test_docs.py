@@ -24,6 +24,7 @@ from support.checkpoints import (
     add_sentence_transformers_files,
     change_json,
     write_bert_reranker,
+    write_colbert,
     write_nomic,
 )
 from support.snippets import ForkingProcess, read_snippets
@@ -71,6 +72,7 @@ def write_hub(folder: Path) -> None:
     change_json(reranker / "config.json", sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
     stars = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
     write_bert_reranker(snapshot("nlptown/bert-base-multilingual-uncased-sentiment"), labels=stars)
+    write_colbert(snapshot("colbert-ir/colbertv2.0"), dimensions=128, metadata={"doc_maxlen": 180})
     snapshot("nomic-ai/nomic-embed-text-v1-unsupervised").symlink_to(nomic)
 
 
@@ -169,6 +171,16 @@ def test_example_rerank(site: Site, tmp_path: Path) -> None:
     )
     found = re.findall(r"^(\d\.\d{3})  (.*)$", printed, re.MULTILINE)
     assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
+
+
+def test_example_late_interaction(site: Site, tmp_path: Path) -> None:
+    texts = ["The sea rises and falls twice a day.", "Bread is made of flour.", "A piston moves up and down."]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    arguments = "colbert-ir/colbertv2.0", "a.txt", "What is a tide?"
+    printed = run_example(site, tmp_path, "late_interaction.py", *arguments)
+    found = re.findall(r"^(\d+\.\d{3})  (.*)$", printed, re.MULTILINE)
+    assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
+    assert "3 lines have 15 vectors" in printed
 
 
 def test_example_duckdb(site: Site, tmp_path: Path) -> None:

@@ -71,6 +71,50 @@ def test_alibi(window, dtype, kernel):
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
+def key_lengths(lengths, device=DEVICE):
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+@variants("window", [None, 20, 0])
+def test_fewer_keys_than_queries(window, dtype, kernel):
+    lengths, keys = [1, 70, 32, 260, 0, 130, 128, 33], [1, 1, 32, 128, 0, 129, 64, 31]  # at the borders of blocks
+    arguments = *inputs(lengths, 2, 32, dtype), window, None
+    found = attention_triton(*arguments, None, key_lengths(keys))
+    assert_matches(found, expected(*arguments, None, key_lengths(keys)))
+    if window == 0:  # a token sees itself or, if it is no key, nothing
+        values = arguments[0][:, 2].flatten(1).clone()
+        values[2:71] = 0
+        assert torch.equal(found[:71], values[:71])
+
+
+def test_fewer_keys_with_alibi(kernel):
+    arguments = *inputs([70, 200], 3, 16, torch.float16), None, slopes(3), None, key_lengths([3, 150])
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, for the scores of the NaN
+def test_tokens_that_are_no_keys_do_not_matter_to_others(kernel):
+    qkv, *rest = inputs([70], 2, 32, torch.float16)
+    clean = attention_triton(qkv, *rest, None, None, None, key_lengths([33]))
+    alone = attention_triton(qkv[:33].clone(), packed([33]), 33, rest[-1])
+    assert torch.equal(clean[:33], alone)
+    qkv[33:] = float("nan")
+    assert torch.equal(attention_triton(qkv, *rest, None, None, None, key_lengths([33]))[:33], clean[:33])
+
+
+def test_a_tile_map_with_keys(kernel):
+    lengths, keys = [3, 140, 129], [3, 1, 100]
+    arguments = *inputs(lengths, 2, 32, torch.float16), None, None
+    block_m = attention_tile(torch.float16, 32, 80).block_m
+    tile_map = make_tile_map(lengths, block_m, key_lengths(keys, "cpu"))
+    assert tile_map[:, [1, 3]].unique(dim=0).tolist() == [[3, 3], [129, 100], [140, 1]]
+    padded = torch.cat((tile_map, tile_map.new_zeros(2, 4))).to(DEVICE)
+    whole = attention_triton(*arguments, None, key_lengths(keys))
+    assert torch.equal(attention_triton(*arguments, padded, key_lengths(keys)), whole)
+    with pytest.raises(ValueError, match="tile_map must have 3 columns, got 4: make it with key_lengths"):
+        attention_triton(*arguments, padded)
+
+
 def test_the_scale_is_used(kernel):
     qkv, cu_seqlens, max_seqlen, _ = inputs([70], 1, 32, torch.float32)
     arguments = qkv, cu_seqlens, max_seqlen, 0.7
@@ -174,6 +218,7 @@ def test_op_contract(monkeypatch):
     arguments = inputs([5, 2], 2, 32, torch.float32)
     torch.library.opcheck(attention, arguments)
     torch.library.opcheck(attention, (*arguments, 3, slopes(2)))
+    torch.library.opcheck(attention, (*arguments, None, None, None, key_lengths([2, 1])))
 
 
 @pytest.mark.gpu

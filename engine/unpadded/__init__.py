@@ -25,7 +25,7 @@ from unpadded.errors import (
 
 if TYPE_CHECKING:
     from unpadded.engine import Engine
-    from unpadded.execution.results import Embeddings, Spans
+    from unpadded.execution.results import Embeddings, Spans, TokenVectors, maxsim
     from unpadded.integrations import nomic as embed
     from unpadded.loading import load
 
@@ -43,6 +43,7 @@ __all__ = [
     "OutputError",
     "OverloadedError",
     "Spans",
+    "TokenVectors",
     "TooLargeError",
     "UnpaddedError",
     "WeightsError",
@@ -50,11 +51,12 @@ __all__ = [
     "__version__",
     "embed",
     "load",
+    "maxsim",
 ]
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
-_RESULTS = dict.fromkeys(("Embeddings", "Spans"), "unpadded.execution.results")
-_LAZY = {**_RESULTS, "Engine": "unpadded.engine", "load": "unpadded.loading"}
+_LAZY = dict.fromkeys(("Embeddings", "Spans", "TokenVectors", "maxsim"), "unpadded.execution.results")
+_LAZY |= {"Engine": "unpadded.engine", "load": "unpadded.loading"}
 
 
 def __getattr__(name: str) -> Any:

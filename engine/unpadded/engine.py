@@ -20,7 +20,8 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline
-from unpadded.execution.results import Embeddings, Ranked, Spans, join, ranked
+from unpadded.execution.results import Embeddings, Ranked, Spans, TokenVectors, join, ranked
+from unpadded.execution.token_vectors import TokenKeywords
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
@@ -239,6 +240,19 @@ class Engine:
     ) -> list[Ranked]:
         """Return the indices and scores of the `top_k` best documents, or of all; options: those of `score`."""
         return ranked(self.score([(query, document) for document in documents], **options), top_k)
+
+    def encode_tokens(
+        self, texts: Texts, *, show_progress: bool | None = None, **options: Unpack[TokenKeywords]
+    ) -> TokenVectors:
+        """Return the token vectors of each text, for late interaction with `unpadded.maxsim`.
+
+        kind: "document" or "query": which prompt, length, expansion and dropped tokens of the checkpoint apply.
+        pool_factor: of a document, keep about one vector in so many, the means of clusters; needs scipy.
+        prompt: put before every text instead of the checkpoint's. truncation: "right", or "error", which raises.
+        Raises OptionError for a model without token vectors, and InputError, with the index, for a text.
+        """
+        with _progress_bar(texts, show_progress) as advance:
+            return self._pipeline.token_vectors(_as_texts(texts), advance, **options)
 
     def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
         """Return the last hidden states of each text, prompt and special tokens included: [tokens, hidden] fp32."""

@@ -72,10 +72,15 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
             f"dtype={options.dtype!r} is not supported with LoRA adapters, and {checkpoint.name} has some for "
             f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='auto'"
         )
+    expansion = checkpoint.tokens and checkpoint.tokens.expansion
+    if expansion and not expansion.attend and options.attention not in ("auto", "unpadded"):
+        unsupported = f"the unattended tokens with which {checkpoint.name} expands queries"
+        raise OptionError(f"attention={options.attention!r} does not support {unsupported}; use attention='auto'")
     # On a CPU torch needs the cores; the tokenizer gets the few that keep up with it.
     threads = torch.get_num_threads() // len(devices)
     cores = max(1, threads // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None
-    tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores)
+    markers = checkpoint.tokens.markers.values() if checkpoint.tokens else ()
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, lower_case=checkpoint.lower_case, cores=cores, markers=markers)
     make = partial(make_runner, checkpoint, options)
     if len(devices) > 1:
         backend: Backend = WorkerPool(partial(make_pipeline, checkpoint, tokenizer, options), devices)
@@ -107,6 +112,8 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
     if checkpoint.score is not None:
         heads["score"] = Head(checkpoint.score.pooling, load_dense(checkpoint.score.dense, device=device))
+    if checkpoint.tokens is not None:
+        heads["tokens"] = Head("none", load_dense(checkpoint.tokens.dense, device=device))
     return Runner(encoder, device, heads)
 
 

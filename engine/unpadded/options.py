@@ -225,6 +225,8 @@ class Plan(EncodeOptions):
     vector_options: VectorOptions
     prompt: str
     cut: tuple[int, int] | None = None  # span_tokens and overlap of `encode_spans` without spans
+    max_length: int | None = None  # tokens per text; None: the checkpoint's
+    expansion: tuple[int, int] | None = None  # tokens per text at least, and the id that is appended to shorter ones
 
 
 # Keyword arguments of sentence-transformers -> what to do here.

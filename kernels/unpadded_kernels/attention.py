@@ -3,6 +3,8 @@
     out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]
     bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
 
+A text can have fewer keys than tokens, which are its first tokens. A query without a key in its window gets 0.
+
 Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length * heads exponentials per token.
 
 One program of the kernel computes one head of one tile of queries: it loops over the keys of the text with an online
@@ -33,17 +35,20 @@ def attention_reference(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attend text by text, in fp32.
 
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: tokens of the longest text;
     window: maximum distance from a query to a key in tokens, or None for full attention; alibi_slopes: [heads] fp32 or
     None; tile_map: from `make_tile_map`, or some of its rows: the results of the other queries are then undefined.
-    Ignored here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
+    Ignored here. key_lengths: [batch] int32, how many first tokens of each text are keys, at least 1; None for all.
+    Returns [total_tokens, heads * head_dim] in qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+    keys = cu_seqlens.diff() if key_lengths is None else key_lengths
+    for (start, end), count in zip(itertools.pairwise(cu_seqlens.tolist()), keys.tolist(), strict=True):
         q, k, v = qkv[start:end].to(torch.promote_types(qkv.dtype, torch.float32)).permute(1, 2, 0, 3)
         position = torch.arange(end - start, device=qkv.device)
         for block in position.split(512):  # bounds the memory
@@ -51,9 +56,11 @@ def attention_reference(
             distance = (block[:, None] - position).abs()
             if alibi_slopes is not None:
                 scores -= alibi_slopes[:, None, None] * distance
+            hidden = position >= count
             if window is not None:
-                scores.masked_fill_(distance > window, float("-inf"))
-            out[start + block] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+                hidden = hidden | (distance > window)
+            weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).masked_fill_(hidden, 0.0)
+            out[start + block] = (weights @ v).transpose(0, 1).to(out.dtype)
     return out.view(total_tokens, heads * head_dim)
 
 
@@ -118,13 +125,18 @@ def _attention_kernel(
     TMA: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    text_start = tl.load(tile_map_ptr + 3 * tile)
-    length = tl.load(tile_map_ptr + 3 * tile + 1)
-    first = tl.load(tile_map_ptr + 3 * tile + 2) * BLOCK_M
+    row_ptr = tile_map_ptr + (4 if HAS_KEYS else 3) * tile
+    text_start = tl.load(row_ptr)
+    length = tl.load(row_ptr + 1)
+    first = tl.load(row_ptr + 2) * BLOCK_M
     if first >= length:  # a captured graph pads its map with empty tiles
         return
+    keys = length
+    if HAS_KEYS:
+        keys = tl.load(row_ptr + 3)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
@@ -140,45 +152,47 @@ def _attention_kernel(
 
     # the keys: whole blocks from `start` to `whole`, then a partial one if `tail`
     start = 0
-    whole = length // BLOCK_N * BLOCK_N
-    tail = whole < length
+    whole = keys // BLOCK_N * BLOCK_N
+    tail = whole < keys
     if HAS_WINDOW:
         start = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
         window_end = first + BLOCK_M + window
         tail = tail & (whole < window_end)
         whole = tl.minimum(whole, tl.cdiv(window_end, BLOCK_N) * BLOCK_N)
     for block in range(start, whole, BLOCK_N):
-        k = _load(kv_source, text_start, block, k_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        k = _load(kv_source, text_start, block, k_column, keys, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = _load(kv_source, text_start, block, v_column, keys, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, window),
+            *(scores, highest, total, query_position, (block + n).to(tl.float32), keys, scale, slope, window),
             *(False, HAS_WINDOW, HAS_ALIBI),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     if tail:
-        k = _load(kv_source, text_start, whole, k_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v = _load(kv_source, text_start, whole, v_column, length, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        k = _load(kv_source, text_start, whole, k_column, keys, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v = _load(kv_source, text_start, whole, v_column, keys, stride_qt, True, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         if TMA:
             # 0 * NaN and 0 * inf are NaN: drop the rows of the next text
-            v = tl.where((whole + n < length)[:, None], v, 0.0)
+            v = tl.where((whole + n < keys)[:, None], v, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, window),
+            *(scores, highest, total, query_position, (whole + n).to(tl.float32), keys, scale, slope, window),
             *(True, HAS_WINDOW, HAS_ALIBI),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    if HAS_KEYS:  # a query whose window has no key
+        total = tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, BLOCK_D)
     out_ptrs = out_ptr + (text_start + query).to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + d[None, :]
     y = acc * fast_divide(1.0, total)[:, None]
     tl.store(out_ptrs, y, mask=(query < length)[:, None] & (d < HEAD_DIM)[None, :])
 
 
-def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
-    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32.
+def make_tile_map(lengths: Sequence[int], block_m: int, key_lengths: Tensor | None = None) -> Tensor:
+    """Return the tiles that the kernel runs over, longest texts first: [tiles, 3] int32, [tiles, 4] with key_lengths.
 
-    A row is (first token of the text, number of its tokens, index of a block of block_m queries). block_m: from
-    `attention_block_m`.
+    A row is (first token of the text, number of its tokens, index of a block of block_m queries, number of keys).
+    block_m: from `attention_block_m`; key_lengths: as in `attention_reference`, on the host.
     """
     # By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
     tokens = torch.empty(len(lengths), dtype=torch.int32).numpy()
@@ -187,10 +201,12 @@ def make_tile_map(lengths: Sequence[int], block_m: int) -> Tensor:
     order = (-tokens).argsort(kind="stable")
     blocks = -(-tokens[order] // block_m)
     text = order.repeat(blocks)
-    tile_map = torch.empty(len(text), 3, dtype=torch.int32)
+    tile_map = torch.empty(len(text), 3 if key_lengths is None else 4, dtype=torch.int32)
     columns = tile_map.numpy().T
     columns[0], columns[1] = starts[text], tokens[text]
     columns[2] = (text >= 0).cumsum() - 1 - (blocks.cumsum() - blocks).repeat(blocks)
+    if key_lengths is not None:
+        columns[3] = key_lengths.numpy()[text]
     return tile_map
 
 
@@ -209,6 +225,7 @@ def attention_triton(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel that `choices` has. Without tile_map it is built here, which waits for the GPU."""
     total_tokens, _, heads, head_dim = qkv.shape
@@ -223,9 +240,13 @@ def attention_triton(
     if tile.tma and not _takes_descriptors(qkv, head_dim):
         tile = attention_tile(qkv.dtype, head_dim, 80)
     if tile_map is None:
-        tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
+        on_host = None if key_lengths is None else key_lengths.cpu()
+        tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m, on_host).to(qkv.device)
+    if (columns := 3 if key_lengths is None else 4) != tile_map.shape[1]:
+        raise ValueError(f"tile_map must have {columns} columns, got {tile_map.shape[1]}: make it with key_lengths")
     # a tile with a window has too few blocks of keys for the loop of the other kernel
-    if tile.tma and window is None and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
+    full = window is None and key_lengths is None
+    if tile.tma and full and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
         from unpadded_kernels.hopper import attention as hopper  # needs Gluon
 
         if head_dim in hopper.SLOTS:
@@ -261,6 +282,7 @@ def launch_attention(
         TMA=tile.tma,
         HAS_WINDOW=window is not None,
         HAS_ALIBI=alibi_slopes is not None,
+        HAS_KEYS=tile_map.shape[1] == 4,
         **tile.launch,
     )
     return out

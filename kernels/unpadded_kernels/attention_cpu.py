@@ -34,6 +34,7 @@ def attention_cpu(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Compute `attention_reference`. The queries of long texts that tile_map leaves out are skipped."""
     total_tokens, _, heads, head_dim = qkv.shape
@@ -42,17 +43,20 @@ def attention_cpu(
     queries_by_text: dict[int, list[slice]] = {}  # by the first token of a text
     for first, _, block in [] if tile_map is None else tile_map.tolist():
         queries_by_text.setdefault(first, []).append(slice(block * block_m, (block + 1) * block_m))
-    start = 0
-    for length, run in itertools.groupby(cu_seqlens.diff().tolist()):
+    start = text = 0
+    lengths = cu_seqlens.diff()
+    keys = lengths if key_lengths is None else key_lengths
+    for (length, masked), run in itertools.groupby(zip(lengths.tolist(), (keys < lengths).tolist(), strict=True)):
+        texts = len(list(run))
+        text += texts
         if length == 0:
             continue
-        texts = len(list(run))
         rows = slice(start, start + texts * length)
         start = rows.stop
         group = qkv[rows].view(texts, length, 3, heads, head_dim)
         out_group = out[rows].view(texts, length, heads, head_dim)
-        if alibi_slopes is not None or (window is not None and length > window + 1):
-            _attend_biased(group, out_group, scale, window, alibi_slopes)
+        if alibi_slopes is not None or masked or (window is not None and length > window + 1):
+            _attend_biased(group, out_group, scale, window, alibi_slopes, keys[text - texts : text] if masked else None)
         elif length > _LONG.get(qkv.dtype, length):
             firsts = range(rows.start, rows.stop, length)
             for first, text, out_text in zip(firsts, group, out_group, strict=True):
@@ -103,10 +107,12 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def _attend_biased(qkv: Tensor, out: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None) -> None:
+def _attend_biased(
+    qkv: Tensor, out: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, key_lengths: Tensor | None
+) -> None:
     """Attend with a window or ALiBi, a block of queries at a time over the keys that it sees, the bias as a mask.
 
-    qkv: [texts, length, 3, heads, head_dim]; writes out: [texts, length, heads, head_dim].
+    qkv: [texts, length, 3, heads, head_dim]; key_lengths: [texts]; writes out: [texts, length, heads, head_dim].
     """
     length = qkv.shape[1]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -117,11 +123,15 @@ def _attend_biased(qkv: Tensor, out: Tensor, scale: float, window: int | None, a
         start, stop = int(queries[0]), int(queries[-1]) + 1
         keys = slice(0, length) if window is None else slice(max(0, start - window), stop + window)
         distance = (queries[:, None] - position[keys]).abs()
-        mask = torch.zeros(mask_heads, *distance.shape)
+        # with three dimensions torch takes bmm, whose bits follow the number of texts, and 1.9 to 3.8 times the time
+        # (fp32, EPYC, 2026-11)
+        mask = torch.zeros(1, mask_heads, *distance.shape)
         if alibi_slopes is not None:
             mask -= alibi_slopes[:, None, None] * distance
         if window is not None:
             mask.masked_fill_(distance > window, float("-inf"))
+        if key_lengths is not None:  # [texts, 1, 1, keys]: texts of equal length differ in their number of keys
+            mask = torch.where(position[keys] < key_lengths[:, None, None, None], mask, float("-inf"))
         rows = slice(start, stop)
         attended = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, scale=scale)
         out[:, rows] = attended.transpose(1, 2)

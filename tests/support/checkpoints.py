@@ -181,6 +181,22 @@ def write_bert_reranker(
     return folder
 
 
+def write_colbert(
+    folder: Path, *, dimensions: int = 16, metadata: dict[str, object] | None = None, seed: int = 0, **shape: int
+) -> Path:
+    """Write a BERT with one vector per token, as Stanford's ColBERT saves it with these settings."""
+    write_bert(folder, prefix="bert.", seed=seed, **shape)
+    tensors = load_file(folder / "model.safetensors")
+    width = len(tensors["bert.pooler.dense.bias"])
+    tensors["linear.weight"] = RandomWeights(width, seed + 1)(dimensions, width)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_json(folder / "config.json", architectures=["HF_ColBERT"])
+    settings = {"dim": dimensions, "query_maxlen": 32, "attend_to_mask_tokens": False, "mask_punctuation": True}
+    settings |= {"query_token_id": "[unused0]", "doc_token_id": "[unused1]", "similarity": "cosine", "nway": 64}
+    write_json(folder / "artifact.metadata", settings | (metadata or {}))
+    return folder
+
+
 def add_sentence_transformers_files(
     folder: Path,
     *,

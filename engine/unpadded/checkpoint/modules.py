@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from unpadded.checkpoint.json_config import (
     required,
     section,
 )
+from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.errors import ConfigError, WeightsError
 
 Pooling = Literal["mean", "cls", "last"]
@@ -33,9 +34,10 @@ DENSE_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "GELU": "gelu", "Re
 TASK_TRANSFORMER = "custom_st.Transformer"  # of jina-embeddings-v3: a Transformer with an argument `task`
 # Keys of sentence_bert_config.json that are read, that have one supported value, and loading arguments among them.
 TRANSFORMER_KEYS = {"do_lower_case", "max_seq_length", "unpad_inputs"}  # the last one changes no vector
+TOKEN_KEYS = ("query_length", "document_length", "query_expansion")  # read for vectors per token
 TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "processing_kwargs": {},
-    **dict.fromkeys(("document_length", "query_expansion", "query_length", "tokenizer_name_or_path")),
+    "tokenizer_name_or_path": None,
 }
 # task, which selects a model class of transformers -> what that returns, and its name for the next module
 TASK_OUTPUTS = {
@@ -47,14 +49,20 @@ LOADING_ARGUMENTS = ("config_args", "config_kwargs", "model_args", "model_kwargs
 IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "add_pooling_layer"}
 MODEL_CONFIG = "config_sentence_transformers.json"
 SENTENCE = "sentence_embedding"  # what the modules after the Transformer read and write
-KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
+TOKENS = "token_embeddings"  # the same in a late-interaction model
+KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "MultiVectorMask", "HierarchicalTokenPooling")
+MULTI_VECTOR, COLBERT = "MultiVectorEncoder", "ColBERT"  # model types of sentence-transformers and of PyLate
+PYLATE_DENSE = "pylate.models.Dense.Dense"
+PYLATE_KEYS = {*TOKEN_KEYS, "attend_to_expansion_tokens", "attend_to_mask_tokens", "do_query_expansion"}
+PYLATE_KEYS |= {"document_prefix", "query_prefix", "skiplist_words"}  # of MODEL_CONFIG
+TOKEN_MODULES = "(, MultiVectorMask(, Normalize)?|, Normalize(, MultiVectorMask)?)?(, HierarchicalTokenPooling)?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
     """A linear layer with an activation, or a LayerNorm, on the pooled vector."""
 
-    name: str  # of the stored tensors, without .weight and .bias
+    name: str  # of the stored tensors, without .weight and .bias; may be empty
     shape: tuple[int, ...]  # of the weight: [out_features, in_features], or [features] of a LayerNorm
     bias: bool = True
     activation: str = "identity"  # a value of DENSE_ACTIVATIONS
@@ -70,6 +78,8 @@ class Modules:
     pooling: Pooling
     dense: tuple[Dense, ...]
     score_dense: tuple[Dense, ...] = ()  # of a reranker, whose last module computes the scores
+    token_dense: tuple[Dense, ...] | None = None  # of a late-interaction model
+    token_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # its modules after those, by class
     classifies: bool | None = None  # the encoder has a head for sequence classification; None: config.json decides
     normalize: bool
     defaults: tuple[str, ...]  # one phrase per setting that no file states
@@ -90,6 +100,9 @@ def read_modules(folder: Path) -> Modules:
 
     listed = _list_modules(modules)
     kinds = ", ".join(class_name.rpartition(".")[2] for class_name, _ in listed)
+    model_config = read_object(folder / MODEL_CONFIG, optional=True)
+    if model_type := _late_interaction(folder, model_config):
+        return _read_token_modules(listed, kinds, {**model_config, "model_type": model_type})
     unsupported = not_implemented(str(modules), kinds, "Transformer, Pooling, Dense or LayerNorm, Normalize")
     if not re.fullmatch("Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?", kinds):
         raise unsupported
@@ -104,7 +117,6 @@ def read_modules(folder: Path) -> Modules:
         path, output = module / "config.json", "scores" if modular and module == last else SENTENCE
         names = {"module_input_name": SENTENCE, "module_output_name": output}
         allow_only(read_object(path, optional=True), names, path)
-    model_config = read_object(folder / MODEL_CONFIG, optional=True)
     model_type = "CrossEncoder" if classifies or modular else "SentenceTransformer"
     allow_only(model_config, {"truncate_dim": None, "model_type": model_type}, MODEL_CONFIG)
     dense = tuple(_read_dense(module) for class_name, module in listed[2:] if not class_name.endswith(".Normalize"))
@@ -118,6 +130,36 @@ def read_modules(folder: Path) -> Modules:
         defaults=(),
         takes_task=listed[0][0] == TASK_TRANSFORMER,
         transformer_config=transformer_config,
+        model_config=model_config,
+    )
+
+
+def _late_interaction(folder: Path, model_config: Mapping[str, Any]) -> str | None:
+    """Return the model type of a late-interaction model as sentence-transformers finds it; None for other models."""
+    stanford = "HF_ColBERT" in str(read_object(folder / "config.json", optional=True).get("architectures"))
+    model_type = model_config.get("model_type") or (MULTI_VECTOR if stanford else "SentenceTransformer")
+    pylate = model_type == "SentenceTransformer" and not PYLATE_KEYS.isdisjoint(model_config)
+    return model_type if pylate or model_type in (MULTI_VECTOR, COLBERT) else None
+
+
+def _read_token_modules(listed: list[tuple[str, Path]], kinds: str, model_config: dict[str, Any]) -> Modules:
+    """Read the modules of a late-interaction model: the Transformer, linear layers, and what TOKEN_MODULES matches."""
+    if not re.fullmatch(f"Transformer(, Dense)*{TOKEN_MODULES}", kinds):
+        raise not_implemented("modules.json", kinds, "Transformer, Dense, MultiVectorMask, Normalize and token pooling")
+    configs = {path: read_object(path / "config.json", optional=True) for _, path in listed[1:]}
+    for kind, path in listed[1:]:
+        default = {"module_input_name": SENTENCE} if kind.endswith(".Normalize") else {}
+        names = dict.fromkeys(("module_input_name", "module_output_name"), TOKENS)
+        allow_only(default | configs[path], names, path / "config.json")
+    return Modules(
+        transformer=listed[0][1],
+        pooling="mean",
+        dense=(),
+        token_dense=tuple(_read_dense(path) for kind, path in listed if kind.endswith(".Dense")),
+        token_configs={kind.rpartition(".")[2]: configs[path] for kind, path in listed[1:]},
+        normalize=False,
+        defaults=("pooling='mean': the model is one for late interaction",),
+        transformer_config=_read_transformer_config(listed[0][1], "feature-extraction", tokens=True),
         model_config=model_config,
     )
 
@@ -143,7 +185,7 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path} lists no modules with type and path: {entries!r:.200}; correct it") from error
     for class_name, subfolder in types_and_paths:
-        known = class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER))
+        known = class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or class_name == PYLATE_DENSE
         if not known or class_name.rpartition(".")[2] not in KINDS:
             raise not_implemented(f"the module type in {path}", class_name, ", ".join(KINDS))
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
@@ -151,7 +193,7 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
     return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
 
 
-def _read_transformer_config(folder: Path, task: str) -> dict[str, Any]:
+def _read_transformer_config(folder: Path, task: str, *, tokens: bool = False) -> dict[str, Any]:
     """Read sentence_bert_config.json, or the file with another model type in its name."""
     names = "bert roberta distilbert camembert albert xlm-roberta xlnet"
     paths = [folder / f"sentence_{name}_config.json" for name in names.split()]
@@ -162,8 +204,8 @@ def _read_transformer_config(folder: Path, task: str) -> dict[str, Any]:
     output, name = TASK_OUTPUTS[task]
     modality = {"text": {"method": "forward", "method_output_name": output}}
     supported = {"transformer_task": task, "modality_config": modality, "module_output_name": name}
-    supported |= TRANSFORMER_DEFAULTS
-    known = TRANSFORMER_KEYS | supported.keys() | {*LOADING_ARGUMENTS}
+    supported |= TRANSFORMER_DEFAULTS | ({} if tokens else dict.fromkeys(TOKEN_KEYS))
+    known = TRANSFORMER_KEYS | supported.keys() | {*LOADING_ARGUMENTS, *TOKEN_KEYS}
     allow_only(config, supported | dict.fromkeys(config.keys() - known), path)
     return config
 
@@ -204,3 +246,22 @@ def _read_dense(folder: Path) -> Dense:
         activation=DENSE_ACTIVATIONS[activation],
         weight_files=(weight_file,),
     )
+
+
+def read_linear(weight_files: tuple[Path, ...], name: str = "") -> Dense:
+    """Return the linear layer whose tensors are name.weight and name.bias, or weight and bias; its shape is stored."""
+    stored = {tensor.name: tensor.shape for tensor in read_headers(weight_files)}
+    weight, bias = (f"{name}.{kind}".lstrip(".") for kind in ("weight", "bias"))
+    if len(stored.get(weight, ())) != 2:
+        raise WeightsError(f"{weight_files[0]} has no matrix {weight} (found: {', '.join(stored)[:200]}); add it")
+    return Dense(name=name, shape=stored[weight], bias=bias in stored, weight_files=weight_files)
+
+
+def reject_pickle(folder: Path, name: str) -> None:
+    """Raise WeightsError, with the way to convert it, if the file of a linear layer is there as a pickle only."""
+    path = folder / f"{name}.pt"
+    if path.exists() and not path.with_suffix(".safetensors").exists():
+        raise WeightsError(
+            f"{path} is a pickle, which is never loaded; convert it with torch and safetensors: "
+            f"save_file(torch.load('{name}.pt', weights_only=True), '{name}.safetensors')"
+        )

@@ -16,6 +16,7 @@ from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, P
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.score_head import ScoreHead, read_score_head
 from unpadded.checkpoint.spec import EncoderSpec
+from unpadded.checkpoint.token_head import TokenHead, read_token_head
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -43,6 +44,7 @@ class Checkpoint:
     normalize: bool
     dense: tuple[Dense, ...]
     score: ScoreHead | None  # of a reranker or classifier
+    tokens: TokenHead | None  # of a late-interaction model
     prompts: dict[str, str]  # prompt name or task -> text before the input
     default_prompt: str | None  # key of prompts
     lower_case: bool
@@ -59,6 +61,7 @@ class Checkpoint:
             "pooling": self.pooling,
             "normalize": self.normalize,
             "scores": list(self.score.labels) if self.score else None,
+            "tokens": self.tokens and {"dimensions": self.tokens.dimensions, "max_lengths": self.tokens.max_lengths},
             "prompts": self.prompts,
             "default_prompt": self.default_prompt,
             "max_length": self.max_length,
@@ -111,6 +114,9 @@ def open_checkpoint(
     if lora:
         prompts = dict(zip(lora.tasks, lora.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, modules.transformer_config, folder, family, spec)
+    tokens = read_token_head(modules, config, spec.hidden, weight_files, length, max_length or spec.position_limit)
+    for kind, marker in tokens.markers.items() if tokens else ():
+        prompts[kind] = marker + prompts.get(kind, "").removeprefix(marker)
     merged = {**config, **modules.model_config}
     matryoshka = _matryoshka(merged, family, name, width)
     return Checkpoint(
@@ -125,6 +131,7 @@ def open_checkpoint(
         normalize=modules.normalize,
         dense=modules.dense,
         score=score,
+        tokens=tokens,
         prompts=prompts,
         default_prompt=default_prompt,
         lower_case=bool(modules.transformer_config.get("do_lower_case", False)),

@@ -52,6 +52,7 @@ def fill(batch: PackedBatch, bucket: Bucket, block_m: int) -> PackedBatch:
         cu_seqlens=_extend(batch.cu_seqlens, texts + 1, len(batch.input_ids)),
         token_types=None if batch.token_types is None else _extend(batch.token_types, tokens),
         # the added tiles are of texts without tokens
+        key_lengths=None if batch.key_lengths is None else _extend(batch.key_lengths, texts),
         tile_map=None if batch.tile_map is None else _extend(batch.tile_map, tokens // block_m + texts),
     )
 

@@ -13,9 +13,10 @@ import torch
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import OptionError, OutputError
 from unpadded.execution.batcher import Batcher, Observe, Rows, Work
-from unpadded.execution.results import Embeddings, Spans, join
+from unpadded.execution.results import Embeddings, Spans, TokenVectors, join
 from unpadded.execution.runner import Runner
 from unpadded.execution.scheduler import schedule
+from unpadded.execution.token_vectors import TokenKeywords, make_token_plan
 from unpadded.execution.transfer import Wait
 from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.batch import Ids, SpannedIds
@@ -162,6 +163,19 @@ class EmbeddingPipeline:
         """Return the last hidden states of each text: [tokens, hidden] fp32."""
         windows = self.rows(texts, self.states_plan(plan), advance)
         return [rows[i] for window, rows in windows for i in window.first_sequences]
+
+    def token_vectors(self, texts: Iterable[Text], advance: Advance, **options: Unpack[TokenKeywords]) -> TokenVectors:
+        """Return the token vectors of each text."""
+        plan, reduce = make_token_plan(self.checkpoint, self.tokenizer, **options)
+        empty = np.zeros((0, plan.vector_options.dimensions), np.float32)
+        vectors, counts, truncated = [empty], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+        for window, rows in self.rows(texts, plan, advance):
+            kept = [reduce(*pair) for pair in zip(window.sequences, rows, strict=True)]
+            vectors += [kept[i] for i in window.first_sequences]
+            counts.append(window.token_counts)
+            truncated.append(window.truncated)
+        offsets = np.cumsum([len(one) for one in vectors])
+        return TokenVectors(np.concatenate(vectors), offsets, np.concatenate(counts), np.concatenate(truncated))
 
     def _blocks_of(self, windows: Iterator[Window], plan: Plan, advance: Advance) -> Iterator[Embeddings]:
         """Yield the fp32 vectors of each window."""

@@ -1,12 +1,12 @@
 """The results of an engine's calls, as arrays with what they belong to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from unpadded.errors import OptionError
+from unpadded.errors import InputError, OptionError
 from unpadded.options import Plan
 from unpadded.quantization import quantize
 
@@ -71,3 +71,40 @@ def ranked(scores: np.ndarray, top_k: int | None = None) -> list[Ranked]:
         raise OptionError(f"the model gives {scores.shape[1]} scores per pair, not one; use score")
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [Ranked(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenVectors(Sequence[np.ndarray]):
+    """The vectors of each text's tokens, a sequence of [tokens, dimensions] arrays, with their packed form."""
+
+    vectors: np.ndarray  # [total, dimensions] fp32
+    offsets: np.ndarray  # [n + 1] int64, the first vector of each text, then total
+    token_counts: np.ndarray  # [n] int64: tokens embedded, of which some have no vector
+    truncated: np.ndarray  # [n] bool
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        return self.vectors[self.offsets[places] : self.offsets[places + 1]]
+
+    def __repr__(self) -> str:
+        (total, dimensions), truncated = self.vectors.shape, sum(self.truncated)
+        return f"TokenVectors({len(self)} texts, {total} x {dimensions}, {truncated} truncated)"
+
+
+def maxsim(query: np.ndarray, documents: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the score of each document: the sum over query vectors of the maximum dot product with its vectors.
+
+    query: [tokens, dimensions], such as one of TokenVectors; documents: TokenVectors or a list of such arrays; an empty
+    one scores 0. Returns [n] fp32. Raises InputError for arrays of other shapes.
+    """
+    shapes = [np.shape(query), *map(np.shape, documents)]
+    if wrong := [shape for shape in shapes if len(shape) != 2 or shape[1:] != shapes[0][1:]]:
+        raise InputError(
+            f"shapes are not [tokens, dimensions] of one width: {shapes[0]}, {wrong[0]}; use encode_tokens"
+        )
+    return np.array([(document @ query.T).max(0).sum() if len(document) else 0 for document in documents], np.float32)

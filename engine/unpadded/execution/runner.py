@@ -222,7 +222,7 @@ class Runner:
         self.encoder.weights_of(adapter)  # computes them outside of a captured graph
         filled = fill(self._with_tile_map(batch), bucket, self._block_m())
         # All adapters share a graph: each is written into the same memory before the pass.
-        key = (bucket, adapter is not None, head, batch.token_types is not None)
+        key = (bucket, adapter is not None, batch.key_lengths is not None, head, batch.token_types is not None)
         rows = self.graphs.replay(key, to_words(filled), lambda words: run(from_words(words, filled)))
         per_token = head is None or self.heads[head].pooling == "none"
         return rows[: len(batch.input_ids) if per_token else len(batch.lengths)]
@@ -246,7 +246,7 @@ class Runner:
         return from_words(to_words(batch).to(self.device, non_blocking=True), batch)
 
     def _with_tile_map(self, batch: PackedBatch) -> PackedBatch:
-        return replace(batch, tile_map=make_tile_map(batch.lengths, self._block_m()))
+        return replace(batch, tile_map=make_tile_map(batch.lengths, self._block_m(), batch.key_lengths))
 
     def _block_m(self) -> int:
         return attention_block_m(self.encoder.weights.word.dtype, self.encoder.spec.head_dim, self.device)

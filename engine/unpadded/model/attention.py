@@ -43,7 +43,9 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
 
 def _unpadded(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
-    out: Tensor = attention(qkv, batch.cu_seqlens, batch.max_seqlen, scale, window, alibi_slopes, batch.tile_map)
+    out: Tensor = attention(
+        *(qkv, batch.cu_seqlens, batch.max_seqlen, scale, window, alibi_slopes, batch.tile_map, batch.key_lengths)
+    )
     return out
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import EncoderSpec, Rotary
+from unpadded.checkpoint.token_head import UNATTENDED
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class PackedBatch:
     tile_map: Tensor | None = None  # [tiles, 3] int32, the tiles of attention on CUDA; set by the runner
     span_tokens: Tensor | None = None  # [n] int32, the tokens of one span after the other
     cu_spans: Tensor | None = None  # [spans + 1] int32, the start of each span in span_tokens, then n
+    key_lengths: Tensor | None = None  # [batch] int32, the first tokens of each text that are attended to; None: all
 
     @property
     def max_seqlen(self) -> int:
@@ -55,7 +57,7 @@ class SelectedTokens:
 
 
 def pack(sequences: Sequence[Ids], spec: EncoderSpec) -> PackedBatch:
-    """Concatenate id sequences on the CPU. A token of type 1 has the id ~id.
+    """Concatenate id sequences on the CPU. A token of type 1 has the id ~id, one that is no key id + UNATTENDED.
 
     By numpy, because torch's threads would wait for each other while a tokenizer uses all cores.
     """
@@ -67,6 +69,10 @@ def pack(sequences: Sequence[Ids], spec: EncoderSpec) -> PackedBatch:
     if (second := input_ids < 0).any():
         token_types = torch.from_numpy(second.astype(np.int32))
         input_ids = np.where(second, ~input_ids, input_ids)
+    key_lengths = None
+    if not (keys := input_ids < UNATTENDED).all():
+        key_lengths = torch.from_numpy(np.diff(np.append(0, keys.cumsum())[cu_seqlens]).astype(np.int32))
+        input_ids = input_ids % UNATTENDED
     if spec.padding_id is None:
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     else:
@@ -82,6 +88,7 @@ def pack(sequences: Sequence[Ids], spec: EncoderSpec) -> PackedBatch:
         token_types=token_types,
         span_tokens=span_tokens,
         cu_spans=cu_spans,
+        key_lengths=key_lengths,
     )
 
 

@@ -63,7 +63,10 @@ def load_weights(
     # with one LoRA file per task, the specs describe one task's tensors, and the files' tensors are stacked
     lora_names = [name for name in specs if name.startswith("lora.")] if checkpoint.lora_files else []
     lora_specs = {name: specs.pop(name) for name in lora_names}
-    found = find_tensors(specs, read_headers(checkpoint.weight_files))
+    heads = checkpoint.tokens.dense if checkpoint.tokens else ()
+    of_heads = tuple(f"{dense.name}." for dense in heads if dense.weight_files == checkpoint.weight_files)
+    stored = [tensor for tensor in read_headers(checkpoint.weight_files) if not tensor.name.startswith(of_heads)]
+    found = find_tensors(specs, stored)
     per_task = [find_tensors(lora_specs, read_header(file).values()) for file in checkpoint.lora_files]
     loader = TensorLoader(device, dtype)
     tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
@@ -120,9 +123,10 @@ def load_dense(modules: tuple[Dense, ...], *, device: torch.device) -> tuple[Hea
     layers = []
     for dense in modules:
         shapes = {"weight": dense.shape} | ({"bias": dense.shape[:1]} if dense.bias else {})
-        specs = {kind: TensorSpec(shape, ((f"{dense.name}.{kind}",),)) for kind, shape in shapes.items()}
+        prefix = f"{dense.name}." if dense.name else ""
+        specs = {kind: TensorSpec(shape, ((prefix + kind,),)) for kind, shape in shapes.items()}
         stored = read_headers(dense.weight_files)
-        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(f"{dense.name}.")]
+        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(prefix)]
         found = find_tensors(specs, own)
         tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
         layers.append(HeadLayer(tensors["weight"], tensors.get("bias"), dense.activation, dense.eps))

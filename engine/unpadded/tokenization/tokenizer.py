@@ -8,7 +8,7 @@ from typing import Self, TypeAlias, get_args
 
 import numpy as np
 import tokenizers
-from tokenizers import Encoding
+from tokenizers import AddedToken, Encoding
 
 from unpadded.checkpoint.json_config import not_implemented
 from unpadded.errors import CheckpointError, InputError, OptionError
@@ -48,9 +48,20 @@ class Tokenizer:
             self._slicer = TextSlicer(backend, partial(self._encodings, words=True))
 
     @classmethod
-    def from_folder(cls, folder: Path, *, lower_case: bool = False, cores: int | None = None) -> Self:
-        """Read the folder's tokenizer; lower_case: as in `read_tokenizer`."""
-        return cls(read_tokenizer(folder, lower_case=lower_case), folder, cores)
+    def from_folder(
+        cls, folder: Path, *, lower_case: bool = False, cores: int | None = None, markers: Iterable[str] = ()
+    ) -> Self:
+        """Read the folder's tokenizer; lower_case: as in `read_tokenizer`.
+
+        A marker, or else its first word, becomes one token if the vocabulary has it, as in sentence-transformers.
+        """
+        backend = read_tokenizer(folder, lower_case=lower_case)
+        if backend is not None:
+            for marker in markers:
+                known = [token for token in (marker, *marker.split()[:1]) if backend.token_to_id(token) is not None]
+                if known and backend.encode(known[0], add_special_tokens=False).tokens != known[:1]:
+                    backend.add_special_tokens([AddedToken(known[0], normalized=False, special=True)])
+        return cls(backend, folder, cores)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Tokenizer, (self._backend, self.folder, self._cores)

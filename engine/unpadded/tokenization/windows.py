@@ -7,13 +7,14 @@ import operator
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from unpadded.checkpoint.reader import Checkpoint
+from unpadded.checkpoint.token_head import UNATTENDED
 from unpadded.errors import InputError, TooLargeError, WorkerError
 from unpadded.model.batch import Ids, SpannedIds
 from unpadded.options import Plan
@@ -214,7 +215,7 @@ class WindowReader:
 
     def _tokens(self, texts: dict[int, Any], plan: Plan) -> dict[int, TextTokens]:
         """Return the tokens of texts or given ids, both by the text's index among all texts."""
-        max_length, score = self._checkpoint.max_length, self._checkpoint.score
+        max_length, score = plan.max_length or self._checkpoint.max_length, self._checkpoint.score
         if plan.vector_options.rows == "span":
             self._warn_without_task({index: text for index, (text, _) in texts.items()}, plan.prompt)
             sections = self.tokenizer.sections(texts, plan.prompt, max_length, plan.cut)
@@ -243,6 +244,10 @@ class WindowReader:
         rows = self.tokenizer.encode(
             values, prompt=plan.prompt, max_length=max_length, truncation=plan.truncation, indices=indices
         )
+        if plan.expansion is not None:
+            length, token = plan.expansion
+            added = [np.full(max(0, length - len(row.ids)), token, np.int32) for row in rows]
+            rows = [replace(row, ids=np.append(row.ids, ids)) for row, ids in zip(rows, added, strict=True)]
         return found | {index: ([row.ids], row.truncated) for index, row in zip(indices, rows, strict=True)}
 
     def _checked_ids(self, ids: Text | Pair, index: int) -> np.ndarray:
@@ -266,7 +271,7 @@ class WindowReader:
         vocabulary = self._checkpoint.spec.vocabulary
         found = [(index, ids) for index, (sequences, _) in tokens.items() for ids in sequences]
         plain = [(index, ids.ids if isinstance(ids, SpannedIds) else ids) for index, ids in found]
-        rows = [(index, np.maximum(ids, ~ids)) for index, ids in plain]
+        rows = [(index, np.maximum(ids, ~ids) % UNATTENDED) for index, ids in plain]
         if np.concatenate([ids for _, ids in rows]).max(initial=0) >= vocabulary:
             index, token = min((index, int(ids.max())) for index, ids in rows if ids.max(initial=0) >= vocabulary)
             raise InputError(
