@@ -23,6 +23,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from op_cases import FUSES, with_fusion
 from packed_baseline import PackedBaseline
 from support import checkpoints
 
@@ -30,8 +31,6 @@ import unpadded
 from unpadded.cli.benchmark.comparison import flops, interleave
 from unpadded.cli.benchmark.machine import matmul_rate
 from unpadded.engine import Engine
-from unpadded_kernels.choices import override
-from unpadded_kernels.hopper import is_supported
 
 LONGEST = 8192
 TOKENS = 16 * 32768  # per workload of texts of one length on CUDA: 16 batches
@@ -39,12 +38,6 @@ QUERY = 32  # tokens
 WARM_UP = 64  # tokens per text on a CPU
 INVARIANT, COMPILED = "unpadded, batch-invariant", "transformers, compiled"
 HEADLINE = ("512 tokens", "8192 tokens")  # workloads
-# Values of `unpadded_kernels.choices` to compare with its own.
-CHOICES = {
-    "unpadded, library": {"linear_activation": "library", "attention": "triton"},
-    "unpadded, triton": {"linear_activation": "triton", "attention": "triton"},
-    "unpadded, hopper": {"linear_activation": "triton", "attention": "hopper"},
-}
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "intermediate": 128}
 Ids = list[np.ndarray]
 Run = Callable[[Ids], np.ndarray]
@@ -158,7 +151,7 @@ def makers(folder: Path, device: torch.device, dtype: str, part: str, small: boo
     if not cuda and not small:
         return found
     if part != "rest":
-        found |= {name: partial(with_choices, load, values) for name, values in CHOICES.items()}
+        found |= {name: partial(fusing_run, load, fuses) for name, fuses in FUSES.items()}
         found["unpadded, PyTorch's attention"] = lambda: unpadded_run(load(attention="torch"))
     if part != "headline":
         found |= {
@@ -183,19 +176,9 @@ def unpadded_run(engine: Engine) -> Run:
     return partial(engine.encode, prompt="")
 
 
-def with_choices(load: Callable[[], Engine], values: dict[str, str]) -> Run:
+def fusing_run(load: Callable[[], Engine], fuses: bool) -> Run:
     """Return the run of an engine of its own, since its CUDA graphs keep the kernels they were captured with."""
-    engine = load()
-    device = engine._pipeline.runner.device
-    if "hopper" in values.values() and device.type == "cuda" and not is_supported(device):
-        raise RuntimeError("the kernels for sm_90 do not run on this device")
-    run = unpadded_run(engine)
-
-    def overridden(ids: Ids) -> np.ndarray:
-        with override(**values):
-            return run(ids)
-
-    return overridden
+    return partial(with_fusion, fuses, unpadded_run(load()))
 
 
 def transformers(folder: Path, device: torch.device, dtype: str, **options: Any) -> torch.nn.Module:

@@ -120,14 +120,8 @@ def triton(length: int) -> list[Op]:
     return [QKV, ROTARY, own, OUT, NORM, GATE_UP_AND_SWIGLU, DOWN]
 
 
-def hopper(length: int) -> list[Op]:
-    """Return the same with attention in Gluon."""
-    own = attention(length, 400e12, 470e12, "unpadded, hopper")
-    return [QKV, ROTARY, own, OUT, NORM, GATE_UP_AND_SWIGLU, DOWN]
-
-
 # Kernels -> the operations of a layer for texts of a length.
-KERNEL_CHOICES = {"library": library, "triton": triton, "hopper": hopper}
+KERNEL_CHOICES = {"library": library, "triton": triton}
 
 
 def gpu(name: str) -> Gpu:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,17 +36,15 @@ from unpadded_kernels import (
 )
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.attention import attention_reference, make_tile_map
-from unpadded_kernels.choices import override
 from unpadded_kernels.embedding import embedding_reference
 from unpadded_kernels.fp8 import linear_fp8_reference, quantize_rows_reference
-from unpadded_kernels.hopper import is_supported
 from unpadded_kernels.layer_norm import (
     add_layer_norm_reference,
     pre_layer_norm_reference,
     qk_norm_reference,
     rms_norm_reference,
 )
-from unpadded_kernels.linear import linear_activation_reference, linear_invariant_reference
+from unpadded_kernels.linear import FUSES_ACTIVATION, linear_activation_reference, linear_invariant_reference
 from unpadded_kernels.matryoshka import matryoshka_reference
 from unpadded_kernels.moe import expert_mlp_reference
 from unpadded_kernels.pooling import masked_mean_pool_reference, mean_pool_reference
@@ -145,7 +144,7 @@ def attention_case(*lengths: int, window: int | None = None, alibi: bool = False
     slopes = torch.rand(HEADS, device=DEVICE) if alibi else None
     arguments = qkv, cu_seqlens, max(lengths), HEAD_DIM**-0.5, window, slopes, tile_map
     seen = sum(length * (length if window is None else min(length, 2 * window + 1)) for length in lengths)
-    found = chosen(attention, "attention", "triton", "hopper") | {"reference": attention_reference}
+    found: dict[str, Provider] = {"unpadded": attention, "reference": attention_reference}
     if window is None and not alibi:
         found |= {"torch FA2": _torch_attention} if CUDA else {}
         found |= {"cuDNN": _cudnn_attention} if CUDA and len(set(lengths)) == 1 else {}
@@ -161,8 +160,9 @@ def linear_case(inner: int, outer: int) -> Case:
 
 def linear_swiglu_case(tokens: int) -> Case:
     arguments = randn(tokens, HIDDEN), weights(2 * INTERMEDIATE, HIDDEN), None, "swiglu"
-    found = chosen(linear_activation, "linear_activation", "library", "triton")
-    found |= {"reference": linear_activation_reference}
+    found: dict[str, Provider] = {"unpadded": linear_activation, "reference": linear_activation_reference}
+    for name, fuses in FUSES.items():
+        found[name] = partial(with_fusion, fuses, linear_activation)
     return Case(arguments, 4 * tokens * HIDDEN * INTERMEDIATE, False, found)
 
 
@@ -237,19 +237,18 @@ def providers(op: Provider, reference: Provider) -> dict[str, Provider]:
     return {"unpadded": op, "reference": reference} | compiled
 
 
-def chosen(op: Provider, choice: str, *values: str) -> dict[str, Provider]:
-    """Return the op as it runs by default, and with each value of its choice that runs on this device."""
-    if CUDA and not is_supported(torch.device(DEVICE)):
-        values = tuple(value for value in values if value != "hopper")
-    return {"unpadded": op} | {f"unpadded, {value}": forced(op, **{choice: value}) for value in values}
+# Ways to compute `linear_activation`, and whether each is one kernel.
+FUSES = {"unpadded, library": False, "unpadded, triton": True}
 
 
-def forced(op: Provider, **values: str) -> Provider:
-    def run(*arguments: Any) -> Any:
-        with override(**values):
-            return op(*arguments)
-
-    return run
+def with_fusion(fuses: bool, run: Callable[..., Any], *arguments: Any) -> Any:
+    """Return run(*arguments) with `linear_activation` as one kernel or two."""
+    before = FUSES_ACTIVATION.copy()
+    FUSES_ACTIVATION.update(dict.fromkeys(before, fuses))
+    try:
+        return run(*arguments)
+    finally:
+        FUSES_ACTIVATION.update(before)
 
 
 def _torch_attention(

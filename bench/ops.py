@@ -57,7 +57,6 @@ NAMES = (
     "unpadded",
     "unpadded, library",
     "unpadded, triton",
-    "unpadded, hopper",
     "reference",
     "torch.compile",
     "torch FA2",

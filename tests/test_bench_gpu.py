@@ -109,11 +109,11 @@ def test_gpu_script_times_no_model_whose_operations_are_wrong(tmp_path, gpu_run)
 
 
 def test_gpu_script_leaves_out_a_choice_of_kernels_that_is_wrong(tmp_path, gpu_run):
-    wrong = "  attention, texts of 512, bfloat16, unpadded, hopper: FAILED: its process exited with 1"
+    wrong = "  attention, texts of 512, bfloat16, unpadded, triton: FAILED: its process exited with 1"
     _, steps = finished(gpu_run(f'*smoke.py*) echo "{wrong}"; exit 2 ;;', programs=["compute-sanitizer"]))
     assert steps == [*STEPS, "sanitizer"]
-    assert "--part headline --without hopper" in log(tmp_path, "headline")
-    assert "and not hopper and not torch.compile" in log(tmp_path, "matmuls")
+    assert "--part headline --without triton" in log(tmp_path, "headline")
+    assert "and not triton and not torch.compile" in log(tmp_path, "matmuls")
 
 
 def test_gpu_script_keeps_its_results_if_it_is_interrupted(tmp_path, gpu_run):
@@ -144,7 +144,7 @@ def test_gpu_script_runs_every_step_with_small_shapes(tmp_path):
         assert row["min_cosine"] >= (0.99 if "float8" in row["provider"] else 0.99999), row["provider"]
     assert {row["workload"] for row in headline["rows"]} == set(model.HEADLINE)
     assert {row["provider"] for row in headline["rows"]} == {
-        *("unpadded", *model.CHOICES, "transformers, padded", "packed baseline")
+        *("unpadded", *model.FUSES, "transformers, padded", "packed baseline")
     }
     assert {row["provider"] for row in rest["rows"]} >= {"unpadded", "transformers, compiled"}
     assert "CUDA" in headline["not run"]["unpadded, PyTorch's attention, float32"]
@@ -176,7 +176,7 @@ def test_summary_has_at_most_forty_lines(tmp_path):
     (tmp_path / "model.json").write_text("{")  # the process was killed while it wrote
     (tmp_path / "steps.txt").write_text("smoke 0 31\nheadline 124 85\nmodel skipped 0\n")
     (tmp_path / "kernel-tests.log").write_text("FAILED tests/a.py::b\n==== 1 failed, 7 passed in 3.21s ====\n")
-    wrong = {"case": "attention", "dtype": "bfloat16", "provider": "unpadded, hopper", "failed": "relative error nan"}
+    wrong = {"case": "attention", "dtype": "bfloat16", "provider": "unpadded, triton", "failed": "relative error nan"}
     (tmp_path / "smoke.json").write_text(json.dumps({"rows": [wrong]}))
     lines = gpu_summary.summary(tmp_path)
     assert len(lines) == 40 and lines[-1] == "... and 27 more lines"
@@ -185,28 +185,11 @@ def test_summary_has_at_most_forty_lines(tmp_path):
         "smoke: ok, 31 s | headline: out of time, 85 s | model: skipped, 0 s",
         "operations: 0 of 1 correct, maximum relative error 0.0e+00",
     ]
-    assert "  WRONG: attention, bfloat16, unpadded, hopper: relative error nan" in lines
+    assert "  WRONG: attention, bfloat16, unpadded, triton: relative error nan" in lines
     assert "kernel-tests: 1 failed, 7 passed in 3.21s" in lines and "  FAILED tests/a.py::b" in lines
     assert "p0, float16: 512 tokens 2.000 M tokens/s; cosine 1.000000" in lines
     assert "long name " * 17 + "long name" in lines  # 180 characters, less the space at the end
     assert gpu_summary.summary(tmp_path / "missing") == []
-
-
-def test_hopper_is_measured_where_it_runs(monkeypatch):
-    def case_and_load():
-        found = op_cases.chosen(unpadded_kernels.attention, "attention", "triton", "hopper")
-        engine = SimpleNamespace(_pipeline=SimpleNamespace(runner=SimpleNamespace(device=torch.device("cuda", 0))))
-        return found, lambda: model.with_choices(lambda: engine, {"attention": "hopper"})
-
-    monkeypatch.setattr(model, "unpadded_run", lambda engine: None)
-    monkeypatch.setattr(op_cases, "CUDA", True)
-    for supported in (True, False):
-        for module in (op_cases, model):
-            monkeypatch.setattr(module, "is_supported", lambda device, supported=supported: supported)
-        found, load = case_and_load()
-        assert ("unpadded, hopper" in found) == supported
-        with contextlib.nullcontext() if supported else pytest.raises(RuntimeError, match="do not run on this device"):
-            load()
 
 
 def test_smoke_runs_the_operations_after_one_that_crashes(tmp_path, monkeypatch):
@@ -217,9 +200,9 @@ def test_smoke_runs_the_operations_after_one_that_crashes(tmp_path, monkeypatch)
     rows = list(smoke.check("float16", ["a", "crash", "b", "broken", "c"], 20))
     assert [(row["case"], row["provider"], row.get("failed")) for row in rows] == [
         ("a", "unpadded", None),
-        ("a", "unpadded, hopper", None),
+        ("a", "unpadded, triton", None),
         ("crash", "unpadded", None),
-        ("crash", "unpadded, hopper", "its process exited with 9"),
+        ("crash", "unpadded, triton", "its process exited with 9"),
         ("b", "unpadded", None),  # without the choice that crashed
         ("broken", "unpadded", "CUDA error"),
         ("c", "unpadded", None),
@@ -234,10 +217,10 @@ import json, os, sys
 def put(**row): print(json.dumps(row | {"dtype": "float16"}), flush=True)
 for case in sys.argv[sys.argv.index("--only") + 1:]:
     if case == "exit": os._exit(5)
-    for provider in ["unpadded", "unpadded, hopper"]:
+    for provider in ["unpadded", "unpadded, triton"]:
         if provider in sys.argv: continue
         put(case=case, provider=provider)
-        if (case, provider) == ("crash", "unpadded, hopper"): os._exit(9)
+        if (case, provider) == ("crash", "unpadded, triton"): os._exit(9)
         if case == "broken":
             put(case=case, provider=provider, error=0, failed="CUDA error")
             os._exit(77)
@@ -252,7 +235,7 @@ def wrong_case(monkeypatch):
     def fail(x):
         raise KeyError("no such kernel")
 
-    found = {"unpadded": lambda x: x * math.nan, "unpadded, hopper": fail, "reference": lambda x: x}
+    found = {"unpadded": lambda x: x * math.nan, "unpadded, triton": fail, "reference": lambda x: x}
     monkeypatch.setitem(op_cases.CASES, "embedding", lambda: op_cases.Case((torch.ones(3),), 1, True, found))
 
 
@@ -269,7 +252,7 @@ def test_smoke_reports_wrong_results_and_errors(wrong_case, capsys):
         ([], None),
         (["embedding, unpadded"], 1),
         (["attention, texts of 512, unpadded"], 1),
-        (["embedding, unpadded, hopper"], 2),
+        (["embedding, unpadded, triton"], 2),
         (["expert_mlp, unpadded"], 2),
     ],
 )
@@ -417,8 +400,7 @@ def test_model_of_time_sums_to_the_reviewed_prediction(gpu):
     assert {op: found[op] for op in ops} == pytest.approx(ops, abs=6e-4)
     bounds = {row["op"]: row["bound"] for row in short}
     assert bounds["rotary"] == "bytes" and bounds["attention"] == "flops"
-    for kernels, saved in {"triton": 0.03, "hopper": 0.05}.items():
-        assert sum(row["predicted"] for row in model_of_time.predict(gpu, 512, kernels)) < at_512 - saved
+    assert sum(row["predicted"] for row in model_of_time.predict(gpu, 512, "triton")) < at_512 - 0.03
 
 
 def test_model_of_time_joins_measurements(tmp_path, monkeypatch, capsys):

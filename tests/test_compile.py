@@ -24,10 +24,9 @@ FLOATS = ("fp16", "bf16", "fp32")
 # sm_80 has no e4m3; sm_89 has, and otherwise runs the kernels of sm_80
 DTYPES = {80: FLOATS, 89: ("fp8",), 90: ("fp8", *FLOATS), 100: ("fp8", *FLOATS)}
 JOBS = [f"{dtype}:{capability}" for capability, dtypes in DTYPES.items() for dtype in dtypes]
-JOBS += ["fp16:90:gluon-all", "bf16:90:gluon"]
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
-MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel", "_attention_hopper_kernel")
+MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel")
 STREAMS = tuple(f"_{name}_kernel" for name in ("norm", "activation", "rotary", "quantize_rows"))
 
 
@@ -71,7 +70,7 @@ def compile_jobs(folder, jobs):
     scope="module",
     params=[
         # 125 seconds of CPU time
-        pytest.param(("", ["fp16:90", "fp8:90", "fp16:90:gluon"]), id="fp16 and fp8 on sm_90"),
+        pytest.param(("", ["fp16:90", "fp8:90"]), id="fp16 and fp8 on sm_90"),
         pytest.param(("", JOBS), id="all", marks=pytest.mark.slow),
         pytest.param(
             (TRITON_36, JOBS),
@@ -130,17 +129,6 @@ def test_the_wgmmas_of_a_matmul_are_not_serialized(rows):
 
 def test_loads_are_128_bits_wide(rows):
     assert [row for row in rows if not row["wide_loads"]] == []
-
-
-def test_exponentials_of_the_loop_in_gluon_overlap_its_matmuls(rows):
-    """Tensor cores add the values of a block during the whole softmax of the next, in both warpgroups of 64 rows."""
-    attention = [row for row in rows if row["kernel"] == "_attention_hopper_kernel"]
-    assert attention and all(row["exponentials_during_wgmmas"] >= 2 * 64 * 128 / 128 for row in attention)
-
-
-def test_warps_of_the_attention_in_gluon_share_registers_unequally(rows):
-    attention = [row for row in rows if row["kernel"] == "_attention_hopper_kernel"]
-    assert attention and all(row["USETMAXREG"] for row in attention)
 
 
 def test_kernels_that_stream_rows_are_not_bound_by_instructions(rows):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from support.devices import DEVICE, DTYPES, HAS_CUDA, assert_matches
 
 from unpadded_kernels.activation import GATED, KINDS, activation_triton
-from unpadded_kernels.choices import override
 from unpadded_kernels.linear import (
+    FUSES_ACTIVATION,
     linear_activation_triton,
     linear_invariant,
     linear_invariant_reference,
@@ -94,11 +94,11 @@ def test_tokens_past_two_to_the_31_elements(far_tokens, kernel):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["library", "triton"])
-def test_the_way_to_an_activation_is_chosen(way, kind, kernel):
+def test_the_way_to_an_activation_is_chosen(way, kind, kernel, monkeypatch):
     x, weight, bias = inputs(20, 96, 256, torch.float16)
     library = activation_triton(F.linear(x, weight, bias), kind)
-    with override(linear_activation=way):
-        actual = linear_activation_triton(x, weight, bias, kind)
+    monkeypatch.setitem(FUSES_ACTIVATION, 80, way == "triton")
+    actual = linear_activation_triton(x, weight, bias, kind)
     assert torch.equal(actual, library if way == "library" else linear_invariant_triton(x, weight, bias, kind))
     assert_matches(library, expected(x, weight, bias, kind))
 

@@ -22,9 +22,7 @@ from torch import Tensor
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import TensorDescriptor, check_rows, fast_divide, tl, triton
 from unpadded_kernels.attention_cpu import attention_cpu
-from unpadded_kernels.choices import chosen
-from unpadded_kernels.hopper import is_supported
-from unpadded_kernels.tiles import Tile, attention_tile, generation
+from unpadded_kernels.tiles import attention_tile, generation
 
 
 def attention_reference(
@@ -227,7 +225,7 @@ def attention_triton(
     tile_map: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernel that `choices` has. Without tile_map it is built here, which waits for the GPU."""
+    """Launch one program per tile and head. Without tile_map it is built here, which waits for the GPU."""
     total_tokens, _, heads, head_dim = qkv.shape
     check_rows("qkv", qkv, total_tokens, 3, heads, head_dim)
     if scale <= 0:
@@ -244,21 +242,6 @@ def attention_triton(
         tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m, on_host).to(qkv.device)
     if (columns := 3 if key_lengths is None else 4) != tile_map.shape[1]:
         raise ValueError(f"tile_map must have {columns} columns, got {tile_map.shape[1]}: make it with key_lengths")
-    # a tile with a window has too few blocks of keys for the loop of the other kernel
-    full = window is None and key_lengths is None
-    if tile.tma and full and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
-        from unpadded_kernels.hopper import attention as hopper  # needs Gluon
-
-        if head_dim in hopper.SLOTS:
-            return hopper.attention_hopper(qkv, tile_map, scale, alibi_slopes)
-    return launch_attention(qkv, scale, window, alibi_slopes, tile_map, tile)
-
-
-def launch_attention(
-    qkv: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, tile_map: Tensor, tile: Tile
-) -> Tensor:
-    """Launch plain Triton's kernel, one program per tile and head."""
-    total_tokens, _, heads, head_dim = qkv.shape
     out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     q_source = kv_source = qkv
     if tile.tma:

@@ -1,15 +1,17 @@
 """Compile every kernel as its launcher would on a GPU generation, without a GPU, and report resources and instructions.
 
-    python tests/support/aot.py fp16:90 fp8:100 fp16:90:gluon     JSON on stdout: per job one object per kernel and case
+    python tests/support/aot.py fp16:90 fp8:100     JSON on stdout: per job one object per kernel and case
 
 The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder, so tiles, flags and alignments are those
 of a real launch.
 """
 
+import itertools
 import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -31,7 +31,6 @@ from unpadded_kernels.activation import KINDS, activation_triton
 from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.fp8 import E4M3, linear_fp8_triton, quantize_rows_triton
-from unpadded_kernels.hopper.attention import attention_hopper
 from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, qk_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
 from unpadded_kernels.matryoshka import matryoshka_triton
@@ -48,8 +47,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE", "USETMAXREG")
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "LDL", "STL", "WARPGROUP.ARRIVE")
 WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[A-Z0-9.]*128|\bUTMALDG")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor.
 REGISTERS, SHARED = 65536, {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TOKENS = 256
@@ -86,13 +86,12 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for hidden in (384, 768, 1024):
         x, row = rows(TOKENS, hidden), rows(hidden)
         yield f"hidden {hidden}", lambda x=x, row=row: add_layer_norm_triton(x, x, row, row, 1e-5)
-        yield f"hidden {hidden}, with sum", lambda x=x, row=row: pre_layer_norm_triton(x, x, row, row, 1e-5)
     for hidden in (768, 1152, 2304):
         x, row = rows(TOKENS, hidden), rows(hidden)
-        for residual in (None, x):
-            name = f"rms, hidden {hidden}" + (", sum" if residual is x else "")
-            yield name, lambda x=x, residual=residual, row=row: rms_norm_triton(x, residual, row, 1e-5)
+        yield f"rms, hidden {hidden}, sum", lambda x=x, row=row: rms_norm_triton(x, x, row, 1e-5)
     x, row = rows(TOKENS, 768), rows(768)
+    yield "hidden 768, with sum", lambda: pre_layer_norm_triton(x, x, row, row, 1e-5)
+    yield "rms, hidden 768", lambda: rms_norm_triton(x, None, row, 1e-5)
     for types in (None, ids):
         name = "word, type, position" + (", types" if types is ids else "")
         yield name, lambda types=types: embedding_triton(ids, ids, types, x, x, x, row, row, 1e-5)
@@ -105,14 +104,15 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "768 columns", lambda: matryoshka_triton(torch.empty(TOKENS, 768), True, 256, True)
     yield "int64 mask", lambda: masked_mean_pool_triton(rows(2, TOKENS, 768), ids.view(2, -1).long().repeat(1, 2), True)
     for head_dim in (16, 32, 64, 96, 128):
+        # a window and ALiBi take registers, of which smaller heads leave more
         variants = ((None, False), (128, False), (None, True))
-        for window, alibi in variants if dtype == torch.float16 or head_dim == 64 else variants[:1]:
+        for window, alibi in variants if head_dim == 64 or (head_dim > 64 and dtype == torch.float16) else variants[:1]:
             qkv, slopes = rows(TOKENS, 3, 12, head_dim), torch.empty(12) if alibi else None
             tile_map = make_tile_map([100, TOKENS - 100], attention_block_m(dtype, head_dim, qkv.device))
             flags = ", window" * (window is not None) + ", alibi" * alibi
             arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map
             yield f"head_dim {head_dim}{flags}", lambda arguments=arguments: attention_triton(*arguments)
-    for inner, outer, kind in ((768, 2304, None), (3072, 768, None), (768, 6144, "swiglu"), (768, 3072, "gelu")):
+    for inner, outer, kind in ((768, 2304, None), (768, 6144, "swiglu"), (768, 3072, "gelu")):
         arguments = rows(TOKENS, inner), rows(outer, inner), rows(outer), kind
         name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
         yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
@@ -133,16 +133,6 @@ def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda arguments=arguments: linear_fp8_triton(*arguments)
 
 
-def gluon_cases(dtype: torch.dtype, every: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls of sm_90's own attention; every: not only those that most models use."""
-    tile_map = make_tile_map([100, TOKENS - 100], 128)
-    for head_dim in (16, 32, 64) if every else (64,):
-        for slopes in (None, torch.empty(12)):
-            arguments = torch.empty(TOKENS, 3, 12, head_dim, dtype=dtype), tile_map, 0.1, slopes
-            name = f"head_dim {head_dim}" + ", alibi" * (slopes is not None)
-            yield name, lambda arguments=arguments: attention_hopper(*arguments)
-
-
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """Return the kernel specialized as by the JIT for these arguments, and the launch options."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -152,10 +142,9 @@ def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if parameter.is_constexpr or value is None or (is_int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[key] = "constexpr", value
-        elif isinstance(value, TensorDescriptor | HopperDescriptor):
+        elif isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
-            layout = f",{value.layout!r}" if isinstance(value, HopperDescriptor) else ""
-            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]{layout}>"
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{NAMES[value.dtype]}"
             attributes[key] = [["tt.divisibility", 16]]
@@ -163,56 +152,69 @@ def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if is_int and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[key] = [["tt.divisibility", 16]]
-    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    return kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), values
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), values
 
 
 def resources(compiled: Any, capability: int) -> dict[str, Any]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        ran = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    sass = ran.stdout
+        ran = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
     match = re.search(r"REG:(\d+) STACK:(\d+)", ran.stdout + ran.stderr)
     registers, stack = int(match[1]), int(match[2])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-    per_multiprocessor = min(by_registers, SHARED[capability] // (shared + 1024), 32, 64 // warps)
     return {
         "warps": warps,
         "registers": registers,
         "stack": stack,
-        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass[: sass.rindex("EXIT")], re.M)),
         "shared": shared,
-        "programs_per_multiprocessor": per_multiprocessor,
-        "wide_loads": len(WIDE_LOAD.findall(sass)),
-        "exponentials_during_wgmmas": exponentials_during_wgmmas(sass),
-        **{name: len(re.findall(rf"\b{name}", sass)) for name in INSTRUCTIONS},
+        "programs_per_multiprocessor": min(by_registers, SHARED[capability] // (shared + 1024), 32, 64 // warps),
     }
 
 
-def exponentials_during_wgmmas(sass: str) -> int:
-    """Count MUFU.EX2 at which a group of wgmmas may run: after its last wgmma, before the wait for it."""
-    pending, result = 0, 0
-    for line in re.findall(r"\b(?:HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR).*", sass):
-        if line.startswith("HGMMA"):
-            pending += "gsb0" in line
-        elif line.startswith("MUFU"):
-            result += pending > 0
-        else:
-            pending = min(pending, int(line.split("gsb0, ")[1].split()[0], 16))
-    return result
+def machine_code(cubin: bytes) -> bytes:
+    """Return the instructions of a file with one kernel: the section .text.<kernel> of an ELF file."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    # of a section: place of its name, type, flags, address, place and size of its contents
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + size * index) for index in range(count)]
+    names_start = sections[names][4]
+    (code,) = (cubin[at : at + n] for name, *_, at, n in sections if cubin.startswith(b".text.", names_start + name))
+    return code
+
+
+def disassembled(cubins: list[bytes], capability: int) -> Iterator[list[str]]:
+    """Yield the instructions of each kernel. One process reads all, because it takes 0.3 s to start."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [TOOLS / "nvdisasm", "-b", f"SM{capability}" + "a" * (capability >= 90), file.name]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = iter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*", ran.stdout, re.M))
+    for code in codes:
+        yield list(itertools.islice(lines, len(code) // 16))
+    assert next(lines, None) is None
+
+
+def counts(sass: list[str]) -> dict[str, int]:
+    """Count the instructions that the tests limit."""
+    text = "\n".join(sass)
+    return {
+        "instructions": max(index for index, line in enumerate(sass) if "EXIT" in line) + 1,
+        "wide_loads": len(WIDE_LOAD.findall(text)),
+        **{name: len(re.findall(rf"\b{name}", text)) for name in INSTRUCTIONS},
+    }
 
 
 def compile_cases(job: str) -> list[dict[str, Any]]:
     """Compile and describe every case of a job such as fp16:90."""
-    dtype, generation, *gluon = job.split(":")
+    dtype, generation = job.split(":")
     capability = int(generation)
-    for op in ("attention", "choices", "linear", "moe"):
+    for op in ("attention", "linear", "moe"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
-    result = []
-    for case, call in gluon_cases(DTYPES[dtype], gluon == ["gluon-all"]) if gluon else cases(DTYPES[dtype]):
+    result, cubins = [], []
+    for case, call in cases(DTYPES[dtype]):
         for kernel, grid, args, kwargs in launches(call):
             row = {"kernel": kernel.__name__, "case": case, "dtype": dtype, "capability": capability}
             specialized, options = source(kernel, args, kwargs)
@@ -220,7 +222,8 @@ def compile_cases(job: str) -> list[dict[str, Any]]:
             rows = [arg for arg in args if isinstance(arg, torch.Tensor) and len(arg) == TOKENS]
             row |= {"programs": math.prod(grid), "bytes": sum(arg.nbytes for arg in rows)}
             result.append(row | resources(compiled, capability))
-    return result
+            cubins.append(compiled.asm["cubin"])
+    return [row | counts(sass) for row, sass in zip(result, disassembled(cubins, capability), strict=True)]
 
 
 def main() -> None:

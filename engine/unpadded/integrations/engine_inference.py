@@ -1,4 +1,4 @@
-"""Inference of sentence-transformers' models by an engine, for classes whose forward pass is sentence-transformers' own.
+"""Inference of sentence-transformers' models by an engine, for classes that keep sentence-transformers' own modules.
 
 Loading, saving, training, prompts and pools stay sentence-transformers' code. The first call that is supported loads
 the weights a second time, into an engine. It runs as long as modules, parameters and tokenizer are as they were loaded;
