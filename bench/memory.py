@@ -49,10 +49,12 @@ def main() -> None:
 
 def measure(folder: Path, texts: int, dtype: str) -> dict[str, float]:
     """Return the bytes of the weights and the peak bytes above them, in this process."""
+    import transformers
+
     import unpadded
 
     ids = np.random.default_rng(0).integers(5, 30000, (texts, 8192), dtype=np.int32)
-    unpadded.load  # noqa: B018  imports torch and the engine, whose memory does not count
+    unpadded.load, transformers.AutoTokenizer  # noqa: B018  imports them and torch, whose memory does not count
     before = process_memory("VmHWM")
     engine = unpadded.load(folder, device="cpu", dtype=dtype, max_length=8192)
     weights = (folder / "model.safetensors").stat().st_size * (4 if dtype == "float32" else 2) // 4
