@@ -22,6 +22,7 @@ PUBLIC_MEMBERS = {
     "dimensions",
     "embed",
     "encode",
+    "encode_spans",
     "rank",
     "score",
     "stream",
