@@ -180,9 +180,11 @@ def measure_spans(device: torch.device, small: bool) -> dict[str, Any]:
         texts = TextSampler(engine).sample([8192] * (SPAN_ROUNDS + 1))  # at most max_length
         tokens = int(engine.embed(texts[:1]).token_counts[0])
         spans = len(engine.encode_spans(texts[0], span_tokens=tokens // 32).vectors)
-        calls = [engine.encode, partial(engine.encode_spans, span_tokens=tokens // 32)]
-        taken = [[seconds(call, text) for call in calls[:: 1 - index % 2 * 2]] for index, text in enumerate(texts[1:])]
-    pairs = [pair[:: 1 - index % 2 * 2] for index, pair in enumerate(taken)]  # the first of a round alternates
+        calls = {"encode": engine.encode, "spans": partial(engine.encode_spans, span_tokens=tokens // 32)}
+        pairs = []
+        for index, text in enumerate(texts[1:]):
+            spent = {name: seconds(calls[name], text) for name in sorted(calls, reverse=index % 2 == 1)}
+            pairs.append((spent["encode"], spent["spans"]))
     ratio = statistics.median(after / before for before, after in pairs)
     print(f"encode_spans of {spans} spans in {tokens} tokens: {ratio:.3f} x the time of encode", flush=True)
     return {"tokens": tokens, "spans": spans, "seconds": pairs, "ratio": ratio}

@@ -20,7 +20,7 @@ from transformers import NomicBertModel
 
 import unpadded
 from unpadded.execution import cuda_graphs
-from unpadded.model.batch import pack
+from unpadded.model.batch import SpannedIds, pack
 from unpadded.options import VectorOptions
 
 LENGTHS = (1, 2, 7, 64, 65, 130, 513, 2048, 3000) if HAS_CUDA else (1, 2, 7, 9)
@@ -266,6 +266,21 @@ def test_scores_of_pairs_in_a_graph(tmp_path, cuda):
         found = runner.launch([pairs[i] for i in rows], options)()
         assert relative_error(found, expected[rows]) <= 1e-4
     assert {key[-2:] for key in runner.graphs.by_key} == {("score", True), ("score", False)}
+
+
+def test_spans_match_the_cpu(folder, cuda):
+    bounds = [[(0, 1)], [(3, 7), (0, 9), (2, 5)], [], [(1, 2), (0, 4)]]
+    texts = [
+        SpannedIds(ids, np.array(spans, np.int32).reshape(-1, 2), np.zeros((len(spans), 4), np.int64))
+        for ids, spans in zip(random_ids((1, 9, 3, 4)), bounds, strict=True)
+    ]
+    runners = [unpadded.load(folder, device=device, dtype="float32")._pipeline.runner for device in ("cpu", cuda)]
+    options = VectorOptions(layer_norm=False, dimensions=runners[0].dimensions, normalize=True, rows="span")
+    expected = runners[0].launch(texts, options)()
+    assert expected.shape[0] == 6
+    assert relative_error(runners[1].launch(texts, options)(), expected) <= 1e-4
+    assert relative_error(runners[1].launch(texts[3:], options)(), expected[4:]) <= 1e-4
+    assert runners[1].launch(texts[2:3], options)().shape == (0, runners[0].dimensions), "a text without spans"
 
 
 def test_no_batch_compiles_a_kernel_again(either, cuda, compiled):

@@ -183,6 +183,16 @@ def test_example_late_interaction(site: Site, tmp_path: Path) -> None:
     assert "3 lines have 15 vectors" in printed
 
 
+def test_example_late_chunking(site: Site, tmp_path: Path) -> None:
+    documents = {"a": "The sea rises twice a day. " * 40 + "It falls as often.\n", "b": "Bread is made of flour.\n"}
+    for name, text in documents.items():
+        (tmp_path / f"{name}.md").write_text(text)
+    printed = run_example(site, tmp_path, "late_chunking.py", ".", "What is a tide?")
+    found = re.findall(r"^-?\d\.\d{3}  ([ab])\.md, from character (\d+): (.*)$", printed, re.MULTILINE)
+    assert len(found) == 3 and {start for _, start, _ in found} > {"0"}
+    assert all(documents[name][int(start) :].startswith(passage) for name, start, passage in found)
+
+
 def test_example_duckdb(site: Site, tmp_path: Path) -> None:
     texts = {"The sea rises and falls.": 2001, "Bread is made of flour.": 2002, "What a tide is": 1999}
     lines = [json.dumps({"text": text, "year": year}) for text, year in texts.items()]

@@ -22,6 +22,7 @@ PUBLIC_MEMBERS = {
     "dimensions",
     "embed",
     "encode",
+    "encode_spans",
     "encode_tokens",
     "rank",
     "score",
