@@ -43,6 +43,10 @@ def slopes(heads):
     return torch.rand(heads, device=DEVICE)
 
 
+def position_bias(heads, reach):
+    return 2 * torch.randn(heads, 2 * reach + 1, device=DEVICE)
+
+
 def expected(qkv, *rest):
     return attention_reference(qkv.float(), *rest)
 
@@ -71,20 +75,45 @@ def test_alibi(window, dtype, kernel):
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
+@variants("reach", [20, 1, 91, 300])
+def test_position_bias(reach, dtype, kernel):
+    arguments = *inputs([1, 0, 200, 30], 3, 16, dtype), None, None, None, position_bias(3, reach)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_position_bias_with_a_window_and_in_a_wider_table(kernel):
+    arguments = *inputs([100, 7], 3, 16, torch.float32), 33, None, None, position_bias(3, 40)[:, 20:61]
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_position_bias_is_that_of_key_minus_query():
+    """The heads see the key at distance 2, at -1, and those from 3 on; where there is none, all keys alike."""
+    qkv = torch.zeros(6, 3, 3, 16, device=DEVICE)
+    qkv[:, 2] = torch.arange(6.0, device=DEVICE)[:, None, None]
+    bias = torch.full((3, 7), -1e4, device=DEVICE)
+    bias[0, 3 + 2] = bias[1, 3 - 1] = bias[2, 3 + 3] = 0
+    attended = attention_reference(qkv, packed([6]), 6, 0.25, position_bias=bias)[:, ::16]
+    mean = 2.5
+    seen = [[2, mean, 4], [3, 0, 4.5], [4, 1, 5], [5, 2, mean], [mean, 3, mean], [mean, 4, mean]]
+    torch.testing.assert_close(attended, torch.tensor(seen, device=DEVICE))
+
+
 def test_the_scale_is_used(kernel):
     qkv, cu_seqlens, max_seqlen, _ = inputs([70], 1, 32, torch.float32)
-    arguments = qkv, cu_seqlens, max_seqlen, 0.7
-    assert_matches(attention_triton(*arguments), expected(*arguments))
+    for bias in (None, position_bias(1, 20)):
+        arguments = qkv, cu_seqlens, max_seqlen, 0.7, None, None, None, bias
+        assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
 @variants("window", [None, 20])
 def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
     lengths = [130, 1, 200, 64]
     qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 32, dtype)
-    whole = attention_triton(qkv, cu_seqlens, max_seqlen, scale, window)
+    bias = None if window else position_bias(2, 91)
+    whole = attention_triton(qkv, cu_seqlens, max_seqlen, scale, window, position_bias=bias)
     for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
-        alone = attention_triton(qkv[rows], packed([length]), length, scale, window)
+        alone = attention_triton(qkv[rows], packed([length]), length, scale, window, position_bias=bias)
         assert torch.equal(whole[rows], alone)
 
 
@@ -165,6 +194,9 @@ def test_invalid_arguments_raise():
         attention_triton(qkv, cu_seqlens, max_seqlen, 0)
     with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
         attention_triton(qkv, cu_seqlens, max_seqlen, scale, -1)
+    for bias in (torch.zeros(2, 8, device=DEVICE), torch.zeros(3, 9, device=DEVICE)):
+        with pytest.raises(ValueError, match=r"position_bias must be \(2, 9\) with contiguous rows"):
+            attention_triton(qkv, cu_seqlens, max_seqlen, scale, position_bias=bias)
     with pytest.raises(ValueError, match="no kernel for head_dim 256"):
         attention_triton(torch.randn(4, 3, 1, 256, device=DEVICE), packed([4]), 4, scale)
 
@@ -174,6 +206,7 @@ def test_op_contract(monkeypatch):
     arguments = inputs([5, 2], 2, 32, torch.float32)
     torch.library.opcheck(attention, arguments)
     torch.library.opcheck(attention, (*arguments, 3, slopes(2)))
+    torch.library.opcheck(attention, (*arguments, None, None, None, position_bias(2, 3)))
 
 
 @pytest.mark.gpu

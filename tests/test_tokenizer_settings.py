@@ -41,16 +41,26 @@ def charsmap() -> bytes:
     return struct.pack("<I", len(trie)) + trie + b" \0kw\0"
 
 
-def bert() -> Backend:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, "hello", "who", *CHARACTERS, *(f"##{character}" for character in CHARACTERS)]
+def word_piece(special: list[str | AddedToken]) -> Backend:
+    words = [*map(str, special), "hello", "who", *CHARACTERS, *(f"##{character}" for character in CHARACTERS)]
     backend = Backend(models.WordPiece(dict(zip(words, range(len(words)), strict=True)), unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens(special)
+    return backend
+
+
+def bert() -> Backend:
+    backend = word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    backend.add_special_tokens(special)
+    return backend
+
+
+def mpnet() -> Backend:
+    backend = word_piece(["<s>", "<pad>", "</s>", "[UNK]", AddedToken("<mask>", lstrip=True)])
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return backend
 
 
@@ -80,8 +90,13 @@ def roberta() -> Backend:
     return backend
 
 
-BASES = {"BertTokenizer": bert, "XLMRobertaTokenizer": xlm_roberta, "RobertaTokenizer": roberta}
-B, X, R = BASES
+BASES = {
+    "BertTokenizer": bert,
+    "XLMRobertaTokenizer": xlm_roberta,
+    "RobertaTokenizer": roberta,
+    "MPNetTokenizer": mpnet,
+}
+B, X, R, M = BASES
 FILES = {
     "tok": "tokenizer.json",
     "cfg": "tokenizer_config.json",
@@ -140,6 +155,8 @@ CASES: list[Case] = [
     (B, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "bert"}}),
     (B, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "nomic_bert"}}),
     (B, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "new", "tokenizer_class": B}}),
+    (B, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "distilbert"}}),
+    (B, OWN, True, {"cfg": {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False}}),
     (B, OWN, False, {"model": {"model_type": "xlm-roberta"}}),
     (B, OWN, True, {"cfg": GENERIC, "tok": dict.fromkeys(NULL)}),
     (B, OWN, True, {"cfg": GENERIC, "tok": dict.fromkeys(NULL), "model": {"model_type": "bert"}}),
@@ -217,6 +234,15 @@ CASES: list[Case] = [
     (R, OWN, True, {"cfg": {"cls_token": "<mask>"}}),
     (R, OWN, False, {"cfg": {"bos_token": "<mask>"}}),
     (R, "dropout in .* = 0.5 is not", False, {"tok": with_state(R, model={"dropout": 0.5}), "cfg": GENERIC}),
+    # MPNet
+    (M, OWN, False, {}),
+    (M, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "mpnet"}}),
+    (M, OWN, True, {"cfg": {"do_lower_case": False, "strip_accents": False}}),
+    *((M, OWN, False, {"tok": {part: None}}) for part in NULL),
+    (M, OWN, True, {"cfg": {"cls_token": "<mask>"}}),
+    (M, OWN, True, {"cfg": {"sep_token": "<pad>"}}),
+    (M, OWN, False, {"cfg": {"eos_token": "<pad>"}}),
+    (M, LIBRARY, True, {"cfg": {"unk_token": "<pad>"}}),
     # other classes
     (R, LIBRARY, True, {"cfg": {"tokenizer_class": "Qwen2Tokenizer"}}),
     (R, LIBRARY, True, {"cfg": {"tokenizer_class": "GemmaTokenizer"}}),

@@ -72,6 +72,8 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
             f"dtype={options.dtype!r} is not supported with LoRA adapters, and {checkpoint.name} has some for "
             f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='auto'"
         )
+    if checkpoint.spec.position_bias and options.attention not in ("auto", "unpadded"):
+        raise OptionError(f"attention={options.attention!r} has no bias by distance for {checkpoint.name}; use 'auto'")
     # On a CPU torch needs the cores; the tokenizer gets the few that keep up with it.
     threads = torch.get_num_threads() // len(devices)
     cores = max(1, threads // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None

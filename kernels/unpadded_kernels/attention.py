@@ -1,7 +1,8 @@
 """Variable-length bidirectional attention over packed qkv: every token attends to the tokens of its own text.
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]
-    bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
+    bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), position_bias[head, j - i] as in T5
+    (Raffel et al., arXiv 1910.10683), and -inf where |i - j| > window
 
 Bound by arithmetic and by exp: 4 * length * heads * head_dim flops and length * heads exponentials per token.
 
@@ -33,13 +34,15 @@ def attention_reference(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend text by text, in fp32.
 
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: tokens of the longest text;
     window: maximum distance from a query to a key in tokens, or None for full attention; alibi_slopes: [heads] fp32 or
     None; tile_map: from `make_tile_map`, or some of its rows: the results of the other queries are then undefined.
-    Ignored here. Returns [total_tokens, heads * head_dim] in qkv's dtype.
+    Ignored here; position_bias: [heads, 2 * reach + 1] fp32 or None, a bias per distance key - query from -reach to
+    reach, the first and last also for those beyond. Returns [total_tokens, heads * head_dim] in qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
@@ -51,6 +54,9 @@ def attention_reference(
             distance = (block[:, None] - position).abs()
             if alibi_slopes is not None:
                 scores -= alibi_slopes[:, None, None] * distance
+            if position_bias is not None:
+                reach = position_bias.shape[1] // 2
+                scores += position_bias[:, (position - block[:, None]).clamp(-reach, reach) + reach]
             if window is not None:
                 scores.masked_fill_(distance > window, float("-inf"))
             out[start + block] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
@@ -76,14 +82,21 @@ def _load(source, text_start, row, column, length, stride_qt, MASKED, TMA, HEAD_
 
 
 @triton.jit
-def _softmax(scores, highest, total, query, key, length, scale, slope, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI):
+def _softmax(
+    scores, highest, total, query, key, length, scale, slope, biases, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI, REACH
+):
     """Add one block of keys to an online softmax. Return the new (highest, total, weights, decay), all fp32.
 
     highest: maximum score; total: sum of the weights; weights: exp2(score - highest) of this block; decay: the factor
-    for the sums of earlier blocks.
+    for the sums of earlier blocks; biases: those of the distances from -REACH on, in the unit of the scores.
     """
     if HAS_ALIBI:
         scores -= slope * tl.abs(query[:, None] - key[None, :])
+    if REACH:
+        index = (key.to(tl.int32) + REACH)[None, :] - query.to(tl.int32)[:, None]
+        index = tl.minimum(tl.maximum(index, 0), 2 * REACH)
+        # a load of so many would be coalesced, and its values would pass through shared memory to the layout of scores
+        scores += tl.reshape(tl.gather(biases, tl.reshape(index, [index.numel]), 0), scores.shape)
     if HAS_WINDOW:
         scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
     if IS_TAIL:
@@ -104,6 +117,7 @@ def _attention_kernel(
     kv_source,
     tile_map_ptr,
     alibi_slopes_ptr,
+    position_bias_ptr,
     out_ptr,
     stride_qt,
     stride_qs,
@@ -118,6 +132,7 @@ def _attention_kernel(
     TMA: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    REACH: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     text_start = tl.load(tile_map_ptr + 3 * tile)
@@ -125,9 +140,12 @@ def _attention_kernel(
     first = tl.load(tile_map_ptr + 3 * tile + 2) * BLOCK_M
     if first >= length:  # a captured graph pads its map with empty tiles
         return
-    slope = 0.0
+    slope, biases = 0.0, 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
+    if REACH:
+        index = tl.minimum(tl.arange(0, triton.next_power_of_2(2 * REACH + 1)), 2 * REACH)
+        biases = tl.load(position_bias_ptr + head * (2 * REACH + 1) + index) * 1.4426950408889634 / scale
 
     query, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     query_position = query.to(tl.float32)
@@ -152,8 +170,8 @@ def _attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         v = _load(kv_source, text_start, block, v_column, length, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, window),
-            *(False, HAS_WINDOW, HAS_ALIBI),
+            *(scores, highest, total, query_position, (block + n).to(tl.float32), length, scale, slope, biases),
+            *(window, False, HAS_WINDOW, HAS_ALIBI, REACH),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     if tail:
@@ -164,8 +182,8 @@ def _attention_kernel(
             v = tl.where((whole + n < length)[:, None], v, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, window),
-            *(True, HAS_WINDOW, HAS_ALIBI),
+            *(scores, highest, total, query_position, (whole + n).to(tl.float32), length, scale, slope, biases),
+            *(window, True, HAS_WINDOW, HAS_ALIBI, REACH),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     d = tl.arange(0, BLOCK_D)
@@ -209,6 +227,7 @@ def attention_triton(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel that `choices` has. Without tile_map it is built here, which waits for the GPU."""
     total_tokens, _, heads, head_dim = qkv.shape
@@ -217,6 +236,9 @@ def attention_triton(
         raise ValueError(f"scale must be positive, got {scale}: use head_dim**-0.5")
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 tokens or more, got {window}: use None for full attention")
+    if position_bias is not None:
+        check_rows("position_bias", position_bias, heads, position_bias.shape[1] | 1)
+        position_bias = position_bias.contiguous()
     tile = attention_tile(qkv.dtype, head_dim, generation(qkv.device))
     if total_tokens == 0:
         return qkv.new_empty(0, heads * head_dim)
@@ -224,19 +246,20 @@ def attention_triton(
         tile = attention_tile(qkv.dtype, head_dim, 80)
     if tile_map is None:
         tile_map = make_tile_map(cu_seqlens.diff().tolist(), tile.block_m).to(qkv.device)
-    # a tile with a window has too few blocks of keys for the loop of the other kernel
-    if tile.tma and window is None and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
+    # a tile with a window has too few blocks of keys for the loop of the other kernel, which takes no position_bias
+    plain = not tile.tma or window is not None or position_bias is not None
+    if not plain and chosen("attention", qkv) == "hopper" and is_supported(qkv.device):
         from unpadded_kernels.hopper import attention as hopper  # needs Gluon
 
         if head_dim in hopper.SLOTS:
             return hopper.attention_hopper(qkv, tile_map, scale, alibi_slopes)
-    return launch_attention(qkv, scale, window, alibi_slopes, tile_map, tile)
+    return launch_attention(qkv, scale, window, (alibi_slopes, position_bias), tile_map, tile)
 
 
 def launch_attention(
-    qkv: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None, tile_map: Tensor, tile: Tile
+    qkv: Tensor, scale: float, window: int | None, biases: tuple[Tensor | None, ...], tile_map: Tensor, tile: Tile
 ) -> Tensor:
-    """Launch plain Triton's kernel, one program per tile and head."""
+    """Launch plain Triton's kernel, one program per tile and head. biases: alibi_slopes and position_bias."""
     total_tokens, _, heads, head_dim = qkv.shape
     out = torch.empty((total_tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     q_source = kv_source = qkv
@@ -248,7 +271,7 @@ def launch_attention(
         q_source,
         kv_source,
         tile_map,
-        alibi_slopes,
+        *biases,
         out,
         stride_qt=qkv.stride(0),
         stride_qs=qkv.stride(1),
@@ -260,7 +283,8 @@ def launch_attention(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         TMA=tile.tma,
         HAS_WINDOW=window is not None,
-        HAS_ALIBI=alibi_slopes is not None,
+        HAS_ALIBI=biases[0] is not None,
+        REACH=0 if biases[1] is None else biases[1].shape[1] // 2,
         **tile.launch,
     )
     return out

@@ -23,7 +23,6 @@ _SHORT = 64
 _BLOCK_Q = 512
 _ONEDNN_SOFTMAX = 128  # scores per row
 _MAX_SCORES = 2**19  # per batched matmul: 1 MiB in bf16, which a core's cache holds
-_MAX_MASK = 2**22  # elements of the mask of one block, 16 MiB in fp32, at any length
 
 
 def attention_cpu(
@@ -34,6 +33,7 @@ def attention_cpu(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute `attention_reference`. The queries of long texts that tile_map leaves out are skipped."""
     total_tokens, _, heads, head_dim = qkv.shape
@@ -51,8 +51,8 @@ def attention_cpu(
         start = rows.stop
         group = qkv[rows].view(texts, length, 3, heads, head_dim)
         out_group = out[rows].view(texts, length, heads, head_dim)
-        if alibi_slopes is not None or (window is not None and length > window + 1):
-            _attend_biased(group, out_group, scale, window, alibi_slopes)
+        if alibi_slopes is not None or position_bias is not None or (window is not None and length > window + 1):
+            _attend_biased(group, out_group, scale, _biases(length, window, alibi_slopes, position_bias), window)
         elif length > _LONG.get(qkv.dtype, length):
             firsts = range(rows.start, rows.stop, length)
             for first, text, out_text in zip(firsts, group, out_group, strict=True):
@@ -103,25 +103,33 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def _attend_biased(qkv: Tensor, out: Tensor, scale: float, window: int | None, alibi_slopes: Tensor | None) -> None:
-    """Attend with a window or ALiBi, a block of queries at a time over the keys that it sees, the bias as a mask.
+def _biases(length: int, window: int | None, alibi_slopes: Tensor | None, position_bias: Tensor | None) -> Tensor:
+    """Return the bias of each distance key - query from 1 - length on: [heads or 1, 2 * length - 1] fp32."""
+    distance = torch.arange(1 - length, length)
+    biases = torch.zeros(1, len(distance))
+    if alibi_slopes is not None:
+        biases = biases - alibi_slopes[:, None] * distance.abs()
+    if position_bias is not None:
+        reach = position_bias.shape[1] // 2
+        biases = biases + position_bias[:, distance.clamp(-reach, reach) + reach]
+    return biases if window is None else biases.masked_fill(distance.abs() > window, float("-inf"))
+
+
+def _attend_biased(qkv: Tensor, out: Tensor, scale: float, biases: Tensor, window: int | None) -> None:
+    """Attend with `_biases`; with a window, a block of queries at a time over the keys that it sees.
 
     qkv: [texts, length, 3, heads, head_dim]; writes out: [texts, length, heads, head_dim].
     """
     length = qkv.shape[1]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    position = torch.arange(length)
-    mask_heads = 1 if alibi_slopes is None else len(alibi_slopes)
-    block = max(32, _MAX_MASK // (mask_heads * length)) if window is None else max(32, 2 * window)
-    for queries in position.split(block):
-        start, stop = int(queries[0]), int(queries[-1]) + 1
-        keys = slice(0, length) if window is None else slice(max(0, start - window), stop + window)
-        distance = (queries[:, None] - position[keys]).abs()
-        mask = torch.zeros(mask_heads, *distance.shape)
-        if alibi_slopes is not None:
-            mask -= alibi_slopes[:, None, None] * distance
-        if window is not None:
-            mask.masked_fill_(distance > window, float("-inf"))
-        rows = slice(start, stop)
-        attended = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, scale=scale)
-        out[:, rows] = attended.transpose(1, 2)
+    block = length if window is None else max(32, 2 * window)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first, last = (0, length) if window is None else (max(0, start - window), min(stop + window, length))
+        # The bias depends on key - query alone, so that with the queries in reverse order the mask is a view of the
+        # biases. It has four dimensions, since torch has no fused kernel for three: that took 2.2 times as long with
+        # ALiBi and 1.5 times as long with a window (Xeon, one core, texts of 512 and 2048, 2026-11).
+        mask = biases[:, length - stop + first : length - start + last - 1].unfold(1, last - first, 1)[None]
+        queries = q[:, :, start:stop].flip(2)
+        attended = F.scaled_dot_product_attention(queries, k[:, :, first:last], v[:, :, first:last], mask, scale=scale)
+        out[:, start:stop] = attended.flip(2).transpose(1, 2)

@@ -19,13 +19,15 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from unpadded.checkpoint.json_config import allow_only, open_file, read_object
 from unpadded.errors import CheckpointError, install_command
 
-BERT, ROBERTA, XLM_ROBERTA = "BertTokenizer", "RobertaTokenizer", "XLMRobertaTokenizer"
+BERT, MPNET, ROBERTA, XLM_ROBERTA = "BertTokenizer", "MPNetTokenizer", "RobertaTokenizer", "XLMRobertaTokenizer"
 UNCHANGED = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that use tokenizer.json as it is
-DEFAULT_CLASSES = {"bert": BERT, "nomic_bert": BERT, "xlm-roberta": XLM_ROBERTA}  # by model_type
+# by model_type
+DEFAULT_CLASSES = {"bert": BERT, "distilbert": BERT, "mpnet": MPNET, "nomic_bert": BERT, "xlm-roberta": XLM_ROBERTA}
 BERT_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "pad", "mask", "cls", "sep")}
 ROBERTA_TOKENS = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
 ROBERTA_TOKENS |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
 TOKENS = {BERT: BERT_TOKENS, ROBERTA: ROBERTA_TOKENS, XLM_ROBERTA: ROBERTA_TOKENS}
+TOKENS |= {MPNET: ROBERTA_TOKENS | {"unk_token": "[UNK]"}}
 TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 VOCABULARY_BYTES = 2**28  # far above any published vocabulary
 # Keys of tokenizer_config.json, other than tokens, that this package applies or that change no token id.
@@ -133,6 +135,7 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
     """Replace the parts that the tokenizer's class builds; return why that takes transformers, or None."""
     default = DEFAULT_CLASSES.get(str(config.get("model_type")))
     name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or default).removesuffix("Fast")
+    name = BERT if name == "DistilBertTokenizer" else name
     if name in UNCHANGED or config.get("model_type") == "modernbert":  # some of whose files name wrong classes
         return None
     if name not in TOKENS:
@@ -143,7 +146,7 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
         return f"tokenizer.json lacks the token {min(absent)} of {name}"
     special = {role: (token, ids[token]) for role, token in tokens.items()}
     cls, sep = special["cls_token"], special["sep_token"]
-    if name == BERT:
+    if name in (BERT, MPNET):
         model = f'WordPiece\\(unk_token="{re.escape(tokens["unk_token"])}", continuing_subword_prefix="##", '
         model += "max_input_chars_per_word=100, .*"
         backend.normalizer = normalizers.BertNormalizer(
@@ -153,7 +156,8 @@ def _apply_class(backend: Tokenizer, config: Mapping[str, Any], settings: Mappin
         )
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         text = f"{cls[0]}:0 $A:0 {sep[0]}:0"
-        backend.post_processor = TemplateProcessing(text, f"{text} $B:1 {sep[0]}:1", [cls, sep])
+        bert = TemplateProcessing(text, f"{text} $B:1 {sep[0]}:1", [cls, sep])
+        backend.post_processor = bert if name == BERT else RobertaProcessing(sep, cls, add_prefix_space=False)
     elif name == ROBERTA:
         model = r'BPE\(dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", '
         model += "fuse_unk=False, byte_fallback=False, ignore_merges=False, .*"
