@@ -39,12 +39,16 @@ HEADLINES: dict[str, Callable[[Result], list[tuple[str, str, float]]]] = {
 }
 CHECKPOINTS = {
     "bert": "all-MiniLM, bge, e5, gte, mxbai-embed-large, snowflake-arctic-embed (first generation), ms-marco-MiniLM",
+    "distilbert": "msmarco-distilbert, multi-qa-distilbert, distilbert-base-uncased-finetuned-sst-2-english",
     "eurobert": "EuroBERT-210m, -610m, -2.1B and models trained from them",
     "gte": "gte-en-v1.5, gte-multilingual-base, snowflake-arctic-embed-m-v2.0, gte-multilingual-reranker",
     "jina_bert": "jina-embeddings-v2",
     "jina_code": "jina-embeddings-v2-base-code",
     "jina_v3": "jina-embeddings-v3 and jina-embeddings-v3-hf, with their LoRA adapters",
-    "modernbert": "modernbert-embed, gte-modernbert, granite-embedding-english-r2, gte-reranker, ettin-reranker",
+    "modernbert": "modernbert-embed, gte-modernbert, granite-embedding-english-r2, -small-english-r2, "
+    "-97m-multilingual-r2 and -311m-multilingual-r2 (32k tokens), DenseOn, Ettin encoders, models trained from mmBERT, "
+    "gte-reranker, ettin-reranker",
+    "mpnet": "all-mpnet-base-v2, multi-qa-mpnet-base, paraphrase-mpnet-base-v2",
     "nomic_bert": "nomic-embed-text-v1 and v1.5, nomic-bert-2048, CodeRankEmbed, snowflake-arctic-embed-m-long",
     "nomic_bert with experts": "nomic-embed-text-v2-moe",
     "xlm_roberta": "bge-m3 (dense), multilingual-e5, snowflake-arctic-embed-l-v2.0, bge-reranker",

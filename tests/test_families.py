@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import VOCABULARY, nomic_tensors, transformers_names, write_bert, write_nomic
+from test_family_distilbert import DISTILBERT_BASE
 from test_family_eurobert import EUROBERT_210M
 from test_family_gte import GTE_BASE
 from test_family_jina_bert import CODE_MAP, JINA_BASE
 from test_family_jina_v3 import JINA_V3
 from test_family_modernbert import MODERNBERT_EMBED
+from test_family_mpnet import ALL_MPNET
 from test_family_xlm_roberta import BGE_M3
 from transformers import BertModel, NomicBertModel
 
@@ -298,7 +300,7 @@ def test_token_types_are_optional() -> None:
     assert spec.token_types == 0 and "token_type" not in nomic_bert.tensors(spec)
 
 
-@pytest.mark.parametrize("model_type", ["distilbert", "mpnet", "deberta-v2"])
+@pytest.mark.parametrize("model_type", ["albert", "deberta-v2"])
 def test_an_unknown_model_type_raises(model_type: str, tmp_path: Path) -> None:
     folder = write_bert(tmp_path, vocabulary=64, tokenizer=False)
     config = (folder / "config.json").read_text().replace('"model_type": "bert"', f'"model_type": "{model_type}"')
@@ -400,6 +402,8 @@ def test_the_first_family_that_matches_reads_the_configuration() -> None:
         "gte": GTE_BASE,
         "jina_code": JINA_BASE | {"auto_map": CODE_MAP},
         "jina_bert": JINA_BASE,
+        "distilbert": DISTILBERT_BASE,
+        "mpnet": ALL_MPNET,
         "xlm_roberta": BGE_M3,
         "bert": BERT,
     }

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.checkpoints import change_json, write_checkpoint
+from support.checkpoints import add_sentence_transformers_files, change_json, write_checkpoint
 from support.family_checks import (
     VOCABULARY,
     assert_cuda_agrees,
@@ -155,6 +155,19 @@ def test_unsupported_settings_raise(key, value):
     changed = {outer: {inner: value}} if inner else {key: value}
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
         eurobert.read_config(EUROBERT_2B | changed)
+
+
+def test_the_code_of_another_model_raises(folder):
+    """As of jina-embeddings-v5-text-nano, which adds adapters to EuroBERT."""
+    auto_map = {"AutoModel": "modeling_jina_embeddings_v5.JinaEmbeddingsV5Model"}
+    with pytest.raises(ConfigError, match=r"auto_map = .*JinaEmbeddingsV5Model.* is not implemented, .*EuroBERT's own"):
+        eurobert.read_config(EUROBERT_2B | {"auto_map": auto_map})
+    add_sentence_transformers_files(folder, pooling="lasttoken")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["type"] = "custom_st.Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ConfigError, match=r"modules.json = 'custom_st.Transformer' is not implemented"):
+        open_checkpoint(folder)
 
 
 def test_indivisible_heads_raise():

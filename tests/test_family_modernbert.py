@@ -15,7 +15,7 @@ from support.family_checks import (
     seeded,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
 import unpadded
 from unpadded.checkpoint.families import modernbert
@@ -57,6 +57,57 @@ SIZES = {
     "pad_token_id": 0,
 }
 SMALL = MODERNBERT_EMBED | SIZES
+
+# Keys of models trained from ModernBERT or as it was, as transformers 4 and 5 write them, in small sizes.
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 4}
+TINY |= {"vocab_size": VOCABULARY, "pad_token_id": 0}
+BY_TRANSFORMERS_4 = MODERNBERT_EMBED | {
+    "architectures": ["ModernBertModel"],
+    "bos_token_id": 50281,
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "classifier_dropout": 0.0,
+    "cls_token_id": 50281,
+    "deterministic_flash_attn": False,
+    "eos_token_id": 50282,
+    "gradient_checkpointing": False,
+    "initializer_cutoff_factor": 2.0,
+    "initializer_range": 0.02,
+    "mlp_dropout": 0.0,
+    "position_embedding_type": "sans_pos",
+    "reference_compile": False,
+    "repad_logits_with_grad": False,
+    "sep_token_id": 50282,
+    "sparse_pred_ignore_index": -100,
+    "sparse_prediction": False,
+    "torch_dtype": "bfloat16",
+    **TINY,
+}
+LEGACY_KEYS = ("global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "layer_norm_eps")
+BY_TRANSFORMERS_5 = {key: value for key, value in BY_TRANSFORMERS_4.items() if key not in LEGACY_KEYS} | {
+    "dtype": "bfloat16",
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_theta": 160000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "tie_word_embeddings": True,
+}
+MASKED = {"architectures": ["ModernBertForMaskedLM"]}
+NEWER = {
+    "granite-embedding-english-r2": BY_TRANSFORMERS_4 | {"global_rope_theta": 80000.0},
+    "granite-embedding-small-english-r2": BY_TRANSFORMERS_4 | {"global_rope_theta": 80000.0, "intermediate_size": 256},
+    "granite-embedding-97m-multilingual-r2": BY_TRANSFORMERS_5
+    | {"max_position_embeddings": 32768, "intermediate_size": 256},
+    "granite-embedding-311m-multilingual-r2": BY_TRANSFORMERS_5 | {"max_position_embeddings": 32768},
+    "DenseOn": BY_TRANSFORMERS_5 | {"classifier_pooling": "cls"},
+    "ettin-encoder": BY_TRANSFORMERS_4
+    | MASKED
+    | {"local_rope_theta": 160000.0, "max_position_embeddings": 7999, "causal_mask": False, "is_causal": False},
+    "mmBERT": BY_TRANSFORMERS_4
+    | MASKED
+    | {"local_rope_theta": 160000.0, "bos_token_id": 2, "cls_token_id": 1, "eos_token_id": 1, "sep_token_id": 1},
+}
 
 
 def model_of(**changes):
@@ -112,6 +163,36 @@ def test_biases_and_the_configuration_of_transformers_5(tmp_path):
 def test_a_scaling_factor_applies_to_global_layers_only(folder):
     spec = open_checkpoint(folder, rotary_scaling_factor=2.0).spec
     assert spec.rotary.scaling_factor == 2.0 and spec.local_attention.rotary.scaling_factor is None
+
+
+def write_newer(folder, name):
+    """Return the model and its folder."""
+    config = NEWER[name]
+    kind = ModernBertForMaskedLM if "MaskedLM" in config["architectures"][0] else ModernBertModel
+    model = seeded(kind(ModernBertConfig(**config)))
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key != "decoder.weight"}  # tied
+    return model.base_model, write_checkpoint(folder, config, tensors)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_models_match_transformers(name, tmp_path):
+    """Also for a text far longer than the window of local attention."""
+    model, folder = write_newer(tmp_path, name)
+    engine = unpadded.load(folder, device="cpu")
+    rotary = engine.checkpoint.spec.rotary_embeddings
+    assert [one.trained_length for one in rotary] == [NEWER[name]["max_position_embeddings"]] * 2
+    rope = model.config.rope_parameters
+    assert [one.base for one in rotary] == [rope[kind]["rope_theta"] for kind in modernbert.LAYER_TYPES]
+    assert_parity(engine, last_hidden_state(model), (1, 7, 65, 700))
+
+
+@pytest.mark.slow
+def test_a_text_of_more_than_8192_tokens_matches_transformers(tmp_path):
+    model, folder = write_newer(tmp_path, "granite-embedding-97m-multilingual-r2")
+    add_sentence_transformers_files(folder, pooling="cls", max_seq_length=32768)
+    engine = unpadded.load(folder, device="cpu")
+    assert engine.checkpoint.max_length == 32768
+    assert_parity(engine, last_hidden_state(model), (9000,))
 
 
 @pytest.mark.slow

@@ -43,6 +43,10 @@ def slopes(heads):
     return torch.rand(heads, device=DEVICE)
 
 
+def position_bias(heads, reach):
+    return 2 * torch.randn(heads, 2 * reach + 1, device=DEVICE)
+
+
 def expected(qkv, *rest):
     return attention_reference(qkv.float(), *rest)
 
@@ -79,8 +83,8 @@ def key_lengths(lengths, device=DEVICE):
 def test_fewer_keys_than_queries(window, dtype, kernel):
     lengths, keys = [1, 70, 32, 260, 0, 130, 128, 33], [1, 1, 32, 128, 0, 129, 64, 31]  # at the borders of blocks
     arguments = *inputs(lengths, 2, 32, dtype), window, None
-    found = attention_triton(*arguments, None, key_lengths(keys))
-    assert_matches(found, expected(*arguments, None, key_lengths(keys)))
+    found = attention_triton(*arguments, None, None, key_lengths(keys))
+    assert_matches(found, expected(*arguments, None, None, key_lengths(keys)))
     if window == 0:  # a token sees itself or, if it is no key, nothing
         values = arguments[0][:, 2].flatten(1).clone()
         values[2:71] = 0
@@ -88,18 +92,18 @@ def test_fewer_keys_than_queries(window, dtype, kernel):
 
 
 def test_fewer_keys_with_alibi(kernel):
-    arguments = *inputs([70, 200], 3, 16, torch.float16), None, slopes(3), None, key_lengths([3, 150])
+    arguments = *inputs([70, 200], 3, 16, torch.float16), None, slopes(3), None, None, key_lengths([3, 150])
     assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, for the scores of the NaN
 def test_tokens_that_are_no_keys_do_not_matter_to_others(kernel):
     qkv, *rest = inputs([70], 2, 32, torch.float16)
-    clean = attention_triton(qkv, *rest, None, None, None, key_lengths([33]))
+    clean = attention_triton(qkv, *rest, None, None, None, None, key_lengths([33]))
     alone = attention_triton(qkv[:33].clone(), packed([33]), 33, rest[-1])
     assert torch.equal(clean[:33], alone)
     qkv[33:] = float("nan")
-    assert torch.equal(attention_triton(qkv, *rest, None, None, None, key_lengths([33]))[:33], clean[:33])
+    assert torch.equal(attention_triton(qkv, *rest, None, None, None, None, key_lengths([33]))[:33], clean[:33])
 
 
 def test_a_tile_map_with_keys(kernel):
@@ -109,26 +113,51 @@ def test_a_tile_map_with_keys(kernel):
     tile_map = make_tile_map(lengths, block_m, key_lengths(keys, "cpu"))
     assert tile_map[:, [1, 3]].unique(dim=0).tolist() == [[3, 3], [129, 100], [140, 1]]
     padded = torch.cat((tile_map, tile_map.new_zeros(2, 4))).to(DEVICE)
-    whole = attention_triton(*arguments, None, key_lengths(keys))
-    assert torch.equal(attention_triton(*arguments, padded, key_lengths(keys)), whole)
+    whole = attention_triton(*arguments, None, None, key_lengths(keys))
+    assert torch.equal(attention_triton(*arguments, padded, None, key_lengths(keys)), whole)
     with pytest.raises(ValueError, match="tile_map must have 3 columns, got 4: make it with key_lengths"):
         attention_triton(*arguments, padded)
 
 
+@variants("reach", [20, 1, 91, 300])
+def test_position_bias(reach, dtype, kernel):
+    arguments = *inputs([1, 0, 200, 30], 3, 16, dtype), None, None, None, position_bias(3, reach)
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_position_bias_with_a_window_and_in_a_wider_table(kernel):
+    arguments = *inputs([100, 7], 3, 16, torch.float32), 33, None, None, position_bias(3, 40)[:, 20:61]
+    assert_matches(attention_triton(*arguments), expected(*arguments))
+
+
+def test_position_bias_is_that_of_key_minus_query():
+    """The heads see the key at distance 2, at -1, and those from 3 on; where there is none, all keys alike."""
+    qkv = torch.zeros(6, 3, 3, 16, device=DEVICE)
+    qkv[:, 2] = torch.arange(6.0, device=DEVICE)[:, None, None]
+    bias = torch.full((3, 7), -1e4, device=DEVICE)
+    bias[0, 3 + 2] = bias[1, 3 - 1] = bias[2, 3 + 3] = 0
+    attended = attention_reference(qkv, packed([6]), 6, 0.25, position_bias=bias)[:, ::16]
+    mean = 2.5
+    seen = [[2, mean, 4], [3, 0, 4.5], [4, 1, 5], [5, 2, mean], [mean, 3, mean], [mean, 4, mean]]
+    torch.testing.assert_close(attended, torch.tensor(seen, device=DEVICE))
+
+
 def test_the_scale_is_used(kernel):
     qkv, cu_seqlens, max_seqlen, _ = inputs([70], 1, 32, torch.float32)
-    arguments = qkv, cu_seqlens, max_seqlen, 0.7
-    assert_matches(attention_triton(*arguments), expected(*arguments))
+    for bias in (None, position_bias(1, 20)):
+        arguments = qkv, cu_seqlens, max_seqlen, 0.7, None, None, None, bias
+        assert_matches(attention_triton(*arguments), expected(*arguments))
 
 
 @variants("window", [None, 20])
 def test_a_text_does_not_depend_on_its_batch(window, dtype, kernel):
     lengths = [130, 1, 200, 64]
     qkv, cu_seqlens, max_seqlen, scale = inputs(lengths, 2, 32, dtype)
-    whole = attention_triton(qkv, cu_seqlens, max_seqlen, scale, window)
+    bias = None if window else position_bias(2, 91)
+    whole = attention_triton(qkv, cu_seqlens, max_seqlen, scale, window, position_bias=bias)
     for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
-        alone = attention_triton(qkv[rows], packed([length]), length, scale, window)
+        alone = attention_triton(qkv[rows], packed([length]), length, scale, window, position_bias=bias)
         assert torch.equal(whole[rows], alone)
 
 
@@ -209,6 +238,9 @@ def test_invalid_arguments_raise():
         attention_triton(qkv, cu_seqlens, max_seqlen, 0)
     with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
         attention_triton(qkv, cu_seqlens, max_seqlen, scale, -1)
+    for bias in (torch.zeros(2, 8, device=DEVICE), torch.zeros(3, 9, device=DEVICE)):
+        with pytest.raises(ValueError, match=r"position_bias must be \(2, 9\) with contiguous rows"):
+            attention_triton(qkv, cu_seqlens, max_seqlen, scale, position_bias=bias)
     with pytest.raises(ValueError, match="no kernel for head_dim 256"):
         attention_triton(torch.randn(4, 3, 1, 256, device=DEVICE), packed([4]), 4, scale)
 
@@ -218,7 +250,8 @@ def test_op_contract(monkeypatch):
     arguments = inputs([5, 2], 2, 32, torch.float32)
     torch.library.opcheck(attention, arguments)
     torch.library.opcheck(attention, (*arguments, 3, slopes(2)))
-    torch.library.opcheck(attention, (*arguments, None, None, None, key_lengths([2, 1])))
+    torch.library.opcheck(attention, (*arguments, None, None, None, None, key_lengths([2, 1])))
+    torch.library.opcheck(attention, (*arguments, None, None, None, position_bias(2, 3)))
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """Variable-length bidirectional attention over packed qkv: every token attends to the tokens of its own text.
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]
-    bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), and -inf where |i - j| > window
+    bias[i, j] = -slope[head] * |i - j| with ALiBi (Press et al., arXiv 2108.12409), position_bias[head, j - i] as in T5
+    (Raffel et al., arXiv 1910.10683), and -inf where |i - j| > window
 
 A text can have fewer keys than tokens, which are its first tokens. A query without a key in its window gets 0.
 
@@ -33,6 +34,7 @@ def attention_reference(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    position_bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attend text by text, in fp32.
@@ -40,8 +42,9 @@ def attention_reference(
     qkv: [total_tokens, 3, heads, head_dim]; cu_seqlens: [batch + 1] int32; max_seqlen: tokens of the longest text;
     window: maximum distance from a query to a key in tokens, or None for full attention; alibi_slopes: [heads] fp32 or
     None; tile_map: from `make_tile_map`, or some of its rows: the results of the other queries are then undefined.
-    Ignored here. key_lengths: [batch] int32, how many first tokens of each text are keys, at least 1; None for all.
-    Returns [total_tokens, heads * head_dim] in qkv's dtype.
+    Ignored here; position_bias: [heads, 2 * reach + 1] fp32 or None, a bias per distance key - query from -reach to
+    reach, the first and last also for those beyond; key_lengths: [batch] int32, how many first tokens of each text are
+    keys, at least 1, or None for all. Returns [total_tokens, heads * head_dim] in qkv's dtype.
     """
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
@@ -54,6 +57,9 @@ def attention_reference(
             distance = (block[:, None] - position).abs()
             if alibi_slopes is not None:
                 scores -= alibi_slopes[:, None, None] * distance
+            if position_bias is not None:
+                reach = position_bias.shape[1] // 2
+                scores += position_bias[:, (position - block[:, None]).clamp(-reach, reach) + reach]
             hidden = position >= count
             if window is not None:
                 hidden = hidden | (distance > window)
@@ -81,14 +87,21 @@ def _load(source, text_start, row, column, length, stride_qt, MASKED, TMA, HEAD_
 
 
 @triton.jit
-def _softmax(scores, highest, total, query, key, length, scale, slope, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI):
+def _softmax(
+    scores, highest, total, query, key, length, scale, slope, biases, window, IS_TAIL, HAS_WINDOW, HAS_ALIBI, REACH
+):
     """Add one block of keys to an online softmax. Return the new (highest, total, weights, decay), all fp32.
 
     highest: maximum score; total: sum of the weights; weights: exp2(score - highest) of this block; decay: the factor
-    for the sums of earlier blocks.
+    for the sums of earlier blocks; biases: those of the distances from -REACH on, in the unit of the scores.
     """
     if HAS_ALIBI:
         scores -= slope * tl.abs(query[:, None] - key[None, :])
+    if REACH:
+        index = (key.to(tl.int32) + REACH)[None, :] - query.to(tl.int32)[:, None]
+        index = tl.minimum(tl.maximum(index, 0), 2 * REACH)
+        # a load of so many would be coalesced, and its values would pass through shared memory to the layout of scores
+        scores += tl.reshape(tl.gather(biases, tl.reshape(index, [index.numel]), 0), scores.shape)
     if HAS_WINDOW:
         scores = tl.where(tl.abs(query[:, None] - key[None, :]) <= window, scores, float("-inf"))
     if IS_TAIL:
@@ -109,6 +122,7 @@ def _attention_kernel(
     kv_source,
     tile_map_ptr,
     alibi_slopes_ptr,
+    position_bias_ptr,
     out_ptr,
     stride_qt,
     stride_qs,
@@ -124,6 +138,7 @@ def _attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_KEYS: tl.constexpr,
+    REACH: tl.constexpr,
 ):
     tile, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row_ptr = tile_map_ptr + (4 if HAS_KEYS else 3) * tile
@@ -135,9 +150,12 @@ def _attention_kernel(
     keys = length
     if HAS_KEYS:
         keys = tl.load(row_ptr + 3)
-    slope = 0.0
+    slope, biases = 0.0, 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi_slopes_ptr + head) * 1.4426950408889634 / scale
+    if REACH:
+        index = tl.minimum(tl.arange(0, triton.next_power_of_2(2 * REACH + 1)), 2 * REACH)
+        biases = tl.load(position_bias_ptr + head * (2 * REACH + 1) + index) * 1.4426950408889634 / scale
 
     query, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     query_position = query.to(tl.float32)
@@ -162,8 +180,8 @@ def _attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         v = _load(kv_source, text_start, block, v_column, keys, stride_qt, False, TMA, HEAD_DIM, BLOCK_N, BLOCK_D)
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (block + n).to(tl.float32), keys, scale, slope, window),
-            *(False, HAS_WINDOW, HAS_ALIBI),
+            *(scores, highest, total, query_position, (block + n).to(tl.float32), keys, scale, slope, biases),
+            *(window, False, HAS_WINDOW, HAS_ALIBI, REACH),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     if tail:
@@ -174,8 +192,8 @@ def _attention_kernel(
             v = tl.where((whole + n < keys)[:, None], v, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         highest, total, weights, decay = _softmax(
-            *(scores, highest, total, query_position, (whole + n).to(tl.float32), keys, scale, slope, window),
-            *(True, HAS_WINDOW, HAS_ALIBI),
+            *(scores, highest, total, query_position, (whole + n).to(tl.float32), keys, scale, slope, biases),
+            *(window, True, HAS_WINDOW, HAS_ALIBI, REACH),
         )
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     if HAS_KEYS:  # a query whose window has no key
@@ -223,6 +241,7 @@ def attention_triton(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     tile_map: Tensor | None = None,
+    position_bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Launch one program per tile and head. Without tile_map it is built here, which waits for the GPU."""
@@ -232,6 +251,9 @@ def attention_triton(
         raise ValueError(f"scale must be positive, got {scale}: use head_dim**-0.5")
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 tokens or more, got {window}: use None for full attention")
+    if position_bias is not None:
+        check_rows("position_bias", position_bias, heads, position_bias.shape[1] | 1)
+        position_bias = position_bias.contiguous()
     tile = attention_tile(qkv.dtype, head_dim, generation(qkv.device))
     if total_tokens == 0:
         return qkv.new_empty(0, heads * head_dim)
@@ -253,6 +275,7 @@ def attention_triton(
         kv_source,
         tile_map,
         alibi_slopes,
+        position_bias,
         out,
         stride_qt=qkv.stride(0),
         stride_qs=qkv.stride(1),
@@ -266,6 +289,7 @@ def attention_triton(
         HAS_WINDOW=window is not None,
         HAS_ALIBI=alibi_slopes is not None,
         HAS_KEYS=tile_map.shape[1] == 4,
+        REACH=0 if position_bias is None else position_bias.shape[1] // 2,
         **tile.launch,
     )
     return out

@@ -221,7 +221,7 @@ def add_sentence_transformers_files(
     ]
     write_json(folder / "modules.json", modules)
     config = json.loads((folder / "config.json").read_text())
-    hidden = config.get("hidden_size") or config["n_embd"]
+    hidden = next(config[key] for key in ("hidden_size", "n_embd", "dim") if key in config)
     write_json(
         folder / "1_Pooling" / "config.json",
         {"embedding_dimension": hidden, "pooling_mode": pooling, "include_prompt": True},

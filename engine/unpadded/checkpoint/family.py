@@ -18,14 +18,14 @@ SIZE_KEYS = {
     "intermediate": "intermediate_size",
     "vocabulary": "vocab_size",
 }
-_PREFIXES = "0.auto_model. auto_model. base_model.model. bert. gte. model. module. new. nomic_bert. roberta."
+_PREFIXES = "0. auto_model. base_model. bert. distilbert. gte. model. module. mpnet. new. nomic_bert. roberta."
 PREFIXES = _PREFIXES.split()  # removed from stored names, repeatedly
-_IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* lm_head.* pooler.*"
+_IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* lm_head.* pooler.* pre_classifier.* vocab_*"
 IGNORED = _IGNORED.split()  # patterns of stored names, without prefix, that no encoder needs
 # Names of a checkpoint's modules by tensor of the encoder; several are stacked along dim 0. In a layer's modules,
 # {layer} is the layer's index and {next} that of the next one.
 Layout: TypeAlias = Mapping[str, str | tuple[str, ...]]
-OUTSIDE_LAYERS = ("word", "token_type", "position", "norm")
+OUTSIDE_LAYERS = ("word", "token_type", "position", "norm", "position_bias")
 # that of newer families in transformers, whose embeddings have the names of BERT's
 TRANSFORMERS: Layout = {
     "word": "embeddings.word_embeddings",
@@ -40,8 +40,8 @@ TRANSFORMERS: Layout = {
     "mlp_norm": "layers.{layer}.post_mlp_layernorm",
 }
 
-# The pooling of a model for sequence classification, and what follows it.
-ScoreLayers: TypeAlias = tuple[Pooling, tuple[Dense, ...]]
+# Returns the pooling of a model for sequence classification and what follows it, from config.json and labels.
+ScoreLayers: TypeAlias = Callable[[EncoderSpec, Mapping[str, Any], int], tuple[Pooling, tuple[Dense, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Family:
     matches: Callable[[Mapping[str, Any], Collection[str]], bool]  # from config.json and the stored tensors' names
     read_config: Callable[[Mapping[str, Any]], EncoderSpec]  # raises ConfigError for what is not implemented
     tensors: Callable[[EncoderSpec], dict[str, TensorSpec]]  # as `encoder_tensors`
-    score: Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers] | None = None  # from config.json and labels
+    score: ScoreLayers | None = None
     max_length: int | None = None  # tokens, if no file states a length; None: as many as there are learned positions
     prompts: Mapping[str, str] = field(default_factory=dict)  # task -> prompt, if no file states any
     matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # published model -> trained dimensions
@@ -106,6 +106,7 @@ def encoder_tensors(
         "word": (spec.vocabulary, hidden),
         "token_type": (spec.token_types, hidden),
         "position": (spec.position_rows, hidden),
+        "position_bias": (32, spec.heads),  # by `EncoderSpec.distance_buckets`
         "qkv": (0 if kv_rows else 3 * hidden, hidden),
         "q": (hidden if kv_rows else 0, hidden),
         "kv": (kv_rows, hidden),
@@ -132,13 +133,12 @@ def encoder_tensors(
     return found
 
 
-def tanh_head(dense: str, classifier: str) -> Callable[[EncoderSpec, Mapping[str, Any], int], ScoreLayers]:
-    """Return a `Family.score`: the first token, a tanh layer and the classifier, by their stored names."""
+def cls_head(dense: str, classifier: str, activation: str = "tanh") -> ScoreLayers:
+    """Return the layers after the first token: one with an activation and the classifier, by their stored names."""
 
-    def score(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> ScoreLayers:
-        square = (spec.hidden, spec.hidden)
-        layers = Dense(name=dense, shape=square, activation="tanh"), Dense(name=classifier, shape=(labels, spec.hidden))
-        return "cls", layers
+    def score(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> tuple[Pooling, tuple[Dense, ...]]:
+        first = Dense(name=dense, shape=(spec.hidden, spec.hidden), activation=activation)
+        return "cls", (first, Dense(name=classifier, shape=(labels, spec.hidden)))
 
     return score
 

@@ -18,7 +18,7 @@ Config: TypeAlias = Mapping[str, Any]
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
 JSON_BYTES = 2**24  # far above any published configuration
 # Names are made for every layer before they are compared with the weights.
-LAYER_KEYS, MAX_LAYERS = ("num_hidden_layers", "n_layer"), 1000
+LAYER_KEYS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers"), 1000
 
 
 def open_file(path: Path, limit: float = math.inf) -> BinaryIO:

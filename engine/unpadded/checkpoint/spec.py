@@ -81,6 +81,7 @@ class EncoderSpec:
     # learned positions start at the row after this one; tokens with this id use this row
     padding_id: int | None = None
     alibi: bool = False
+    position_bias: bool = False  # attention has a bias per head and bucket of distances, shared by the layers
     qk_norm: bool = False  # LayerNorm over all heads of q, and of k
     inner_norm: bool = False  # the residual is added to attention's output and normalized, then both once more
     local_attention: LocalAttention | None = None
@@ -125,6 +126,15 @@ class EncoderSpec:
         power = 1 << (self.heads.bit_length() - 1)
         between = (2 ** (-4 * step / power) for step in range(1, 2 * (self.heads - power), 2))
         return (*(2 ** (-8 * step / power) for step in range(1, power + 1)), *between)
+
+    @property
+    def distance_buckets(self) -> tuple[int, ...]:
+        """Bucket of each distance key - query from -91 to 91, whose buckets go on, as in T5 (Raffel, arXiv 1910.10683).
+
+        That of -d is d if d < 8, else min(8 + floor(2 * log2(d / 8)), 15); that of d is 16 more.
+        """
+        before = [d if d < 8 else min(7 + (d * d // 64).bit_length(), 15) for d in range(92)]
+        return (*before[:0:-1], 0, *(16 + bucket for bucket in before[1:]))
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,14 @@ def _positions(ids: np.ndarray | None, kept: np.ndarray, spec: EncoderSpec) -> n
     """
     length = kept.shape[1]
     columns = np.arange(length, dtype=np.int32)
+    first = kept.argmax(axis=1, keepdims=True)
+    span = length - kept[:, ::-1].argmax(axis=1) - first[:, 0]  # columns from a text's first token to its last
+    texts_with_gaps = np.flatnonzero(kept.any(axis=1) & (span != kept.sum(axis=1)))
+    if texts_with_gaps.size and (spec.alibi or spec.position_bias or spec.local_attention is not None):
+        raise InputError(
+            f"attention_mask of text {texts_with_gaps[0]} has zeros between ones, which attention by distance, as in "
+            f"{spec.family}, does not support; mask padding at the ends only"
+        )
     if spec.position_rows:
         if spec.padding_id is None:
             positions = np.broadcast_to(columns, kept.shape)
@@ -164,15 +172,7 @@ def _positions(ids: np.ndarray | None, kept: np.ndarray, spec: EncoderSpec) -> n
             )
         learned: np.ndarray = positions[kept]
         return learned
-    first = kept.argmax(axis=1, keepdims=True)
-    span = length - kept[:, ::-1].argmax(axis=1) - first[:, 0]  # columns from a text's first token to its last
-    texts_with_gaps = np.flatnonzero(kept.any(axis=1) & (span != kept.sum(axis=1)))
     if not texts_with_gaps.size:
         return None
-    if spec.alibi or spec.local_attention is not None:
-        raise InputError(
-            f"attention_mask of text {texts_with_gaps[0]} has zeros between ones, which attention by distance, as in "
-            f"{spec.family}, does not support; mask padding at the ends only"
-        )
     relative: np.ndarray = (columns - first)[kept].astype(np.int32)
     return relative

@@ -10,15 +10,15 @@ from unpadded.errors import OptionError, install_command
 from unpadded.model.batch import PackedBatch
 from unpadded_kernels import attention
 
-Attend = Callable[[Tensor, PackedBatch, float, int | None, Tensor | None], Tensor]
+Attend = Callable[[Tensor, PackedBatch, float, int | None, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A backend: (qkv, batch, scale, window, alibi_slopes) -> [total_tokens, heads * head_dim].
+    """A backend: (qkv, batch, scale, window, alibi_slopes, position_bias) -> [total_tokens, heads * head_dim].
 
     qkv: [total_tokens, 3, heads, head_dim]; window: the distance up to which tokens attend to each other, None for
-    full attention; alibi_slopes: [heads] fp32 or None.
+    full attention; alibi_slopes and position_bias: as of `attention`; only this project's op takes a position_bias.
     """
 
     name: str
@@ -42,14 +42,18 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
     return Attention(name, _torch if name == "torch" else _flash_attn())
 
 
-def _unpadded(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
+def _unpadded(
+    qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, slopes: Tensor | None, bias: Tensor | None
+) -> Tensor:
     out: Tensor = attention(
-        *(qkv, batch.cu_seqlens, batch.max_seqlen, scale, window, alibi_slopes, batch.tile_map, batch.key_lengths)
+        *(qkv, batch.cu_seqlens, batch.max_seqlen, scale, window, slopes, batch.tile_map, bias, batch.key_lengths)
     )
     return out
 
 
-def _torch(qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None) -> Tensor:
+def _torch(
+    qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None, _: Tensor | None
+) -> Tensor:
     """Run PyTorch's build of FlashAttention-2; torch.nn.attention.varlen, which wraps it, adds a launch."""
     q, k, v = qkv.unbind(1)
     cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
@@ -73,7 +77,7 @@ def _flash_attn() -> Attend:
         ) from error
 
     def attend(
-        qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None
+        qkv: Tensor, batch: PackedBatch, scale: float, window: int | None, alibi_slopes: Tensor | None, _: Tensor | None
     ) -> Tensor:
         out: Tensor = flash_attn_varlen_qkvpacked_func(
             qkv,

@@ -60,6 +60,7 @@ class Encoder:
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
         self._alibi_slopes = torch.tensor(spec.alibi_slopes, device=weights.word.device) if spec.alibi else None
+        self._buckets = torch.tensor(spec.distance_buckets, device=weights.word.device)
 
     def weights_of(self, adapter: str | None) -> EncoderWeights:
         """Return the weights for a LoRA task, valid until another task is asked for; None: without LoRA."""
@@ -90,10 +91,17 @@ class Encoder:
             states.append(residual)
         inv_freqs = () if batch.inv_freq is None else batch.inv_freq
         tables = [rotary_cos_sin(batch.positions, inv_freq, batch.cu_seqlens) for inv_freq in inv_freqs]
+        bias = weights.position_bias
+        if bias is not None:  # in every pass, because the parameters that `accelerate` shares may change
+            bias = bias.mT.float().index_select(1, self._buckets)
         for layer, (window, rotary) in zip(weights.layers, self.spec.layer_attention, strict=True):
             cos_sin = tables[rotary] if tables else None
-            last = layer is weights.layers[-1]
-            x, residual = self._layer(x, residual, layer, batch, window, cos_sin, selected if last else None)
+            chosen = selected if layer is weights.layers[-1] else None
+            if chosen is not None:
+                batch = replace(batch, tile_map=chosen.tile_map)
+            rest = batch, self._scale, window, self._alibi_slopes, bias
+            # no variable holds qkv, so that it is freed before the MLP, or what attention returns
+            x, residual = self._layer(layer, self.attention.attend(layer.qkv(x, cos_sin), *rest), residual, chosen)
             if states is not None:
                 states.append(residual)
         if states is not None:
@@ -110,31 +118,17 @@ class Encoder:
         return x, x
 
     def _layer(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        layer: Layer,
-        batch: PackedBatch,
-        window: int | None,
-        cos_sin: Tensor | None,
-        selected: SelectedTokens | None,
+        self, layer: Layer, attended: Tensor, residual: Tensor, selected: SelectedTokens | None
     ) -> tuple[Tensor, Tensor]:
-        """Return (x, residual) of the next layer, both [total_tokens, hidden], or [n, hidden] of the selected tokens.
-
-        window: how far a token attends to either side, None for all; cos_sin: the rotary table.
-        """
-        if selected is not None:
-            batch = replace(batch, tile_map=selected.tile_map)
-        # no variable holds qkv, so that it is freed before the MLP
-        attended = self.attention.attend(layer.qkv(x, cos_sin), batch, self._scale, window, self._alibi_slopes)
+        """Return (x, residual) of the next layer, of every or each selected token, given the result of attention."""
         if selected is not None:
             attended, residual = attended[selected.indices], residual[selected.indices]
 
-        def after_attention(attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        def run(attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             x, residual = layer.attention_norm(layer.out(attended), residual)
             return layer.mlp_norm(layer.mlp(x), residual)
 
-        return _in_row_blocks(after_attention, self.row_block, attended, residual)
+        return _in_row_blocks(run, self.row_block, attended, residual)
 
 
 def _in_row_blocks(

@@ -38,6 +38,7 @@ class EncoderWeights:
     word: Tensor  # [vocabulary, hidden]
     token_type: Tensor | None  # [token_types, hidden]
     position: Tensor | None  # [position_rows, hidden]
+    position_bias: Tensor | None  # [buckets, heads]
     norm: LayerNorm | RMSNorm
     layers: tuple[Layer, ...]
     # tensor name -> the LoRA factors of all tasks: B [tasks, rows, rank] and A [tasks, n * rank, columns]; n is 1, or 3
@@ -150,6 +151,7 @@ def assemble(spec: EncoderSpec, tensors: dict[str, Tensor], change: ChangeLinear
         word=tensors["word"],
         token_type=tensors.get("token_type"),
         position=tensors.get("position"),
+        position_bias=tensors.get("position_bias"),
         norm=_norm(spec, tensors, "norm"),
         layers=tuple(layers),
         lora={name.removeprefix("lora."): (tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in lora},

@@ -12,6 +12,8 @@ FAMILIES: dict[str, Family] = {
     "jina_code": jina_bert.CODE_FAMILY,
     "jina_bert": jina_bert.FAMILY,
     "jina_v3": jina_v3.FAMILY,
+    "distilbert": bert.DISTILBERT_FAMILY,
+    "mpnet": bert.MPNET_FAMILY,
     "xlm_roberta": bert.ROBERTA_FAMILY,
     "bert": bert.FAMILY,
 }

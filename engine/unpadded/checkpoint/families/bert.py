@@ -1,13 +1,15 @@
-"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1).
+"""BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1); and families that resemble it.
 
-XLM-RoBERTa and RoBERTa, a family of their own, differ in positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2.
+XLM-RoBERTa and RoBERTa differ in positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2. MPNet also has a bias
+by distance in attention: all-mpnet-base-v2, multi-qa-mpnet, paraphrase-mpnet. DistilBERT has other names and no token
+types: msmarco-distilbert, multi-qa-distilbert.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes, tanh_head
+from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, cls_head, encoder_tensors, sizes
 from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, required
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
@@ -23,6 +25,25 @@ LAYOUT = {
     "down": f"{LAYER}.output.dense",
     "mlp_norm": f"{LAYER}.output.LayerNorm",
 }
+MPNET_LAYOUT = {
+    **LAYOUT,
+    "position_bias": "encoder.relative_attention_bias",
+    "qkv": tuple(f"{LAYER}.attention.attn.{part}" for part in "qkv"),
+    "out": f"{LAYER}.attention.attn.o",
+    "attention_norm": f"{LAYER}.attention.LayerNorm",
+}
+DISTIL_LAYER = "transformer.layer.{layer}"
+DISTIL_LAYOUT = {
+    **TRANSFORMERS,
+    "qkv": tuple(f"{DISTIL_LAYER}.attention.{part}_lin" for part in "qkv"),
+    "out": f"{DISTIL_LAYER}.attention.out_lin",
+    "attention_norm": f"{DISTIL_LAYER}.sa_layer_norm",
+    "up": f"{DISTIL_LAYER}.ffn.lin1",
+    "down": f"{DISTIL_LAYER}.ffn.lin2",
+    "mlp_norm": f"{DISTIL_LAYER}.output_layer_norm",
+}
+DISTIL_SIZES = {"dim": "hidden_size", "hidden_dim": "intermediate_size"}
+DISTIL_SIZES |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
@@ -44,15 +65,40 @@ def read_roberta_config(config: Mapping[str, Any]) -> EncoderSpec:
     return replace(read_config(config), family="xlm_roberta", padding_id=padding_id)
 
 
+def read_mpnet_config(config: Mapping[str, Any]) -> EncoderSpec:
+    allow_only(config, {"relative_attention_num_buckets": 32})
+    # transformers' model has padding id 1, whatever the configuration states
+    return replace(read_config(config), family="mpnet", token_types=0, padding_id=1, position_bias=True)
+
+
+def read_distilbert_config(config: Mapping[str, Any]) -> EncoderSpec:
+    renamed = {key: required(config, (old, key), int) for old, key in DISTIL_SIZES.items()}
+    activation = choice(config, "activation", ACTIVATIONS, default="gelu")
+    spec = read_config({**config, **renamed, "hidden_act": None, "layer_norm_eps": None})
+    return replace(spec, family="distilbert", token_types=0, activation=activation)
+
+
 FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
-    score=tanh_head("pooler.dense", "classifier"),
+    score=cls_head("pooler.dense", "classifier"),
 )
 ROBERTA_FAMILY = replace(
     FAMILY,
     matches=by_type_or_name("xlm-roberta", "roberta"),
     read_config=read_roberta_config,
-    score=tanh_head("classifier.dense", "classifier.out_proj"),
+    score=cls_head("classifier.dense", "classifier.out_proj"),
+)
+MPNET_FAMILY = replace(
+    ROBERTA_FAMILY,
+    matches=by_type_or_name("mpnet", suffixes=("encoder.layer.0.attention.attn.q.weight",)),
+    read_config=read_mpnet_config,
+    tensors=lambda spec: encoder_tensors(spec, MPNET_LAYOUT),
+)
+DISTILBERT_FAMILY = Family(
+    matches=by_type_or_name("distilbert", suffixes=("transformer.layer.0.attention.q_lin.weight",)),
+    read_config=read_distilbert_config,
+    tensors=lambda spec: encoder_tensors(spec, DISTIL_LAYOUT),
+    score=cls_head("pre_classifier", "classifier", "relu"),
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unpadded.checkpoint.family import GATES, TRANSFORMERS, Family, by_type_or_name, choice, encoder_tensors, sizes
-from unpadded.checkpoint.json_config import allow_only, optional, unscaled_rotary
+from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, unscaled_rotary
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import ConfigError
 
@@ -25,6 +25,8 @@ LAYOUT = {
 
 def read_config(config: Mapping[str, Any]) -> EncoderSpec:
     allow_only(config, dict.fromkeys(("is_causal", "attention_bias", "mlp_bias"), False) | {"rope_scaling": None})
+    if "eurobert" not in str(config.get("auto_map") or "eurobert").lower():  # such as jina-embeddings-v5-text-nano
+        raise not_implemented("auto_map", config["auto_map"], "EuroBERT's own code")
     shape = sizes(config)
     heads = shape["heads"]
     kv_heads = optional(config, "num_key_value_heads", heads)
