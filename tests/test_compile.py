@@ -27,7 +27,7 @@ JOBS = [f"{dtype}:{capability}" for capability, dtypes in DTYPES.items() for dty
 JOBS += ["fp16:90:gluon-all", "fp8:90:gluon-all", "bf16:90:gluon"]
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
-MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel")
+MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel", "_vocabulary_max_kernel")
 MATMULS += ("_attention_hopper_kernel", "_linear_hopper_kernel")
 STREAMS = tuple(f"_{name}_kernel" for name in ("norm", "activation", "rotary", "quantize_rows"))
 

@@ -25,7 +25,7 @@ from unpadded.errors import (
 
 if TYPE_CHECKING:
     from unpadded.engine import Engine
-    from unpadded.execution.results import Embeddings
+    from unpadded.execution.results import Embeddings, Sparse
     from unpadded.integrations import nomic as embed
     from unpadded.loading import load
 
@@ -42,6 +42,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OverloadedError",
+    "Sparse",
     "TooLargeError",
     "UnpaddedError",
     "WeightsError",
@@ -52,7 +53,8 @@ __all__ = [
 ]
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
-_LAZY = {"Embeddings": "unpadded.execution.results", "Engine": "unpadded.engine", "load": "unpadded.loading"}
+_LAZY = {"Engine": "unpadded.engine", "load": "unpadded.loading"}
+_LAZY |= dict.fromkeys(("Embeddings", "Sparse"), "unpadded.execution.results")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TypeAlias, Unpack, cast
 import torch
 
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
+from unpadded.checkpoint.sparse_head import SparseHead
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
@@ -107,6 +108,8 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
     if checkpoint.score is not None:
         heads["score"] = Head(checkpoint.score.pooling, load_dense(checkpoint.score.dense, device=device))
+    if isinstance(sparse := checkpoint.sparse, SparseHead):
+        heads["sparse"] = Head("vocabulary" if sparse.log1p else "none", load_dense(sparse.dense, device=device))
     return Runner(encoder, device, heads)
 
 

@@ -41,6 +41,7 @@ from unpadded_kernels.moe import expert_mlp_triton
 from unpadded_kernels.pooling import masked_mean_pool_triton, mean_pool_triton
 from unpadded_kernels.rotary import rotary_triton
 from unpadded_kernels.tiles import attention_block_m
+from unpadded_kernels.vocabulary_max import vocabulary_max_triton
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -120,6 +121,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
     arguments = rows(TOKENS, 768), rows(8, 768), rows(8, 3072, 768), rows(8, 768, 3072), rows(768), 2, "gelu"
     yield "8 experts", lambda arguments=arguments: expert_mlp_triton(*arguments)
+    arguments = rows(TOKENS, 768), rows(30522, 768), torch.empty(30522), cu_seqlens
+    yield "768 to 30522", lambda arguments=arguments: vocabulary_max_triton(*arguments)
 
 
 def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -229,7 +232,7 @@ def compile_cases(job: str) -> list[dict[str, Any]]:
     """Compile and describe every case of a job such as fp16:90."""
     dtype, generation, *gluon = job.split(":")
     capability = int(generation)
-    for op in ("attention", "choices", "linear_kernels", "moe"):
+    for op in ("attention", "choices", "linear_kernels", "moe", "vocabulary_max"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result = []
     for case, call in gluon_cases(DTYPES[dtype], gluon == ["gluon-all"]) if gluon else cases(DTYPES[dtype]):

@@ -15,6 +15,7 @@ from unpadded.checkpoint.lora_files import Adapter, find_lora_files, read_adapte
 from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.score_head import ScoreHead, read_score_head
+from unpadded.checkpoint.sparse_head import SparseHead, read_sparse_head
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
 
@@ -43,6 +44,7 @@ class Checkpoint:
     normalize: bool
     dense: tuple[Dense, ...]
     score: ScoreHead | None  # of a reranker or classifier
+    sparse: SparseHead | str  # or what the model has instead
     prompts: dict[str, str]  # prompt name or task -> text before the input
     default_prompt: str | None  # key of prompts
     lower_case: bool
@@ -59,6 +61,11 @@ class Checkpoint:
             "pooling": self.pooling,
             "normalize": self.normalize,
             "scores": list(self.score.labels) if self.score else None,
+            "sparse": None
+            if isinstance(self.sparse, str)
+            else "masked-LM logits"
+            if self.sparse.log1p
+            else "token weights",
             "prompts": self.prompts,
             "default_prompt": self.default_prompt,
             "max_length": self.max_length,
@@ -125,6 +132,7 @@ def open_checkpoint(
         normalize=modules.normalize,
         dense=modules.dense,
         score=score,
+        sparse=read_sparse_head(root, modules, config, family, spec, weight_files, names),
         prompts=prompts,
         default_prompt=default_prompt,
         lower_case=bool(modules.transformer_config.get("do_lower_case", False)),

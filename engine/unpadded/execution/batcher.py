@@ -41,6 +41,7 @@ class Work:
 
     key: Hashable
     run: Callable[[list[np.ndarray]], Rows]
+    min_tokens: int = 0  # as which a shorter sequence counts in a batch
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Call(Backlog):
     """One caller's sequences and the rows computed so far."""
 
     def __init__(self, sequences: Sequence[np.ndarray], work: Work) -> None:
-        super().__init__([len(ids) for ids in sequences])
+        super().__init__([max(len(ids), work.min_tokens) for ids in sequences])
         self.sequences = sequences
         self.work = work
         self.future: Future[Rows] = Future()  # set when every row is there, or to the first error
