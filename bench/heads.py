@@ -1,10 +1,12 @@
-"""Compare each head with sentence-transformers: `Engine.score` with `CrossEncoder.predict`, in pairs/s.
+"""Compare each head with sentence-transformers: `Engine.score` with `CrossEncoder.predict`, in pairs/s, and
+`Engine.encode_sparse` with `SparseEncoder.encode`, in texts/s.
 
     PYTHONPATH=tests python bench/heads.py [--device cuda] [--inputs 512] [--rounds 3] [--out bench/results/heads.json]
 
 The checkpoints have seeded weights in the published formats: on a CPU BERT rerankers of the sizes of ms-marco-MiniLM-L6
 and bge-reranker-base, on CUDA rerankers of the shapes of gte-reranker-modernbert-base and ettin-reranker-150m. A pair
-is a query and a passage of Python's manual, together 20 to 512 tokens; 32 passages share a query. Rounds interleave
+is a query and a passage of Python's manual, together 20 to 512 tokens; 32 passages share a query. A text for sparse
+weights has 20 to 300 tokens, and the bias of the logits leaves a few hundred weights above zero. Rounds interleave
 and have new texts. Both libraries run in the same dtype, and sentence-transformers with the fastest of several batch
 sizes, which the first round finds. Before it the values are compared with those of sentence-transformers in float32. A
 round for which unpadded would need more than --seconds has fewer inputs. Without --only or with --only spans, also
@@ -26,11 +28,13 @@ from typing import Any
 
 import harness
 import numpy as np
+import splade
 import torch
 import wordpiece
 from support import checkpoints
 
 import unpadded
+from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.cli.benchmark.comparison import flops
 from unpadded.cli.benchmark.machine import matmul_rate
 from unpadded.cli.benchmark.workloads import TextSampler
@@ -61,19 +65,21 @@ class Head:
     token_counts: Callable[[Engine, Sequence[Any]], np.ndarray]
     own: Callable[[Engine], Run]
     peer: Callable[[Path, torch.device, str], Callable[[int], Run]]  # the last argument is the batch size
+    counts: dict[str, int]  # inputs per round, by device
+    flops: Callable[[EncoderSpec], int] = lambda spec: 0  # per token, after the encoder
 
 
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--inputs", type=int, help="per round; default: 512 on a CPU, 2048 on CUDA")
+    parser.add_argument("--inputs", type=int, help="per round; default: 512 pairs or 128 texts on a CPU, 2048 on CUDA")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60, help="about the longest round of unpadded (default: 60)")
     parser.add_argument("--only", metavar="MODEL", help="measure this model and keep the rows of others in --out")
     parser.add_argument("--small", action="store_true", help="tiny models of CUDA's shapes, to test this script")
     args = parser.parse_args()
     device = torch.device(args.device)
-    args.inputs = args.inputs or (16 if args.small else 2048 if device.type == "cuda" else 512)
+    args.inputs = args.inputs or (16 if args.small else None)
     args.rounds = 1 if args.small else args.rounds
     dtypes = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"][: 1 if args.small else 2]
     with harness.reporting(args.out) as result:
@@ -113,13 +119,14 @@ def measure(
     engine = unpadded.load(folder, device=device, dtype=dtype)
     sampler, draw = TextSampler(engine), np.random.default_rng(0)
     checked = head.inputs(sampler, draw, CHECKED)
-    work = flops(engine.checkpoint.spec, head.token_counts(engine, checked)) / CHECKED  # flop per input
+    spec, lengths = engine.checkpoint.spec, head.token_counts(engine, checked)
+    work = (flops(spec, lengths) + head.flops(spec) * int(lengths.sum())) / CHECKED  # flop per input
     possible = int(args.seconds * UTILIZATION * rate / work) // CHECKED * CHECKED
     if possible < MIN_INPUTS:
         raise TooSlow(
             f"matmuls at {rate / 1e12:.3g} TFLOP/s allow {args.seconds * rate / work:.0f} {head.unit} a round"
         )
-    count = min(args.inputs, possible)
+    count = min(args.inputs or head.counts[device.type], possible)
 
     own, peer = head.own(engine), head.peer(folder, device, dtype)
     batches = BATCHES[device.type]
@@ -196,8 +203,16 @@ def seconds(run: Run, inputs: Sequence[Any]) -> float:
     return time.perf_counter() - start
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+def relative_error(found: Any, expected: Any) -> float:
+    found, expected = map(dense, (found, expected))
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def dense(values: Any) -> np.ndarray:
+    """Return scores or sparse weights as an array."""
+    if isinstance(values, unpadded.Sparse):
+        return np.asarray(values.to_scipy().toarray())
+    return values if isinstance(values, np.ndarray) else values.to_dense().float().cpu().numpy()
 
 
 def draw_pairs(sampler: TextSampler, draw: np.random.Generator, count: int) -> list[tuple[str, str]]:
@@ -290,6 +305,25 @@ HEADS = {
         token_counts=pair_token_counts,
         own=score,
         peer=cross_encoder,
+        counts={"cpu": 512, "cuda": 2048},
+    ),
+    "sparse": Head(
+        call="Engine.encode_sparse",
+        peer_call="SparseEncoder.encode",
+        unit="texts",
+        models={
+            "cpu": {
+                "SPLADE, BERT, 6 layers x 384": partial(splade.write, **MINILM),
+                "SPLADE, BERT, 12 layers x 768": partial(splade.write, **checkpoints.REAL),
+            },
+            "cuda": {"splade-v3": partial(splade.write, **checkpoints.REAL)},
+        },
+        inputs=splade.draw_texts,
+        token_counts=splade.token_counts,
+        own=lambda engine: engine.encode_sparse,
+        peer=splade.sparse_encoder,
+        counts={"cpu": 128, "cuda": 2048},
+        flops=lambda spec: 2 * spec.hidden * (spec.hidden + spec.vocabulary),
     ),
 }
 

@@ -33,6 +33,7 @@ from unpadded_kernels import (
     quantize_rows,
     rms_norm,
     rotary_,
+    vocabulary_max,
 )
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.attention import attention_reference, make_tile_map
@@ -50,6 +51,7 @@ from unpadded_kernels.moe import expert_mlp_reference
 from unpadded_kernels.pooling import masked_mean_pool_reference, mean_pool_reference
 from unpadded_kernels.rotary import rotary_reference
 from unpadded_kernels.tiles import attention_block_m
+from unpadded_kernels.vocabulary_max import vocabulary_max_reference
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -182,6 +184,12 @@ def expert_mlp_case() -> Case:
     return Case(arguments, 4 * TOP * TOKENS * HIDDEN * INTERMEDIATE, False, found)
 
 
+def vocabulary_max_case() -> Case:
+    arguments = randn(TOKENS, HIDDEN), weights(VOCABULARY, HIDDEN), torch.randn(VOCABULARY, device=DEVICE), packed(160)
+    found: dict[str, Provider] = {"unpadded": vocabulary_max, "reference": vocabulary_max_reference}
+    return Case(arguments, 2 * TOKENS * HIDDEN * VOCABULARY, False, found)
+
+
 # Matmuls and attention first: they decide which kernels run, and a run may be interrupted.
 CASES: dict[str, Callable[[], Case]] = {
     "linear, qkv": lambda: linear_case(HIDDEN, 3 * HIDDEN),
@@ -209,6 +217,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "matryoshka": matryoshka_case,
     "padded_mean_pool": padded_mean_pool_case,
     "expert_mlp": expert_mlp_case,
+    "vocabulary_max": vocabulary_max_case,
 }
 
 

@@ -110,13 +110,13 @@ def test_short_texts_of_equal_length_do_not_depend_on_their_batch(window, slopes
     for length in (5, 7, 8, 9, 16):
         qkv, cu_seqlens = packed_qkv([length] * 5, dtype)
         counts = None if keys is None else torch.tensor([keys, 1, 2, 3, keys])
-        whole = attention_cpu(qkv, cu_seqlens, length, SCALE, window, slopes, None, counts)
+        whole = attention_cpu(qkv, cu_seqlens, length, SCALE, window, slopes, None, None, counts)
         for text, rows in enumerate(qkv.split(length)):
             alone, only = (
                 torch.tensor([0, length], dtype=torch.int32),
                 counts if keys is None else counts[text : text + 1],
             )
-            one = attention_cpu(rows.clone(), alone, length, SCALE, window, slopes, None, only)
+            one = attention_cpu(rows.clone(), alone, length, SCALE, window, slopes, None, None, only)
             assert torch.equal(one, whole[text * length : (text + 1) * length]), (length, text)
 
 

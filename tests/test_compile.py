@@ -26,7 +26,7 @@ DTYPES = {80: FLOATS, 89: ("fp8",), 90: ("fp8", *FLOATS), 100: ("fp8", *FLOATS)}
 JOBS = [f"{dtype}:{capability}" for capability, dtypes in DTYPES.items() for dtype in dtypes]
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
-MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel")
+MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel", "_vocabulary_max_kernel")
 STREAMS = tuple(f"_{name}_kernel" for name in ("norm", "activation", "rotary", "quantize_rows"))
 
 

@@ -49,6 +49,7 @@ def arguments(tokens):
         "rms_norm": (x, None, row, EPS),
         "rotary_": (qkv, cos_sin),
         "rotary_cos_sin": (positions, randn(2, HEAD_DIM // 2), cu_seqlens),
+        "vocabulary_max": (x, weight, randn(96), cu_seqlens),
     }
 
 

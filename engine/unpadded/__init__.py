@@ -25,7 +25,7 @@ from unpadded.errors import (
 
 if TYPE_CHECKING:
     from unpadded.engine import Engine
-    from unpadded.execution.results import Embeddings, Spans, TokenVectors, maxsim
+    from unpadded.execution.results import Embeddings, Spans, Sparse, TokenVectors, maxsim
     from unpadded.integrations import nomic as embed
     from unpadded.loading import load
 
@@ -43,6 +43,7 @@ __all__ = [
     "OutputError",
     "OverloadedError",
     "Spans",
+    "Sparse",
     "TokenVectors",
     "TooLargeError",
     "UnpaddedError",
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
-_LAZY = dict.fromkeys(("Embeddings", "Spans", "TokenVectors", "maxsim"), "unpadded.execution.results")
+_LAZY = dict.fromkeys(("Embeddings", "Spans", "Sparse", "TokenVectors", "maxsim"), "unpadded.execution.results")
 _LAZY |= {"Engine": "unpadded.engine", "load": "unpadded.loading"}
 
 

@@ -20,9 +20,9 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
 from unpadded.execution.batcher import Batcher, run_windows
 from unpadded.execution.pipeline import Advance, EmbeddingPipeline
-from unpadded.execution.results import Embeddings, Ranked, Spans, TokenVectors, join, ranked
+from unpadded.execution.results import Embeddings, Ranked, Spans, Sparse, TokenVectors, join, ranked
 from unpadded.execution.token_vectors import TokenKeywords
-from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, check_choice
+from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, Truncation, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
 from unpadded.tokenization.windows import Text, iterate
@@ -240,6 +240,27 @@ class Engine:
     ) -> list[Ranked]:
         """Return the indices and scores of the `top_k` best documents, or of all; options: those of `score`."""
         return ranked(self.score([(query, document) for document in documents], **options), top_k)
+
+    def encode_sparse(
+        self,
+        texts: Texts,
+        *,
+        top_k: int | None = None,
+        task: str | None = None,
+        prompt: str | None = None,
+        truncation: Truncation = "right",
+        show_progress: bool | None = None,
+    ) -> Sparse:
+        """Return weights of vocabulary entries for each text; a string is one text.
+
+        top_k: keep the heaviest weights of each text, of equal ones those with the lowest ids. The other arguments are
+        those of `embed`. Raises OptionError for a model without a head for sparse weights.
+        """
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise OptionError(f"top_k is not a positive whole number: {top_k!r}; pass one such as 256, or omit it")
+        plan = self._pipeline.sparse_plan(task, prompt, truncation)
+        with _progress_bar(texts, show_progress) as advance:
+            return self._pipeline.sparse(self._pipeline.rows(_as_texts(texts), plan, advance), plan, top_k)
 
     def encode_tokens(
         self, texts: Texts, *, show_progress: bool | None = None, **options: Unpack[TokenKeywords]

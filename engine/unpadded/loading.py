@@ -118,6 +118,8 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
     if checkpoint.score is not None:
         heads["score"] = Head(checkpoint.score.pooling, load_dense(checkpoint.score.dense, device=device))
+    if (sparse := checkpoint.sparse) is not None:
+        heads["sparse"] = Head("vocabulary" if sparse.log1p else "none", load_dense(sparse.dense, device=device))
     if checkpoint.tokens is not None:
         heads["tokens"] = Head("none", load_dense(checkpoint.tokens.dense, device=device))
     return Runner(encoder, device, heads)

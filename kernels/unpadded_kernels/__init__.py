@@ -14,6 +14,7 @@ from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
 from unpadded_kernels.pooling import masked_mean_pool, mean_pool
 from unpadded_kernels.rotary import rotary_, rotary_cos_sin
+from unpadded_kernels.vocabulary_max import vocabulary_max
 
 __all__ = [
     "activation",
@@ -34,4 +35,5 @@ __all__ = [
     "rms_norm",
     "rotary_",
     "rotary_cos_sin",
+    "vocabulary_max",
 ]

@@ -38,6 +38,7 @@ from unpadded_kernels.moe import expert_mlp_triton
 from unpadded_kernels.pooling import masked_mean_pool_triton, mean_pool_triton
 from unpadded_kernels.rotary import rotary_triton
 from unpadded_kernels.tiles import attention_block_m
+from unpadded_kernels.vocabulary_max import vocabulary_max_triton
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -104,8 +105,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "768 columns", lambda: matryoshka_triton(torch.empty(TOKENS, 768), True, 256, True)
     yield "int64 mask", lambda: masked_mean_pool_triton(rows(2, TOKENS, 768), ids.view(2, -1).long().repeat(1, 2), True)
     for head_dim in (16, 32, 64, 96, 128):
-        # Models with a position bias have heads of 64; sm_80 spills with larger ones. The other variants take registers,
-        # of which smaller heads leave more.
+        # Models with a position bias have heads of 64; sm_80 spills with larger ones. Other variants take registers, of
+        # which smaller heads leave more.
         variants = ("", ", window", ", alibi", *([", position bias"] if head_dim <= 64 else []))
         for variant in variants if head_dim == 64 or (head_dim > 64 and dtype == torch.float16) else variants[:1]:
             qkv, window = rows(TOKENS, 3, 12, head_dim), 128 if variant == ", window" else None
@@ -120,6 +121,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda arguments=arguments: linear_invariant_triton(*arguments)
     arguments = rows(TOKENS, 768), rows(8, 768), rows(8, 3072, 768), rows(8, 768, 3072), rows(768), 2, "gelu"
     yield "8 experts", lambda arguments=arguments: expert_mlp_triton(*arguments)
+    arguments = rows(TOKENS, 768), rows(30522, 768), torch.empty(30522), cu_seqlens
+    yield "768 to 30522", lambda arguments=arguments: vocabulary_max_triton(*arguments)
 
 
 def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -213,7 +216,7 @@ def compile_cases(job: str) -> list[dict[str, Any]]:
     """Compile and describe every case of a job such as fp16:90."""
     dtype, generation = job.split(":")
     capability = int(generation)
-    for op in ("attention", "linear", "moe"):
+    for op in ("attention", "linear", "moe", "vocabulary_max"):
         sys.modules[f"unpadded_kernels.{op}"].generation = lambda device: {89: 80}.get(capability, capability)
     result, cubins = [], []
     for case, call in cases(DTYPES[dtype]):

@@ -52,6 +52,8 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], EncoderSpec]  # raises ConfigError for what is not implemented
     tensors: Callable[[EncoderSpec], dict[str, TensorSpec]]  # as `encoder_tensors`
     score: ScoreLayers | None = None
+    # the layers before the word embeddings in a model for masked tokens, then their bias; from config.json
+    mlm: Callable[[EncoderSpec, Mapping[str, Any]], tuple[Dense, ...]] | None = None
     max_length: int | None = None  # tokens, if no file states a length; None: as many as there are learned positions
     prompts: Mapping[str, str] = field(default_factory=dict)  # task -> prompt, if no file states any
     matryoshka: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # published model -> trained dimensions

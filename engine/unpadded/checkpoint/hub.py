@@ -8,7 +8,8 @@ from unpadded.errors import CheckpointError
 _FILES = """
     *.model *adapter_config.json *adapter_model.safetensors added_tokens.json config.json merges.txt modules.json
     config_sentence_transformers.json model.safetensors model.safetensors.index.json model-*-of-*.safetensors
-    sentence_*_config.json special_tokens_map.json tokenizer.json tokenizer_config.json vocab.json vocab.txt
+    sentence_*_config.json sparse_linear.safetensors special_tokens_map.json tokenizer.json tokenizer_config.json
+    vocab.json vocab.txt
 """
 FILES = _FILES.split()  # in the root or in the folder of a module
 PATTERNS = [*FILES, *(f"[0-9]_*/{name}" for name in FILES)]

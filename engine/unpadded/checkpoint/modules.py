@@ -43,6 +43,7 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
 TASK_OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
+    "fill-mask": ("logits", "token_embeddings"),
 }
 LOADING_ARGUMENTS = ("config_args", "config_kwargs", "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")
 # those that do not change the vectors
@@ -50,19 +51,21 @@ IGNORED_ARGUMENTS = {"trust_remote_code", "dtype", "torch_dtype", "attn_implemen
 MODEL_CONFIG = "config_sentence_transformers.json"
 SENTENCE = "sentence_embedding"  # what the modules after the Transformer read and write
 TOKENS = "token_embeddings"  # the same in a late-interaction model
-KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "MultiVectorMask", "HierarchicalTokenPooling")
+AFTER_TOKENS = ("MultiVectorMask", "HierarchicalTokenPooling")
+KINDS = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize", "MLMTransformer", "SpladePooling", *AFTER_TOKENS)
 MULTI_VECTOR, COLBERT = "MultiVectorEncoder", "ColBERT"  # model types of sentence-transformers and of PyLate
 PYLATE_DENSE = "pylate.models.Dense.Dense"
 PYLATE_KEYS = {*TOKEN_KEYS, "attend_to_expansion_tokens", "attend_to_mask_tokens", "do_query_expansion"}
 PYLATE_KEYS |= {"document_prefix", "query_prefix", "skiplist_words"}  # of MODEL_CONFIG
 TOKEN_MODULES = "(, MultiVectorMask(, Normalize)?|, Normalize(, MultiVectorMask)?)?(, HierarchicalTokenPooling)?"
+SPLADE_ACTIVATIONS = {"relu": 1, "log1p_relu": 2}  # how often log1p follows the relu
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
     """A linear layer with an activation, or a LayerNorm, on the pooled vector."""
 
-    name: str  # of the stored tensors, without .weight and .bias; may be empty
+    name: str  # of the stored tensors, without .weight and .bias; may be empty, or the name of a single one
     shape: tuple[int, ...]  # of the weight: [out_features, in_features], or [features] of a LayerNorm
     bias: bool = True
     activation: str = "identity"  # a value of DENSE_ACTIVATIONS
@@ -81,6 +84,7 @@ class Modules:
     token_dense: tuple[Dense, ...] | None = None  # of a late-interaction model
     token_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # its modules after those, by class
     classifies: bool | None = None  # the encoder has a head for sequence classification; None: config.json decides
+    splade: int = 0  # how often SpladePooling applies log1p; 0 without that module
     normalize: bool
     defaults: tuple[str, ...]  # one phrase per setting that no file states
     takes_task: bool = False  # the first module is a TASK_TRANSFORMER
@@ -103,13 +107,16 @@ def read_modules(folder: Path) -> Modules:
     model_config = read_object(folder / MODEL_CONFIG, optional=True)
     if model_type := _late_interaction(folder, model_config):
         return _read_token_modules(listed, kinds, {**model_config, "model_type": model_type})
-    unsupported = not_implemented(str(modules), kinds, "Transformer, Pooling, Dense or LayerNorm, Normalize")
-    if not re.fullmatch("Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?", kinds):
+    supported = "Transformer, Pooling, Dense or LayerNorm, Normalize; Transformer, SpladePooling"
+    unsupported = not_implemented(str(modules), kinds, supported)
+    if not re.fullmatch(
+        "Transformer(, Pooling(, Dense|, LayerNorm)*(, Normalize)?)?|(MLM)?Transformer, SpladePooling", kinds
+    ):
         raise unsupported
-    classifies = kinds == "Transformer"
-    task = "sequence-classification" if classifies else "feature-extraction"
+    classifies, sparse = kinds == "Transformer", kinds.endswith("SpladePooling")
+    task = "sequence-classification" if classifies else "fill-mask" if sparse else "feature-extraction"
     transformer_config = _read_transformer_config(listed[0][1], task)
-    if classifies and "transformer_task" not in transformer_config:
+    if kinds in ("Transformer", "Transformer, SpladePooling") and "transformer_task" not in transformer_config:
         raise unsupported
     last = listed[-1][1]
     modular = len(listed) > 2 and read_object(last / "config.json", optional=True).get("module_output_name") == "scores"
@@ -117,15 +124,16 @@ def read_modules(folder: Path) -> Modules:
         path, output = module / "config.json", "scores" if modular and module == last else SENTENCE
         names = {"module_input_name": SENTENCE, "module_output_name": output}
         allow_only(read_object(path, optional=True), names, path)
-    model_type = "CrossEncoder" if classifies or modular else "SentenceTransformer"
+    model_type = "CrossEncoder" if classifies or modular else "SparseEncoder" if sparse else "SentenceTransformer"
     allow_only(model_config, {"truncate_dim": None, "model_type": model_type}, MODEL_CONFIG)
     dense = tuple(_read_dense(module) for class_name, module in listed[2:] if not class_name.endswith(".Normalize"))
     return Modules(
         transformer=listed[0][1],
-        pooling="mean" if classifies else _read_pooling(listed[1][1] / "config.json"),
+        pooling="mean" if classifies or sparse else _read_pooling(listed[1][1] / "config.json"),
         dense=() if modular else dense,
         score_dense=dense if modular else (),
         classifies=classifies,
+        splade=_read_splade(listed[1][1] / "config.json") if sparse else 0,
         normalize="Normalize" in kinds,
         defaults=(),
         takes_task=listed[0][0] == TASK_TRANSFORMER,
@@ -187,7 +195,8 @@ def _list_modules(path: Path) -> list[tuple[str, Path]]:
     for class_name, subfolder in types_and_paths:
         known = class_name.startswith(("sentence_transformers.", TASK_TRANSFORMER)) or class_name == PYLATE_DENSE
         if not known or class_name.rpartition(".")[2] not in KINDS:
-            raise not_implemented(f"the module type in {path}", class_name, ", ".join(KINDS))
+            split = "; of a Router, pass a folder with the modules for documents"
+            raise not_implemented(f"the module type in {path}", class_name, ", ".join(KINDS) + split)
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
             raise ConfigError(f"{path} names {subfolder!r}, outside the checkpoint; correct it")
     return [(class_name, path.parent / subfolder) for class_name, subfolder in types_and_paths]
@@ -220,6 +229,16 @@ def _read_pooling(path: Path) -> Pooling:
         raise not_implemented(f"pooling_mode in {path}", modes, ", ".join(POOLING_MODES))
     allow_only(config, {"include_prompt": True}, path)
     return POOLING_MODES[modes[0]]
+
+
+def _read_splade(path: Path) -> int:
+    """Return how often log1p is applied. Other keys, such as chunk_size, change no weight."""
+    config = read_object(path)
+    allow_only(config, {"pooling_strategy": "max"}, path)
+    activation = config.get("activation_function", "relu")
+    if activation not in SPLADE_ACTIVATIONS:
+        raise not_implemented(f"activation_function in {path}", activation, ", ".join(SPLADE_ACTIVATIONS))
+    return SPLADE_ACTIVATIONS[activation]
 
 
 def _read_dense(folder: Path) -> Dense:

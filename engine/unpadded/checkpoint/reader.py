@@ -15,6 +15,7 @@ from unpadded.checkpoint.lora_files import Adapter, find_lora_files, read_adapte
 from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.score_head import ScoreHead, read_score_head
+from unpadded.checkpoint.sparse_head import SparseHead, read_sparse_head
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.checkpoint.token_head import TokenHead, read_token_head
 from unpadded.errors import CheckpointError, ConfigError, OptionError, WeightsError
@@ -44,6 +45,7 @@ class Checkpoint:
     normalize: bool
     dense: tuple[Dense, ...]
     score: ScoreHead | None  # of a reranker or classifier
+    sparse: SparseHead | None  # of a masked-LM model, or weights of tokens
     tokens: TokenHead | None  # of a late-interaction model
     prompts: dict[str, str]  # prompt name or task -> text before the input
     default_prompt: str | None  # key of prompts
@@ -61,6 +63,7 @@ class Checkpoint:
             "pooling": self.pooling,
             "normalize": self.normalize,
             "scores": list(self.score.labels) if self.score else None,
+            "sparse": self.sparse and ("masked-LM logits" if self.sparse.log1p else "token weights"),
             "tokens": self.tokens and {"dimensions": self.tokens.dimensions, "max_lengths": self.tokens.max_lengths},
             "prompts": self.prompts,
             "default_prompt": self.default_prompt,
@@ -131,6 +134,7 @@ def open_checkpoint(
         normalize=modules.normalize,
         dense=modules.dense,
         score=score,
+        sparse=read_sparse_head(modules, config, family, spec, weight_files, names),
         tokens=tokens,
         prompts=prompts,
         default_prompt=default_prompt,

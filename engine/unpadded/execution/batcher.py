@@ -42,6 +42,7 @@ class Work:
 
     key: Hashable
     run: Callable[[list[Ids]], Rows]
+    min_tokens: int = 0  # as which a shorter sequence counts in a batch
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Call(Backlog):
     """One caller's sequences and the rows computed so far."""
 
     def __init__(self, sequences: Sequence[Ids], work: Work) -> None:
-        super().__init__([len(ids) for ids in sequences])
+        super().__init__([max(len(ids), work.min_tokens) for ids in sequences])
         self.sequences = sequences
         self.work = work
         self.future: Future[Rows] = Future()  # set when every row is there, or to the first error

@@ -10,10 +10,12 @@ from typing import Any, TypeAlias, Unpack
 import numpy as np
 import torch
 
+from unpadded.checkpoint.modules import reject_pickle
 from unpadded.checkpoint.reader import Checkpoint
+from unpadded.checkpoint.sparse_head import SPARSE_LINEAR
 from unpadded.errors import OptionError, OutputError
 from unpadded.execution.batcher import Batcher, Observe, Rows, Work
-from unpadded.execution.results import Embeddings, Spans, TokenVectors, join
+from unpadded.execution.results import Embeddings, Spans, Sparse, TokenVectors, join, terms
 from unpadded.execution.runner import Runner
 from unpadded.execution.scheduler import schedule
 from unpadded.execution.token_vectors import TokenKeywords, make_token_plan
@@ -25,6 +27,7 @@ from unpadded.options import (
     EncodeOptions,
     Plan,
     ScoreKeywords,
+    Truncation,
     VectorOptions,
     check_keywords,
     make_plan,
@@ -40,6 +43,7 @@ WINDOW_BATCHES = 4  # about so many are tokenized at a time, while the device co
 # Attention on a CPU groups texts of equal length, of which long windows have more: MiniLM took 11 to 13 % more CPU time
 # with windows of 11,000 tokens than with 160,000, and 2 to 6 % more with 45,000 (3,000 paragraphs, Xeon, 2026-11).
 MIN_GROUP_TOKENS = 1 << 15
+MAX_ELEMENTS = 1 << 24  # 64 MB in fp32
 
 
 class EmbeddingPipeline:
@@ -85,10 +89,47 @@ class EmbeddingPipeline:
         plan = self.plan(**options)
         return replace(plan, cut=cut, vector_options=replace(plan.vector_options, rows="span"))
 
+    def sparse_plan(self, task: str | None, prompt: str | None, truncation: Truncation) -> Plan:
+        """Check options against the model; return a plan for the rows that `sparse` reads."""
+        head, plan = self.checkpoint.sparse, self.plan(task=task, prompt=prompt, truncation=truncation)
+        if head is None:
+            reject_pickle(self.checkpoint.folder, SPARSE_LINEAR)
+            raise OptionError(f"{self.checkpoint.name} has no head for sparse weights; load a model such as SPLADE")
+        adapter, size = plan.vector_options.adapter, self.checkpoint.spec.vocabulary if head.log1p else 1
+        rows = VectorOptions(layer_norm=False, dimensions=size, normalize=False, adapter=adapter, head="sparse")
+        return replace(plan, vector_options=rows if head.log1p else replace(rows, rows="token"))
+
+    def sparse(self, done: Iterable[tuple[Window, Rows]], plan: Plan, top_k: int | None = None) -> Sparse:
+        """Return the weights of windows and their rows, at most `top_k` per text, the heaviest.
+
+        OutputError names a text whose weights are not finite.
+        """
+        head, per_text = self.checkpoint.sparse, replace(plan.vector_options, rows="text")
+        assert head is not None
+        excluded = [self.tokenizer.backend.token_to_id(token) for token in head.excluded]
+        found, windows = [(np.zeros(0, np.int32), np.zeros(0, np.float32))], []
+        for window, rows in done:
+            pairs = zip(rows, window.sequences, strict=True)
+            texts = [terms(row, ids, head, excluded, top_k or head.top_k) for row, ids in pairs]
+            _check_finite(np.array([[weights.sum()] for _, weights in texts]), window, range(len(texts)), per_text)
+            found += [texts[i] for i in window.first_sequences]
+            windows.append(window)
+        ids, weights = zip(*found, strict=True)
+        return Sparse(
+            indptr=np.cumsum([len(part) for part in ids], dtype=np.int64),
+            ids=np.concatenate(ids),
+            weights=np.concatenate(weights),
+            token_counts=np.array([count for window in windows for count in window.token_counts], np.int64),
+            truncated=np.array([value for window in windows for value in window.truncated], bool),
+            vocabulary=self.checkpoint.spec.vocabulary,
+            tokenizer=self.tokenizer,
+        )
+
     def work(self, plan: Plan) -> Work:
         """Return the work of a `Batcher`: the rows of sequences, as `split` returns them."""
-        options = plan.vector_options
-        return Work(options, lambda sequences: split(self.backend.launch(sequences, options)(), sequences, options))
+        options, launch = plan.vector_options, self.backend.launch
+        minimum = self._min_tokens(options)
+        return Work(options, lambda sequences: split(launch(sequences, options)(), sequences, options), minimum)
 
     def batcher(self, observe: Observe | None = None) -> Batcher:
         """Return a batcher that runs the calls of many callers in shared batches; it calls `observe` after each."""
@@ -212,10 +253,15 @@ class EmbeddingPipeline:
         """Launch batch after batch; yield each with its window and the indices of its sequences."""
         for window in windows:
             sequences = window.sequences
-            for batch in schedule([len(ids) for ids in sequences], self.token_budget):
+            minimum = self._min_tokens(plan.vector_options)
+            for batch in schedule([max(len(ids), minimum) for ids in sequences], self.token_budget):
                 with window.naming(batch):
                     wait = self.backend.launch([sequences[i] for i in batch], plan.vector_options)
                 yield window, batch, wait
+
+    def _min_tokens(self, options: VectorOptions) -> int:
+        """Return as how many tokens a text counts at least, so that a batch has at most MAX_ELEMENTS in its rows."""
+        return self.token_budget * options.dimensions // MAX_ELEMENTS if options.rows == "text" else 0
 
 
 def split(rows: np.ndarray, sequences: Sequence[Ids], options: VectorOptions) -> Rows:
@@ -247,6 +293,8 @@ def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
 
 def _check_finite(rows: np.ndarray, window: Window, batch: Sequence[int], options: VectorOptions) -> None:
     """Raise OutputError unless the rows of a batch are finite. batch: indices into `window.sequences`."""
+    if rows.dtype == object:  # of `wait_for_terms`, which `sparse` checks
+        return
     wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(wrong):
         ends = np.cumsum(_row_counts([window.sequences[i] for i in batch], options))

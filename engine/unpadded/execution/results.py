@@ -1,14 +1,16 @@
 """The results of an engine's calls, as arrays with what they belong to."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from unpadded.checkpoint.sparse_head import SparseHead
 from unpadded.errors import InputError, OptionError
 from unpadded.options import Plan
 from unpadded.quantization import quantize
+from unpadded.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,60 @@ def ranked(scores: np.ndarray, top_k: int | None = None) -> list[Ranked]:
         raise OptionError(f"the model gives {scores.shape[1]} scores per pair, not one; use score")
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [Ranked(index, score) for index, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sparse:
+    """Weights of vocabulary entries: those of text i are `weights[indptr[i] : indptr[i + 1]]`, of the entries `ids`."""
+
+    indptr: np.ndarray  # [n + 1] int64
+    ids: np.ndarray  # [nnz] int32, ascending per text
+    weights: np.ndarray  # [nnz] fp32, above zero
+    token_counts: np.ndarray  # [n] int64: tokens of each text, including prompt and special tokens
+    truncated: np.ndarray  # [n] bool
+    vocabulary: int  # number of entries
+    tokenizer: Tokenizer = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def tokens(self, index: int) -> list[tuple[str, float]]:
+        """Return the tokens of a text with their weights, the heaviest first, equal ones by id."""
+        part = slice(*self.indptr[range(len(self))[index] :][:2])
+        pairs = sorted(zip((-self.weights[part]).tolist(), self.ids[part].tolist(), strict=True))
+        return [(self.tokenizer.backend.id_to_token(id_) or "", -weight) for weight, id_ in pairs]
+
+    def to_scipy(self) -> Any:
+        """Return a scipy.sparse.csr_matrix with these weights: [n, vocabulary]; OptionError without scipy."""
+        try:
+            from scipy.sparse import csr_matrix
+        except ImportError as error:
+            raise OptionError(f"scipy is not installed: {error}; run pip install scipy, or use the arrays") from error
+        return csr_matrix((self.weights, self.ids, self.indptr), shape=(len(self), self.vocabulary))
+
+
+def terms(
+    row: Any, ids: Any, head: SparseHead, excluded: list[int | None], top_k: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of a text and their weights: [n] int32, ascending, and [n] fp32.
+
+    row: from `wait_for_terms`, or [tokens, 1] fp32; ids: of the text, [tokens] int32; excluded: ids without a weight.
+    """
+    if head.log1p:
+        entries, weights = row
+        for _ in range(head.log1p):
+            weights = np.log1p(weights, dtype=np.float64)
+        weights = weights.astype(np.float32)
+    else:
+        entries, place = np.unique(ids, return_inverse=True)
+        weights = np.zeros(len(entries), np.float32)
+        np.maximum.at(weights, place, row[:, 0])
+        kept = (weights != 0) & ~np.isin(entries, [id_ for id_ in excluded if id_ is not None])
+        entries, weights = entries[kept], weights[kept]
+    if top_k is None:
+        return entries, weights
+    best = np.sort(np.argsort(-weights, kind="stable")[:top_k])
+    return entries[best], weights[best]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

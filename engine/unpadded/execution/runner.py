@@ -21,7 +21,7 @@ from unpadded.errors import TooLargeError, forked_error
 from unpadded.execution.cpu_threads import CpuThreads
 from unpadded.execution.cuda_graphs import Graphs, bucket_of, fill
 from unpadded.execution.memory import max_batch_tokens
-from unpadded.execution.transfer import HostCopy, Wait, copy_to_host, from_words, to_words, wait_for
+from unpadded.execution.transfer import HostCopy, Wait, copy_to_host, from_words, to_words, wait_for, wait_for_terms
 from unpadded.model.batch import Ids, PackedBatch, pack
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head, head_rows
@@ -141,18 +141,22 @@ class Runner:
     @_after_fork
     @torch.inference_mode()
     def launch(self, sequences: Sequence[Ids], options: VectorOptions) -> Wait:
-        """Start computing a head's rows for sequences: [rows, dimensions] fp32, in their order.
+        """Start computing a head's rows for sequences: [rows, dimensions] fp32, or `wait_for_terms`, in their order.
 
         Does not wait on CUDA, so that the host can pack the next batch.
         Raises TooLargeError, with the index in `sequences`, for a sequence that does not fit the memory alone.
         """
+        sparse = self.heads[options.head].pooling == "vocabulary"
+        wait = wait_for_terms if sparse else wait_for
 
         def run(batch: PackedBatch) -> HostCopy:
             rows = self._run(batch, options.adapter, options.head)
+            if sparse:
+                return copy_to_host(rows)
             return copy_to_host(matryoshka(rows, options.layer_norm, options.dimensions, options.normalize))
 
         if self._threads is None:
-            return partial(wait_for, self._run_split(sequences, run, self._on_device))
+            return partial(wait, self._run_split(sequences, run, self._on_device))
 
         @torch.inference_mode()
         def run_part(part: range) -> list[HostCopy]:
@@ -163,7 +167,7 @@ class Runner:
 
         with self._on_device():
             parts = self._threads.map(run_part, [len(ids) for ids in sequences])
-        return partial(wait_for, [copy for copies in parts for copy in copies])
+        return partial(wait, [copy for copies in parts for copy in copies])
 
     def close(self) -> None:
         """Do nothing: there are no processes to stop."""
@@ -216,7 +220,9 @@ class Runner:
         run: Callable[[PackedBatch], Tensor] = partial(self.encoder, adapter=adapter)
         if head is not None:
             run = partial(head_rows, self.encoder, adapter=adapter, head=self.heads[head])
-        bucket = bucket_of(batch) if self.graphs is not None else None
+        pooling = "none" if head is None else self.heads[head].pooling
+        # a captured graph keeps its rows, up to 1 MB per text with "vocabulary"
+        bucket = bucket_of(batch) if self.graphs is not None and pooling != "vocabulary" else None
         if self.graphs is None or bucket is None:
             return run(self.to_device(batch))
         self.encoder.weights_of(adapter)  # computes them outside of a captured graph
@@ -224,8 +230,7 @@ class Runner:
         # All adapters share a graph: each is written into the same memory before the pass.
         key = (bucket, adapter is not None, batch.key_lengths is not None, head, batch.token_types is not None)
         rows = self.graphs.replay(key, to_words(filled), lambda words: run(from_words(words, filled)))
-        per_token = head is None or self.heads[head].pooling == "none"
-        return rows[: len(batch.input_ids) if per_token else len(batch.lengths)]
+        return rows[: len(batch.input_ids) if pooling == "none" else len(batch.lengths)]
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:

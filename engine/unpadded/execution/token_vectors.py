@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def make_token_plan(
     pool_factor: float = 1,
     prompt: str | None = None,
     truncation: Literal["right", "error"] = "right",
-) -> tuple[Plan, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+) -> tuple[Plan, Callable[[Any, np.ndarray], np.ndarray]]:
     """Check the options of `Engine.encode_tokens` against a checkpoint.
 
     Return the plan, and a function from the token ids of a text and their vectors to the vectors that are kept.
@@ -70,7 +70,7 @@ def make_token_plan(
 
 
 def _reduce(
-    skipped: Sequence[int], skip_first: bool, poolings: Sequence[TokenPooling], ids: np.ndarray, vectors: np.ndarray
+    skipped: Sequence[int], skip_first: bool, poolings: Sequence[TokenPooling], ids: Any, vectors: np.ndarray
 ) -> np.ndarray:
     """Return the vectors of a text that are kept. skipped: ids of tokens whose vectors are dropped."""
     kept = ~np.isin(ids, skipped)

@@ -60,3 +60,13 @@ def wait_for(copies: list[HostCopy]) -> np.ndarray:
         if copied is not None:
             copied.synchronize()
     return np.concatenate([rows.numpy() for rows, _ in copies])
+
+
+def wait_for_terms(copies: list[HostCopy]) -> np.ndarray:
+    """Wait for the copies; return indices, [n] int32, and values, [n] fp32, of what is not zero in each row: [rows]."""
+    rows = wait_for(copies)
+    terms = np.empty(len(rows), object)
+    for index, row in enumerate(rows):
+        ids = np.flatnonzero(row != 0)  # of a bool array, which takes less time
+        terms[index] = ids.astype(np.int32), row[ids]
+    return terms

@@ -99,7 +99,7 @@ class SparseEncoder(EngineInference, sentence_transformers.SparseEncoder):
             inputs, prompt=prompt or "", top_k=max_active_dims, show_progress=bool(show_progress_bar)
         )
         text = np.repeat(np.arange(len(inputs)), np.diff(found.indptr))
-        size = len(inputs), self.get_embedding_dimension()
+        size = len(inputs), self.get_embedding_dimension() or found.vocabulary
         indices = torch.from_numpy(np.stack([text, found.ids]))
         vectors = torch.sparse_coo_tensor(indices, torch.from_numpy(found.weights), size, is_coalesced=True)
         vectors = vectors if save_to_cpu else vectors.to(target)

@@ -8,15 +8,15 @@ from torch import Tensor
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.encoder import Encoder
 from unpadded.model.layer import HeadLayer
-from unpadded_kernels import mean_pool
+from unpadded_kernels import mean_pool, vocabulary_max
 from unpadded_kernels.tiles import attention_block_m
 
 
 class Head(NamedTuple):
     """A pooling and the layers after it."""
 
-    pooling: str  # "mean", "cls", "last", or "none" for one row per token
-    layers: tuple[HeadLayer, ...] = ()
+    pooling: str  # "mean", "cls", "last", "none" for one row per token, or "vocabulary" for `vocabulary_max`
+    layers: tuple[HeadLayer, ...] = ()  # with "vocabulary" the weight of the last one is its bias
 
     def to(self, device: torch.device) -> Self:
         return self._replace(layers=tuple(layer.to(device) for layer in self.layers))
@@ -28,7 +28,7 @@ class Head(NamedTuple):
 
 def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: Head) -> Tensor:
     """Encode and pool a batch on the device: [rows, width] fp32, the input of `matryoshka`; spans are mean-pooled."""
-    if head.pooling == "none":
+    if head.pooling in ("none", "vocabulary"):
         rows = encoder(batch, adapter=adapter)
     elif batch.span_tokens is not None:
         rows = mean_pool(encoder(batch, adapter=adapter)[batch.span_tokens], batch.cu_spans)
@@ -38,9 +38,11 @@ def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: H
         block_m = attention_block_m(encoder.weights.word.dtype, encoder.spec.head_dim, batch.cu_seqlens.device)
         rows = encoder(batch, adapter=adapter, selected=select_pooled_tokens(batch.cu_seqlens, head.pooling, block_m))
         rows = rows.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)  # texts without tokens
-    rows = rows.float()
-    for layer in head.layers:
+    rows, word = rows.float(), encoder.weights.word
+    for layer in head.layers[:-1] if head.pooling == "vocabulary" else head.layers:
         rows = layer(rows, encoder.linear)
+    if head.pooling == "vocabulary":
+        rows = vocabulary_max(rows.to(word.dtype), word, head.layers[-1].weight, batch.cu_seqlens)
     return rows.float()
 
 

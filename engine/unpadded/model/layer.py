@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm
 
 # of layers after the encoder
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
+ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,15 +119,16 @@ def _merge_adapter(
 
 
 def load_dense(modules: tuple[Dense, ...], *, device: torch.device) -> tuple[HeadLayer, ...]:
-    """Load the modules after the pooling, in fp32; WeightsError as in `load_weights`."""
+    """Load layers after the encoder, in fp32; WeightsError as in `load_weights`."""
     loader = TensorLoader(device, torch.float32)
     layers = []
     for dense in modules:
-        shapes = {"weight": dense.shape} | ({"bias": dense.shape[:1]} if dense.bias else {})
-        prefix = f"{dense.name}." if dense.name else ""
-        specs = {kind: TensorSpec(shape, ((prefix + kind,),)) for kind, shape in shapes.items()}
+        prefix = dense.name and f"{dense.name}."
+        weight, bias = (f"{prefix}weight", f"{prefix}gamma", dense.name), (f"{prefix}bias", f"{prefix}beta")
+        specs = {"weight": TensorSpec(dense.shape, tuple((name,) for name in weight))}
+        specs |= {"bias": TensorSpec(dense.shape[:1], tuple((name,) for name in bias))} if dense.bias else {}
         stored = read_headers(dense.weight_files)
-        own = [tensor for tensor in stored if remove_prefixes(tensor.name).startswith(prefix)]
+        own = [tensor for tensor in stored if f"{remove_prefixes(tensor.name)}.".startswith(prefix)]
         found = find_tensors(specs, own)
         tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
         layers.append(HeadLayer(tensors["weight"], tensors.get("bias"), dense.activation, dense.eps))

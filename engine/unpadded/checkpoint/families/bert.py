@@ -11,6 +11,7 @@ from typing import Any
 
 from unpadded.checkpoint.family import TRANSFORMERS, Family, by_type_or_name, choice, cls_head, encoder_tensors, sizes
 from unpadded.checkpoint.json_config import allow_only, not_implemented, optional, required
+from unpadded.checkpoint.modules import Dense
 from unpadded.checkpoint.spec import Activation, EncoderSpec
 
 TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
@@ -78,17 +79,27 @@ def read_distilbert_config(config: Mapping[str, Any]) -> EncoderSpec:
     return replace(spec, family="distilbert", token_types=0, activation=activation)
 
 
+def mlm_layers(spec: EncoderSpec, dense: str, norm: str, bias: str, activation: str | None = None) -> tuple[Dense, ...]:
+    """Return the layers of a `Family.mlm` by their stored names; activation: None for the encoder's."""
+    transform = Dense(name=dense, shape=(spec.hidden, spec.hidden), activation=activation or spec.activation)
+    layer_norm = Dense(name=norm, shape=(spec.hidden,), eps=spec.norm_eps)
+    return transform, layer_norm, Dense(name=bias, shape=(spec.vocabulary,), bias=False)
+
+
+TRANSFORM = "cls.predictions.transform"
 FAMILY = Family(
     matches=by_type_or_name("bert", suffixes=("encoder.layer.0.attention.self.query.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
     score=cls_head("pooler.dense", "classifier"),
+    mlm=lambda spec, _: mlm_layers(spec, f"{TRANSFORM}.dense", f"{TRANSFORM}.LayerNorm", "cls.predictions.bias"),
 )
 ROBERTA_FAMILY = replace(
     FAMILY,
     matches=by_type_or_name("xlm-roberta", "roberta"),
     read_config=read_roberta_config,
     score=cls_head("classifier.dense", "classifier.out_proj"),
+    mlm=lambda spec, _: mlm_layers(spec, "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "gelu"),
 )
 MPNET_FAMILY = replace(
     ROBERTA_FAMILY,
@@ -101,4 +112,5 @@ DISTILBERT_FAMILY = Family(
     read_config=read_distilbert_config,
     tensors=lambda spec: encoder_tensors(spec, DISTIL_LAYOUT),
     score=cls_head("pre_classifier", "classifier", "relu"),
+    mlm=lambda spec, _: mlm_layers(spec, "vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
 )

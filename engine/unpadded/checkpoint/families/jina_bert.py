@@ -56,6 +56,7 @@ FAMILY = replace(
     matches=matches,
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT),
+    mlm=None,
     max_length=8192,
 )
 CODE_FAMILY = replace(

@@ -79,11 +79,18 @@ def _score_layers(spec: EncoderSpec, config: Mapping[str, Any], labels: int) -> 
     return "cls" if pooling == "cls" else "mean", (dense, norm, Dense(name="classifier", shape=(labels, spec.hidden)))
 
 
+def _mlm_layers(spec: EncoderSpec, config: Mapping[str, Any]) -> tuple[Dense, ...]:
+    allow_only(config, {"decoder_bias": True})
+    *layers, _ = _score_layers(spec, config, 1)[1]
+    return *layers, Dense(name="decoder.bias", shape=(spec.vocabulary,), bias=False)
+
+
 FAMILY = Family(
     matches=by_type_or_name("modernbert", suffixes=("embeddings.tok_embeddings.weight",)),
     read_config=read_config,
     tensors=lambda spec: encoder_tensors(spec, LAYOUT, last_mlp_norm="final_norm"),
     score=_score_layers,
+    mlm=_mlm_layers,
     max_length=8192,
     matryoshka={"modernbert-embed-base": (768, 256)},
 )
