@@ -43,7 +43,7 @@ CHECKPOINTS = {
     "gte": "gte-en-v1.5, gte-multilingual-base, snowflake-arctic-embed-m-v2.0, gte-multilingual-reranker",
     "jina_bert": "jina-embeddings-v2",
     "jina_code": "jina-embeddings-v2-base-code",
-    "jina_v3": "jina-embeddings-v3 and jina-embeddings-v3-hf, with their LoRA adapters",
+    "jina_v3": "jina-embeddings-v3, with its LoRA adapters",
     "modernbert": "modernbert-embed, gte-modernbert, granite-embedding-english-r2, gte-reranker, ettin-reranker",
     "nomic_bert": "nomic-embed-text-v1 and v1.5, nomic-bert-2048, CodeRankEmbed, snowflake-arctic-embed-m-long",
     "nomic_bert with experts": "nomic-embed-text-v2-moe",

@@ -254,7 +254,6 @@ def seeded(family):
         "eurobert": ("EuroBert", {"num_key_value_heads": 2}),
         "gte": ("Gte", types),
         "gte without types": ("Gte", {"type_vocab_size": 0}),
-        "jina_v3": ("JinaEmbeddingsV3", types),
         "modernbert": ("ModernBert", {"local_attention": 8}),
         "nomic_bert": ("NomicBert", types),
         "xlm_roberta": ("XLMRoberta", types | {"max_position_embeddings": 514}),
@@ -308,7 +307,7 @@ def test_other_families_match_transformers(ids, family, padding, tmp_path):
 
 @pytest.fixture(
     scope="module",
-    params=["bert", "eurobert", "gte", "gte without types", "jina_v3", "modernbert", "nomic_bert", "xlm_roberta"],
+    params=["bert", "eurobert", "gte", "gte without types", "modernbert", "nomic_bert", "xlm_roberta"],
 )
 def trio(request, tmp_path_factory):
     """A transformers model of a family, its checkpoint as an UnpaddedModel, and a copy of it accelerated."""

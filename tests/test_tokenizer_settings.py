@@ -197,7 +197,7 @@ CASES: list[Case] = [
     # XLM-RoBERTa
     (X, OWN, False, {}),
     (X, OWN, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "xlm-roberta"}}),
-    (X, LIBRARY, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "jina_embeddings_v3"}}),
+    (X, LIBRARY, False, {"cfg": {"tokenizer_class": ...}, "model": {"model_type": "new"}}),
     (X, OWN, True, {"cfg": {"add_prefix_space": False}}),
     (X, OWN, True, {"tok": {"normalizer": None}}),
     *((X, OWN, False, {"tok": {part: None}}) for part in NULL[1:]),

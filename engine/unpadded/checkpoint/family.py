@@ -18,7 +18,7 @@ SIZE_KEYS = {
     "intermediate": "intermediate_size",
     "vocabulary": "vocab_size",
 }
-_PREFIXES = "0.auto_model. auto_model. base_model.model. bert. gte. model. module. new. nomic_bert. roberta."
+_PREFIXES = "0.auto_model. auto_model. bert. gte. model. module. new. nomic_bert. roberta."
 PREFIXES = _PREFIXES.split()  # removed from stored names, repeatedly
 _IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* lm_head.* pooler.*"
 IGNORED = _IGNORED.split()  # patterns of stored names, without prefix, that no encoder needs
