@@ -42,7 +42,6 @@ CHECKPOINTS = {
     "eurobert": "EuroBERT-210m, -610m, -2.1B and models trained from them",
     "gte": "gte-en-v1.5, gte-multilingual-base, snowflake-arctic-embed-m-v2.0, gte-multilingual-reranker",
     "jina_bert": "jina-embeddings-v2",
-    "jina_code": "jina-embeddings-v2-base-code",
     "jina_v3": "jina-embeddings-v3, with its LoRA adapters",
     "modernbert": "modernbert-embed, gte-modernbert, granite-embedding-english-r2, gte-reranker, ettin-reranker",
     "nomic_bert": "nomic-embed-text-v1 and v1.5, nomic-bert-2048, CodeRankEmbed, snowflake-arctic-embed-m-long",

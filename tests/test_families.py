@@ -10,7 +10,7 @@ import torch
 from support.checkpoints import VOCABULARY, nomic_tensors, transformers_names, write_bert, write_nomic
 from test_family_eurobert import EUROBERT_210M
 from test_family_gte import GTE_BASE
-from test_family_jina_bert import CODE_MAP, JINA_BASE
+from test_family_jina_bert import JINA_BASE
 from test_family_jina_v3 import JINA_V3
 from test_family_modernbert import MODERNBERT_EMBED
 from test_family_xlm_roberta import BGE_M3
@@ -398,7 +398,6 @@ def test_the_first_family_that_matches_reads_the_configuration() -> None:
         "nomic_bert": NOMIC_V1_5,
         "modernbert": MODERNBERT_EMBED,
         "gte": GTE_BASE,
-        "jina_code": JINA_BASE | {"auto_map": CODE_MAP},
         "jina_bert": JINA_BASE,
         "xlm_roberta": BGE_M3,
         "bert": BERT,

@@ -16,7 +16,7 @@ from support.checkpoints import add_sentence_transformers_files, write_bert, wri
 from test_families import BERT, LEGACY, MODERN
 from test_family_eurobert import EUROBERT_210M
 from test_family_gte import GTE_BASE
-from test_family_jina_bert import CODE_MAP, JINA_BASE
+from test_family_jina_bert import JINA_BASE
 from test_family_jina_v3 import JINA_V3
 from test_family_modernbert import MODERNBERT_EMBED
 from test_family_nomic_moe import V2_MOE
@@ -36,7 +36,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nomic moe": V2_MOE,
     "gte": GTE_BASE,
     "jina_bert": JINA_BASE,
-    "jina_code": JINA_BASE | {"auto_map": CODE_MAP},
     "jina_v3": JINA_V3,
     "modernbert": MODERNBERT_EMBED | {"layer_types": ["full_attention"] * 22, "local_attention": 128},
     "eurobert": EUROBERT_210M,

@@ -112,7 +112,6 @@ def encoder_tensors(
         "out": (hidden, hidden),
         "up": (spec.up_rows, hidden),
         "down": (hidden, spec.intermediate),
-        "qk_norm": (2 * hidden,),
     }
     found: dict[str, TensorSpec] = {}
     for layer, name in product(range(spec.layers), layouts[0]):

@@ -76,8 +76,6 @@ class EncoderSpec:
     # learned positions start at the row after this one; tokens with this id use this row
     padding_id: int | None = None
     alibi: bool = False
-    qk_norm: bool = False  # LayerNorm over all heads of q, and of k
-    inner_norm: bool = False  # the residual is added to attention's output and normalized, then both once more
     local_attention: LocalAttention | None = None
     experts: Experts | None = None
     lora: LoraSpec | None = None

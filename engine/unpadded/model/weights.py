@@ -19,7 +19,7 @@ from unpadded.checkpoint.modules import Dense
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
-from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
+from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, Layer, LayerNorm, Norm, RMSNorm
 from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors
 from unpadded_kernels.linear_cpu import can_prepack
@@ -35,7 +35,7 @@ class EncoderWeights:
     word: Tensor  # [vocabulary, hidden]
     token_type: Tensor | None  # [token_types, hidden]
     position: Tensor | None  # [position_rows, hidden]
-    norm: LayerNorm | RMSNorm
+    norm: Norm
     layers: tuple[Layer, ...]
     # tensor name -> the LoRA factors of all tasks: B [tasks, rows, rank] and A [tasks, rank, columns]
     lora: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -108,23 +108,17 @@ def _layer(spec: EncoderSpec, tensors: dict[str, Tensor]) -> Layer:
 
     if spec.kv_heads is not None:
         tensors["qkv"] = _qkv_of_shared_heads(spec, tensors.pop("q"), tensors.pop("kv"))
-    qk_norm = None
-    if "qk_norm" in tensors:
-        qk_norm = tensors["qk_norm"], tensors["qk_norm_bias"], spec.norm_eps
-    attention_norm: Norm = _norm(spec, tensors, "attention_norm")
-    if "inner_norm" in tensors:
-        attention_norm = InnerNorm(inner=_norm(spec, tensors, "inner_norm"), outer=attention_norm)
     experts = _expert_mlp(spec, tensors) if "router" in tensors else None
     return Layer(
-        qkv=QKV(linear=linear("qkv"), norm=qk_norm, heads=spec.heads),
+        qkv=QKV(linear=linear("qkv"), heads=spec.heads),
         out=linear("out"),
-        attention_norm=attention_norm,
+        attention_norm=_norm(spec, tensors, "attention_norm"),
         mlp=experts or MLP(up=linear("up", spec.activation), down=linear("down")),
         mlp_norm=_norm(spec, tensors, "mlp_norm"),
     )
 
 
-def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> LayerNorm | RMSNorm:
+def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> Norm:
     if spec.rms_norm:
         return RMSNorm(weight=tensors[name], eps=spec.norm_eps)
     bias = tensors[f"{name}_bias"] if "norm" in spec.biases else torch.zeros_like(tensors[name])

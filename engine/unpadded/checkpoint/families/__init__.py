@@ -14,7 +14,6 @@ FAMILIES: dict[str, Family] = {
     "modernbert": modernbert.FAMILY,
     "nomic_bert": nomic_bert.FAMILY,
     "gte": gte.FAMILY,
-    "jina_code": jina_bert.CODE_FAMILY,
     "jina_bert": jina_bert.FAMILY,
     "jina_v3": jina_v3.FAMILY,
     "xlm_roberta": bert.ROBERTA_FAMILY,
@@ -29,6 +28,12 @@ def find_family(config: Mapping[str, Any], names: Collection[str]) -> Family:
         raise ConfigError(
             f"model_type = {model_type!r}, with one adapter folder per task, is not supported; use "
             "jinaai/jina-embeddings-v3"
+        )
+    norm = "attention.self.layer_norm_q.weight"
+    if "jina-bert-v2-qk-post-norm" in str(config.get("auto_map")) or any(name.endswith(norm) for name in names):
+        raise ConfigError(
+            "jina-bert-v2-qk-post-norm, of jina-embeddings-v2-base-code, is not supported; use another model for code, "
+            "such as nomic-ai/CodeRankEmbed"
         )
     for family in FAMILIES.values():
         if family.matches(config, names):
