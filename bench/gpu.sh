@@ -31,7 +31,7 @@ mapfile -t family_tests < <(grep -lE 'def test_.*(cuda\)|gpu)' tests/test_family
 matmuls="(linear or attention)" kernels="not linear and not attention" workers=14
 patience=1 # factor of every time limit, larger for --small on a busy CPU
 if [ ${#small[@]} -gt 0 ]; then
-    kernel_tests=(tests/test_kernel_qk_norm.py)
+    kernel_tests=(tests/test_kernel_rms_norm.py)
     engine_tests=(tests/test_cuda_memory.py) family_tests=(tests/test_cuda_memory.py) # skipped without a GPU
     matmuls="linear and swiglu and not fp8 and not 333" kernels=rms_norm workers=0
     patience=10

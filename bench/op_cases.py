@@ -29,7 +29,6 @@ from unpadded_kernels import (
     matryoshka,
     mean_pool,
     pre_layer_norm,
-    qk_norm_,
     quantize_rows,
     rms_norm,
     rotary_,
@@ -42,7 +41,6 @@ from unpadded_kernels.fp8 import linear_fp8_reference, quantize_rows_reference
 from unpadded_kernels.layer_norm import (
     add_layer_norm_reference,
     pre_layer_norm_reference,
-    qk_norm_reference,
     rms_norm_reference,
 )
 from unpadded_kernels.linear import FUSES_ACTIVATION, linear_activation_reference, linear_invariant_reference
@@ -112,12 +110,6 @@ def swiglu_case() -> Case:
 def rotary_case() -> Case:
     qkv, cos_sin = randn(TOKENS, 3, HEADS, HEAD_DIM), table()  # in place; rotating it repeatedly keeps its norm
     return Case((qkv, cos_sin), qkv.nbytes * 4 // 3 + cos_sin.nbytes, True, providers(rotary_, rotary_reference))
-
-
-def qk_norm_case() -> Case:
-    qkv, weight = randn(TOKENS, 3, HEADS, HEAD_DIM), randn(2 * HEADS * HEAD_DIM)
-    arguments = qkv, weight, torch.zeros_like(weight), 1e-12
-    return Case(arguments, qkv.nbytes * 4 // 3, True, providers(qk_norm_, qk_norm_reference))
 
 
 def mean_pool_case() -> Case:
@@ -212,7 +204,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "embedding": embedding_case,
     "swiglu": swiglu_case,
     "rotary": rotary_case,
-    "qk_norm": qk_norm_case,
     "mean_pool": mean_pool_case,
     "matryoshka": matryoshka_case,
     "padded_mean_pool": padded_mean_pool_case,

@@ -43,8 +43,7 @@ CHECKPOINTS = {
     "eurobert": "EuroBERT-210m, -610m, -2.1B and models trained from them",
     "gte": "gte-en-v1.5, gte-multilingual-base, snowflake-arctic-embed-m-v2.0, gte-multilingual-reranker",
     "jina_bert": "jina-embeddings-v2",
-    "jina_code": "jina-embeddings-v2-base-code",
-    "jina_v3": "jina-embeddings-v3 and jina-embeddings-v3-hf, with their LoRA adapters",
+    "jina_v3": "jina-embeddings-v3, with its LoRA adapters",
     "modernbert": "modernbert-embed, gte-modernbert, granite-embedding-english-r2, -small-english-r2, "
     "-97m-multilingual-r2 and -311m-multilingual-r2 (32k tokens), DenseOn, Ettin encoders, models trained from mmBERT, "
     "gte-reranker, ettin-reranker",

@@ -448,7 +448,6 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
         "2_Dense/config.json",
         "2_Dense/model.safetensors",
         "adapter_config.json",
-        "adapter_model.safetensors",
         "added_tokens.json",
         "config.json",
         "config_sentence_transformers.json",
@@ -457,8 +456,6 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
         "model.safetensors",
         "model.safetensors.index.json",
         "modules.json",
-        "retrieval_query/adapter_config.json",
-        "retrieval_query/adapter_model.safetensors",
         "sentence_bert_config.json",
         "sentencepiece.bpe.model",
         "special_tokens_map.json",
@@ -469,7 +466,7 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
     ]
     not_needed = [
         "2_Dense/pytorch_model.bin",
-        "adapter_model.bin",
+        "adapter_model.safetensors",
         "README.md",
         "data_config.json",
         "modeling_hf_nomic_bert.py",
@@ -477,7 +474,8 @@ def test_only_files_that_are_read_are_downloaded(nomic: Path, monkeypatch: pytes
         "onnx/model.onnx",
         "onnx/model.safetensors",
         "pytorch_model.bin",
-        "retrieval_query/adapter_model.bin",
+        "retrieval_query/adapter_config.json",
+        "retrieval_query/adapter_model.safetensors",
         "rust_model.ot",
         "training_args.bin",
     ]

@@ -16,6 +16,7 @@ from support.checkpoints import add_sentence_transformers_files, change_json, wr
 
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.errors import CheckpointError, ConfigError, WeightsError
+from unpadded.integrations.sentence_transformers import Transformer
 
 HONORED, HARMLESS = "honored", "harmless"
 MODEL, MODULE = "config_sentence_transformers.json", "sentence_bert_config.json"
@@ -50,7 +51,7 @@ DECISIONS: list[tuple[str, str, Any, str | type[CheckpointError], str]] = [
     ("config.json", "dtype", "bfloat16", HARMLESS, "dtype= decides; the drop-ins honor it"),
     ("config.json", "architectures", ["BertForMaskedLM"], HARMLESS, "the head is not loaded"),
     ("config.json", "is_decoder", True, ConfigError, ""),
-    ("adapter_config.json", "", {"peft_type": "LORA"}, ConfigError, "honored if complete: test_adapter"),
+    ("adapter_config.json", "", {"peft_type": "LORA"}, ConfigError, "merged by peft first"),
     ("model.safetensors.index.json", "", {"weight_map": {"a": "absent"}}, HARMLESS, "model.safetensors comes first"),
     ("pytorch_model.bin", "", "pickle", HARMLESS, "safetensors come first, also in transformers"),
     ("generation_config.json", "", {"max_length": 5}, HARMLESS, "for decoders that generate"),
@@ -78,7 +79,7 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what decides about the vectors, without the folder's path."""
     names = ("spec", "pooling", "normalize", "prompts", "default_prompt", "lower_case", "max_length", "matryoshka")
     dense = [(one.shape, one.bias, one.activation) for one in checkpoint.dense]
-    return {name: getattr(checkpoint, name) for name in names} | {"dense": dense, "adapter": checkpoint.adapter}
+    return {name: getattr(checkpoint, name) for name in names} | {"dense": dense}
 
 
 @pytest.mark.parametrize(("file", "key", "value", "decision", "reason"), DECISIONS)
@@ -103,6 +104,22 @@ def test_decisions(
     else:
         with pytest.raises(decision, match=key or file):
             open_checkpoint(folder)
+
+
+def test_an_adapter_is_rejected_and_left_to_the_original(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one without its base model's files in the folder."""
+    loaded: list[str] = []
+    monkeypatch.setattr(sentence_transformers.models.Transformer, "load", lambda name, **_: loaded.append(name))
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "owner/name"})
+    for complete in (True, False):
+        if not complete:
+            (folder / "config.json").unlink()
+        with pytest.raises(ConfigError, match=r"adapters .*adapter_config\.json; merge .* with peft's merge_and"):
+            open_checkpoint(folder)
+    Transformer.load(str(folder), token=None, cache_folder=None, revision=None, local_files_only=True)
+    assert loaded == [str(folder)] and "runs as sentence-transformers loads it" in caplog.text
 
 
 def test_modules_of_other_kinds_are_rejected(folder: Path) -> None:

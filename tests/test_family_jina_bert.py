@@ -42,7 +42,7 @@ SMALL = JINA_BASE | {
 SLOPES_OF_6 = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
 
 
-def make_tensors(code):
+def make_tensors():
     random = RandomWeights(HIDDEN, 0)
     tensors = {
         "embeddings.word_embeddings.weight": random(VOCABULARY, HIDDEN),
@@ -55,16 +55,13 @@ def make_tensors(code):
         for name in ("self.query", "self.key", "self.value", "output.dense"):
             tensors |= random.linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
         tensors |= random.norm(f"{layer}.attention.output.LayerNorm")
-        up, down = ("up_gated_layer", "down_layer") if code else ("gated_layers", "wo")
-        tensors |= random.linear(f"{layer}.mlp.{up}", 2 * INTERMEDIATE, HIDDEN, bias=False)
-        tensors |= random.linear(f"{layer}.mlp.{down}", HIDDEN, INTERMEDIATE)
-        norms = ("attention.self.layer_norm_q", "attention.self.layer_norm_k", "layer_norm_1", "layer_norm_2")
-        for name in norms if code else ("mlp.layernorm",):
-            tensors |= random.norm(f"{layer}.{name}")
+        tensors |= random.linear(f"{layer}.mlp.gated_layers", 2 * INTERMEDIATE, HIDDEN, bias=False)
+        tensors |= random.linear(f"{layer}.mlp.wo", HIDDEN, INTERMEDIATE)
+        tensors |= random.norm(f"{layer}.mlp.layernorm")
     return tensors
 
 
-def make_reference(tensors, code):
+def make_reference(tensors):
     """Return a function that computes the hidden states of one text in float64."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
@@ -79,8 +76,6 @@ def make_reference(tensors, code):
 
     def attention(x, name):
         q, k, v = (linear(x, f"{name}.self.{part}") for part in ("query", "key", "value"))
-        if code:
-            q, k = norm(q, f"{name}.self.layer_norm_q"), norm(k, f"{name}.self.layer_norm_k")
         position = torch.arange(len(x))
         bias = -torch.tensor(SLOPES_OF_6)[:, None, None] * (position[:, None] - position).abs()
         scores = heads(q) @ heads(k).transpose(1, 2) / (HIDDEN // HEADS) ** 0.5 + bias
@@ -93,26 +88,16 @@ def make_reference(tensors, code):
         for index in range(LAYERS):
             name = f"encoder.layer.{index}"
             attended = attention(x, f"{name}.attention")
-            if code:
-                x = norm(x + attended, f"{name}.layer_norm_1")
-                up, gate = linear(x, f"{name}.mlp.up_gated_layer").chunk(2, dim=-1)
-                x = norm(x + linear(up * F.gelu(gate), f"{name}.mlp.down_layer"), f"{name}.layer_norm_2")
-            else:
-                gate, up = linear(attended, f"{name}.mlp.gated_layers").chunk(2, dim=-1)
-                x = norm(attended + linear(F.gelu(gate) * up, f"{name}.mlp.wo"), f"{name}.mlp.layernorm")
+            gate, up = linear(attended, f"{name}.mlp.gated_layers").chunk(2, dim=-1)
+            x = norm(attended + linear(F.gelu(gate) * up, f"{name}.mlp.wo"), f"{name}.mlp.layernorm")
         return x.numpy()
 
     return run
 
 
-@pytest.fixture(params=["text", "code"])
-def code(request):
-    return request.param == "code"
-
-
 @pytest.fixture
-def folder(code, tmp_path):
-    return write_checkpoint(tmp_path, SMALL | ({"auto_map": CODE_MAP} if code else {}), make_tensors(code))
+def folder(tmp_path):
+    return write_checkpoint(tmp_path, SMALL, make_tensors())
 
 
 def test_the_published_configuration():
@@ -120,9 +105,7 @@ def test_the_published_configuration():
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (12, 768, 12, 64, 3072)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.rotary) == (30528, 2, 0, None)
     assert (spec.activation, spec.biases) == ("geglu", ("qkv", "out", "down", "norm"))
-    assert spec.alibi and not spec.qk_norm and not spec.inner_norm
-    code = jina_bert.CODE_FAMILY.read_config(JINA_BASE | {"auto_map": CODE_MAP})
-    assert code.alibi and code.qk_norm and code.inner_norm and code.family == "jina_code"
+    assert spec.alibi
 
 
 @pytest.mark.parametrize(
@@ -140,9 +123,8 @@ def test_alibi_slopes(heads, slopes):
     assert spec.alibi_slopes == pytest.approx(slopes, rel=1e-12)
 
 
-def test_matches_the_reference(folder, code):
-    reference = make_reference(make_tensors(code), code)
-    assert_parity(unpadded.load(folder, device="cpu"), reference, LENGTHS)
+def test_matches_the_reference(folder):
+    assert_parity(unpadded.load(folder, device="cpu"), make_reference(make_tensors()), LENGTHS)
 
 
 def test_cuda_agrees(folder, cuda):
@@ -160,11 +142,23 @@ def test_position_ids_raise(folder):
 
 
 @pytest.mark.parametrize("absent", ["auto_map", "model_type", "position_embedding_type"])
-def test_tensor_names_distinguish_the_variants(folder, code, absent):
+def test_tensor_names_decide(folder, absent):
     stated = open_checkpoint(folder).spec
     change_json(folder / "config.json", **{absent: ...})
     assert open_checkpoint(folder).spec == stated
-    assert stated.family == ("jina_code" if code else "jina_bert")
+    assert stated.family == "jina_bert"
+
+
+@pytest.mark.parametrize("named_by", ["auto_map", "tensors"])
+def test_the_model_for_code_raises(folder, named_by):
+    """It has LayerNorm on q and k, and one more after attention."""
+    if named_by == "auto_map":
+        change_json(folder / "config.json", auto_map=CODE_MAP)
+    else:
+        tensors = make_tensors() | RandomWeights(HIDDEN, 0).norm("encoder.layer.0.attention.self.layer_norm_q")
+        write_checkpoint(folder, SMALL, tensors)
+    with pytest.raises(ConfigError, match=r"jina-embeddings-v2-base-code, is not supported; use .*CodeRankEmbed$"):
+        open_checkpoint(folder)
 
 
 def test_max_length_is_not_limited_by_learned_positions(folder):
@@ -180,7 +174,6 @@ def test_max_length_is_not_limited_by_learned_positions(folder):
         ("hidden_act", "relu"),
     ],
 )
-@pytest.mark.parametrize("read_config", [jina_bert.read_config, jina_bert.CODE_FAMILY.read_config])
-def test_unsupported_settings_raise(read_config, key, value):
+def test_unsupported_settings_raise(key, value):
     with pytest.raises(ConfigError, match=f"{key} = .* is not implemented"):
-        read_config(JINA_BASE | {key: value})
+        jina_bert.read_config(JINA_BASE | {key: value})

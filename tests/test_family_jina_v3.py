@@ -1,12 +1,14 @@
 """jina-embeddings-v3 against transformers, and its adapters against the published parametrization."""
 
 import asyncio
+import copy
 import json
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import torch.nn.functional as F
 from support.checkpoints import add_sentence_transformers_files, write_checkpoint, write_json
@@ -186,22 +188,25 @@ def test_the_published_configuration():
     assert dict(zip(TASKS, spec.lora.prompts, strict=True)) == dict.fromkeys(TASKS, "") | PROMPTS
 
 
-@pytest.mark.parametrize("names", ["published", "transformers"])
-def test_matches_transformers(model, tmp_path, names):
-    if names == "published":
-        folder = write_checkpoint(tmp_path, PLAIN, published_names(model.state_dict()))
-    else:
-        config = json.loads(model.config.to_json_string())
-        assert config["rope_parameters"]["rope_theta"] == 20000.0
-        folder = write_checkpoint(tmp_path, config, model.state_dict())
+def test_matches_transformers(model, tmp_path):
+    folder = write_checkpoint(tmp_path, PLAIN, published_names(model.state_dict()))
     assert_parity(unpadded.load(folder, device="cpu"), last_hidden_state(model))
 
 
-def test_accelerate_supports_the_encoder():
-    model = model_of()
-    (ids,) = random_ids([65])
-    expected = last_hidden_state(model)(ids)
-    assert relative_error(last_hidden_state(accelerate(model))(ids), expected) <= 1e-5
+def test_the_layout_of_transformers_raises(model, tmp_path, minilm, caplog):
+    """The drop-in runs such a checkpoint as sentence-transformers loads it."""
+    model.save_pretrained(tmp_path)
+    lines = (minilm / "README.md").read_text().splitlines()
+    write_tokenizer(tmp_path, lines)
+    message = r"model_type = 'jina_embeddings_v3', .* is not supported; use jinaai/jina-embeddings-v3$"
+    for reject in (lambda: open_checkpoint(tmp_path), lambda: accelerate(copy.deepcopy(model))):
+        with pytest.raises(ConfigError, match=message):
+            reject()
+    drop_in, original = (
+        kind(str(tmp_path), device="cpu") for kind in (SentenceTransformer, sentence_transformers.SentenceTransformer)
+    )
+    assert "runs as sentence-transformers loads it" in caplog.text and "use jinaai/jina-embeddings-v3" in caplog.text
+    assert np.array_equal(drop_in.encode(lines[:3]), original.encode(lines[:3]))
 
 
 @pytest.mark.slow

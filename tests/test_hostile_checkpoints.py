@@ -16,7 +16,7 @@ from support.checkpoints import add_sentence_transformers_files, write_bert, wri
 from test_families import BERT, LEGACY, MODERN
 from test_family_eurobert import EUROBERT_210M
 from test_family_gte import GTE_BASE
-from test_family_jina_bert import CODE_MAP, JINA_BASE
+from test_family_jina_bert import JINA_BASE
 from test_family_jina_v3 import JINA_V3
 from test_family_modernbert import MODERNBERT_EMBED
 from test_family_nomic_moe import V2_MOE
@@ -36,7 +36,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nomic moe": V2_MOE,
     "gte": GTE_BASE,
     "jina_bert": JINA_BASE,
-    "jina_code": JINA_BASE | {"auto_map": CODE_MAP},
     "jina_v3": JINA_V3,
     "modernbert": MODERNBERT_EMBED | {"layer_types": ["full_attention"] * 22, "local_attention": 128},
     "eurobert": EUROBERT_210M,
@@ -161,7 +160,6 @@ KEYS = {
     "config_sentence_transformers.json": ["prompts", "default_prompt_name", "matryoshka_dimensions", "model_type"],
     "sentence_bert_config.json": ["max_seq_length", "do_lower_case", "config_args", "transformer_task"],
     "tokenizer_config.json": ["model_max_length"],
-    "adapter_config.json": ["peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path"],
     "model.safetensors.index.json": ["weight_map"],
 }
 
@@ -169,10 +167,6 @@ KEYS = {
 @pytest.mark.parametrize("file", KEYS)
 def test_every_value_of_the_other_files(file: str, bert: Path) -> None:
     write_json(bert / "tokenizer_config.json", {})
-    write_json(
-        bert / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 1, "target_modules": ["query"]}
-    )
-    save_file({"unrelated": torch.ones(1)}, bert / "adapter_model.safetensors")
     if file == "model.safetensors.index.json":
         (bert / "model.safetensors").unlink()
         write_json(bert / file, {})

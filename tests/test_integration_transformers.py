@@ -255,7 +255,6 @@ def seeded(family):
         "eurobert": ("EuroBert", {"num_key_value_heads": 2}),
         "gte": ("Gte", types),
         "gte without types": ("Gte", {"type_vocab_size": 0}),
-        "jina_v3": ("JinaEmbeddingsV3", types),
         "modernbert": ("ModernBert", {"local_attention": 8}),
         "mpnet": ("MPNet", {"max_position_embeddings": 514}),
         "nomic_bert": ("NomicBert", types),
@@ -308,7 +307,7 @@ def test_other_families_match_transformers(ids, family, padding, tmp_path):
                 assert_same(state, expected_state, mask)
 
 
-TRIOS = "bert,distilbert,eurobert,gte,gte without types,jina_v3,modernbert,mpnet,nomic_bert,xlm_roberta"
+TRIOS = "bert,distilbert,eurobert,gte,gte without types,modernbert,mpnet,nomic_bert,xlm_roberta"
 
 
 @pytest.fixture(scope="module", params=TRIOS.split(","))

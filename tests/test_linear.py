@@ -8,7 +8,6 @@ import torch
 from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
 from unpadded.model.linear import Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded_kernels.activation import KINDS, activation_reference
-from unpadded_kernels.layer_norm import qk_norm_reference
 from unpadded_kernels.linear_cpu import can_prepack, onednn_supports
 from unpadded_kernels.linear_int8 import int8_is_supported
 from unpadded_kernels.rotary import rotary_reference
@@ -56,17 +55,13 @@ def test_every_kind_computes_the_same_linear(kind, activation, bias):
     assert_close(CONVERT[kind](plain)(x), expected(plain, x), ERROR[kind])
 
 
-@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("rotary", [True, False])
-def test_qkv_is_normalized_and_rotated(kind, norm, rotary):
+def test_qkv_is_rotated(kind, rotary):
     plain, x, cos_sin = draw(3 * HIDDEN), torch.randn(7, HIDDEN), torch.randn(7, HIDDEN // HEADS)
-    qk_norm = (torch.randn(2 * HIDDEN), torch.randn(2 * HIDDEN), 1e-5) if norm else None
     qkv = expected(plain, x).float().view(7, 3, HEADS, -1)
-    if qk_norm is not None:
-        qk_norm_reference(qkv, *qk_norm)
     if rotary:
         rotary_reference(qkv, cos_sin)
-    actual = QKV(linear=CONVERT[kind](plain), norm=qk_norm, heads=HEADS)(x, cos_sin if rotary else None)
+    actual = QKV(linear=CONVERT[kind](plain), heads=HEADS)(x, cos_sin if rotary else None)
     assert actual.shape == qkv.shape
     assert_close(actual, qkv.double(), ERROR[kind])
 
@@ -93,7 +88,7 @@ def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
 def test_linears_are_changed_by_name():
     norm = LayerNorm(weight=torch.ones(HIDDEN), bias=torch.zeros(HIDDEN), eps=1e-5)
     linears = {"qkv": draw(3 * HIDDEN), "out": draw(HIDDEN), "up": draw(128, "gelu"), "down": draw(HIDDEN)}
-    qkv, mlp = QKV(linear=linears["qkv"], norm=None, heads=HEADS), MLP(up=linears["up"], down=linears["down"])
+    qkv, mlp = QKV(linear=linears["qkv"], heads=HEADS), MLP(up=linears["up"], down=linears["down"])
     layer = Layer(qkv=qkv, out=linears["out"], attention_norm=norm, mlp=mlp, mlp_norm=norm)
     assert all(layer.linears[name] is linears[name] for name in linears)
     changed = {name: replace(linear, invariant=True) for name, linear in linears.items()}

@@ -44,7 +44,6 @@ def arguments(tokens):
         "masked_mean_pool": (randn(2, tokens, HIDDEN), mask, True),
         "mean_pool": (x, cu_seqlens),
         "pre_layer_norm": (x, x, row, row, EPS),
-        "qk_norm_": (qkv, randn(2 * HIDDEN), randn(2 * HIDDEN), EPS),
         "quantize_rows": (x,),
         "rms_norm": (x, None, row, EPS),
         "rotary_": (qkv, cos_sin),

@@ -73,10 +73,10 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
             f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='auto'"
         )
     expansion = checkpoint.tokens and checkpoint.tokens.expansion
-    special = [checkpoint.spec.position_bias and "bias by distance", expansion and not expansion.attend and "tokens without keys"]
-    if any(special) and options.attention not in ("auto", "unpadded"):
-        needed = " and ".join(filter(None, special))
-        raise OptionError(f"attention={options.attention!r} has no {needed} for {checkpoint.name}; use 'auto'")
+    special = "bias by distance" if checkpoint.spec.position_bias else ""
+    special = special or ("tokens without keys" if expansion and not expansion.attend else "")
+    if special and options.attention not in ("auto", "unpadded"):
+        raise OptionError(f"attention={options.attention!r} has no {special} for {checkpoint.name}; use 'auto'")
     # On a CPU torch needs the cores; the tokenizer gets the few that keep up with it.
     threads = torch.get_num_threads() // len(devices)
     cores = max(1, threads // CORES_PER_TOKENIZER_CORE) if kind == "cpu" else None

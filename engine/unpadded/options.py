@@ -267,12 +267,6 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
         logger.warning(message, checkpoint.name, dimensions)
     lora = checkpoint.spec.lora
     adapter = options.task if lora is not None and options.task in lora.tasks else None
-    if lora is not None and adapter is not None and not lora.rank:
-        absent = checkpoint.folder / lora.folders[lora.tasks.index(adapter)]
-        raise OptionError(
-            f"the LoRA adapter of task {adapter!r} is missing from {checkpoint.name}: {absent}; download it, or pass "
-            "prompt= instead of task="
-        )
     cut_or_averaged = dimensions is not None or options.long_text == "mean"
     resolved = vars(options) | {"prompt": _prompt(checkpoint, options, has_adapter=adapter is not None)}
     return Plan(

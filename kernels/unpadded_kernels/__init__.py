@@ -8,7 +8,7 @@ from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
 from unpadded_kernels.fp8 import linear_fp8, quantize_rows
-from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, qk_norm_, rms_norm
+from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, rms_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
 from unpadded_kernels.matryoshka import matryoshka
 from unpadded_kernels.moe import expert_mlp
@@ -30,7 +30,6 @@ __all__ = [
     "matryoshka",
     "mean_pool",
     "pre_layer_norm",
-    "qk_norm_",
     "quantize_rows",
     "rms_norm",
     "rotary_",

@@ -1,11 +1,10 @@
-"""Residual add + LayerNorm or RMSNorm, the last step of both halves of a layer; LayerNorm of q and k.
+"""Residual add + LayerNorm or RMSNorm, the last step of both halves of a layer.
 
     h = x + residual
     LayerNorm:  y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
     RMSNorm:    y = h * rsqrt(mean(h ** 2) + eps) * weight
 
-add_layer_norm returns y; pre_layer_norm and rms_norm also return h, the residual of a pre-norm layer. qk_norm_ applies
-LayerNorm, without a residual, to q and to k in packed qkv, each over all heads of a token. Bound by memory:
+add_layer_norm returns y; pre_layer_norm and rms_norm also return h, the residual of a pre-norm layer. Bound by memory:
 6 * hidden bytes per token in 16 bits for add_layer_norm, 8 * hidden for the others.
 """
 
@@ -35,17 +34,6 @@ def rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: 
     """x, residual: [total_tokens, hidden], residual None for zeros; weight: [hidden]. Returns (y, h), both like x."""
     h = x.float() + (0 if residual is None else residual.float())
     return F.rms_norm(h, weight.shape, weight.float(), eps).to(x.dtype), h.to(x.dtype)
-
-
-def qk_norm_reference(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """Normalize q and k in place.
-
-    qkv: [total_tokens, 3, heads, head_dim]; weight, bias: [2 * heads * head_dim], q's then k's.
-    """
-    for rows, row_weight, row_bias in zip(
-        qkv[:, :2].unbind(1), weight.float().chunk(2), bias.float().chunk(2), strict=True
-    ):
-        rows.copy_(F.layer_norm(rows.flatten(1).float(), row_weight.shape, row_weight, row_bias, eps).view(rows.shape))
 
 
 @triton.jit
@@ -92,20 +80,6 @@ def _norm_kernel(
     tl.store(y_ptr + token * HIDDEN + h, y, mask=mask)
 
 
-@triton.jit
-def _qk_norm_kernel(
-    qkv_ptr, weight_ptr, bias_ptr, stride_qt, stride_qs, eps, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)  # q, then k
-    h = tl.arange(0, BLOCK_H)
-    mask = h < HIDDEN
-    row_ptrs = qkv_ptr + token * stride_qt + part * stride_qs + h
-    x = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
-    y = normalized(x, mask, weight_ptr + part * HIDDEN, bias_ptr + part * HIDDEN, h, eps, HIDDEN)
-    tl.store(row_ptrs, y, mask=mask)
-
-
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, total: Tensor | None
 ) -> Tensor:
@@ -146,20 +120,6 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     return pre_layer_norm_triton(x, residual, weight, None, eps)
 
 
-def qk_norm_triton(qkv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """Launch one program per token for q and one for k. qkv may be strided by token; its heads must be contiguous."""
-    total_tokens, _, heads, head_dim = qkv.shape
-    hidden = heads * head_dim
-    if qkv.stride()[2:] != (head_dim, 1):
-        raise ValueError(f"the heads of a token must be contiguous, got strides {qkv.stride()}: pass .contiguous()")
-    check_rows("weight", weight, 2 * hidden)
-    check_rows("bias", bias, 2 * hidden)
-    _qk_norm_kernel[(total_tokens, 2)](
-        qkv, weight, bias, stride_qt=qkv.stride(0), stride_qs=qkv.stride(1), eps=eps, **hidden_launch(hidden)
-    )
-
-
 add_layer_norm = operation(add_layer_norm_reference, cuda=add_layer_norm_triton)
 pre_layer_norm = operation(pre_layer_norm_reference, cuda=pre_layer_norm_triton)
 rms_norm = operation(rms_norm_reference, cuda=rms_norm_triton)
-qk_norm_ = operation(qk_norm_reference, cuda=qk_norm_triton, mutates_args=("qkv",))

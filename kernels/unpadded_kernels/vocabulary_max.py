@@ -14,8 +14,8 @@ from torch import Tensor
 
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
-from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.linear import matmul_tile
+from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.tiles import generation, linear_tile
 
 GROUP = 8  # blocks of the vocabulary whose programs run side by side and read a text's tokens from the L2 cache

@@ -31,7 +31,7 @@ from unpadded_kernels.activation import KINDS, activation_triton
 from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
 from unpadded_kernels.fp8 import E4M3, linear_fp8_triton, quantize_rows_triton
-from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, qk_norm_triton, rms_norm_triton
+from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
 from unpadded_kernels.matryoshka import matryoshka_triton
 from unpadded_kernels.moe import expert_mlp_triton
@@ -98,7 +98,6 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, lambda types=types: embedding_triton(ids, ids, types, x, x, x, row, row, 1e-5)
     for kind in KINDS:
         yield kind, lambda kind=kind: activation_triton(rows(TOKENS, 6144), kind)
-    yield "norm of 12 heads of 64", lambda: qk_norm_triton(rows(TOKENS, 3, 12, 64), rows(1536), rows(1536), 1e-5)
     yield "12 heads of 64", lambda: rotary_triton(rows(TOKENS, 3, 12, 64), torch.empty(TOKENS, 64))
     yield "768 columns", lambda: mean_pool_triton(x, cu_seqlens)
     if dtype == torch.float16:

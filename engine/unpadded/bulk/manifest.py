@@ -24,7 +24,6 @@ FORMAT = 1
 SAMPLES = 64  # of a model file, evenly spaced, including its first and last bytes
 SAMPLE_BYTES = 65536
 SMALL_MODEL_FILES = (
-    "adapter_config.json",
     "config.json",
     "tokenizer*.json",
     "added_tokens.json",
@@ -81,9 +80,7 @@ def describe_vectors(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a fingerprint of each file of a model that determines its vectors."""
-    weights = [*checkpoint.weight_files, *checkpoint.lora_files]
-    weights += [file for dense in checkpoint.dense for file in dense.weight_files]
-    weights += [checkpoint.adapter.file] if checkpoint.adapter else []
+    weights = [*checkpoint.weight_files, *(file for dense in checkpoint.dense for file in dense.weight_files)]
     small = [path for pattern in SMALL_MODEL_FILES for path in checkpoint.folder.glob(pattern)]
     return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]}
 

@@ -18,7 +18,7 @@ SIZE_KEYS = {
     "intermediate": "intermediate_size",
     "vocabulary": "vocab_size",
 }
-_PREFIXES = "0. auto_model. base_model. bert. distilbert. gte. model. module. mpnet. new. nomic_bert. roberta."
+_PREFIXES = "0. auto_model. bert. distilbert. gte. model. module. mpnet. new. nomic_bert. roberta."
 PREFIXES = _PREFIXES.split()  # removed from stored names, repeatedly
 _IGNORED = "*inv_freq classifier.* cls.* decoder.* embeddings.*_ids head.* lm_head.* pooler.* pre_classifier.* vocab_*"
 IGNORED = _IGNORED.split()  # patterns of stored names, without prefix, that no encoder needs
@@ -115,7 +115,6 @@ def encoder_tensors(
         "out": (hidden, hidden),
         "up": (spec.up_rows, hidden),
         "down": (hidden, spec.intermediate),
-        "qk_norm": (2 * hidden,),
     }
     found: dict[str, TensorSpec] = {}
     for layer, name in product(range(spec.layers), layouts[0]):

@@ -6,7 +6,7 @@ from typing import Any, cast
 from unpadded.errors import CheckpointError
 
 _FILES = """
-    *.model *adapter_config.json *adapter_model.safetensors added_tokens.json config.json merges.txt modules.json
+    *.model adapter_config.json added_tokens.json config.json merges.txt modules.json
     config_sentence_transformers.json model.safetensors model.safetensors.index.json model-*-of-*.safetensors
     sentence_*_config.json sparse_linear.safetensors special_tokens_map.json tokenizer.json tokenizer_config.json
     vocab.json vocab.txt

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.families import find_family
 from unpadded.checkpoint.family import Family
 from unpadded.checkpoint.hub import fetch
 from unpadded.checkpoint.json_config import allow_only, consistent, not_implemented, read_object, read_value
-from unpadded.checkpoint.lora_files import Adapter, find_lora_files, read_adapter
 from unpadded.checkpoint.modules import MODEL_CONFIG, TASK_TRANSFORMER, Dense, Pooling, output_width, read_modules
 from unpadded.checkpoint.safetensors_header import StoredTensor, read_headers
 from unpadded.checkpoint.score_head import ScoreHead, read_score_head
@@ -35,12 +34,10 @@ class Checkpoint:
     """Configuration of a model, complete and validated, and the places of its weights."""
 
     name: str  # hub id, or a name from the path or config.json
-    folder: Path  # holds the tokenizer, and config.json and weights if they are not those of an adapter's base model
+    folder: Path  # holds config.json, the weights and the tokenizer
     config: dict[str, Any]
     spec: EncoderSpec
     weight_files: tuple[Path, ...]
-    lora_files: tuple[Path, ...]  # one per task, if not stored with the encoder
-    adapter: Adapter | None  # merged into the weights
     pooling: Pooling
     normalize: bool
     dense: tuple[Dense, ...]
@@ -69,7 +66,6 @@ class Checkpoint:
             "default_prompt": self.default_prompt,
             "max_length": self.max_length,
             "matryoshka": list(self.matryoshka),
-            "adapter": self.adapter and f"LoRA of rank {self.adapter.rank}, scale {self.adapter.scale:g}",
             "defaults": list(self.defaults),
         }
 
@@ -89,24 +85,19 @@ def open_checkpoint(
     root, name = _locate(model, revision)
     modules = read_modules(root)
     folder = modules.transformer
-    base, adapter = folder, read_adapter(folder)
-    if adapter and not os.path.exists(folder / "config.json"):  # as in transformers
-        base = _locate(adapter.base_model, None)[0]
-    config = read_object(base / "config.json")
+    if os.path.lexists(adapter := folder / "adapter_config.json"):
+        raise ConfigError(
+            f"adapters in files are not supported: {adapter}; merge this one with peft's merge_and_unload and save the "
+            "model"
+        )
+    config = read_object(folder / "config.json")
     allow_only(config, {"quantization_config": None})
-    weight_files = _weight_files(base)
+    weight_files = _weight_files(folder)
     stored = read_headers(weight_files)
-    names = [tensor.name for tensor in stored]
-    family = next((family for family in FAMILIES.values() if family.matches(config, names)), None)
-    if family is None:
-        raise not_implemented(f"model_type in {base / 'config.json'}", config.get("model_type"), ", ".join(FAMILIES))
+    family = find_family(config, [tensor.name for tensor in stored])
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
-    lora, lora_files = find_lora_files(spec.lora, folder) if spec.lora else (None, ())
-    spec = replace(spec, lora=lora)
-    if lora and adapter:
-        raise not_implemented(f"{adapter.file} with one adapter per task", adapter.rank, "either of them")
-    if modules.takes_task and not lora:
+    if modules.takes_task and not spec.lora:
         raise not_implemented(
             f"the first module of {root / 'modules.json'}", TASK_TRANSFORMER, "sentence_transformers' Transformer"
         )
@@ -114,8 +105,8 @@ def open_checkpoint(
     score = read_score_head(modules, config, family, spec, weight_files)
 
     prompts, default_prompt, prompt_defaults = _prompts(modules.model_config, family)
-    if lora:
-        prompts = dict(zip(lora.tasks, lora.prompts, strict=True)) | prompts
+    if spec.lora:
+        prompts = dict(zip(spec.lora.tasks, spec.lora.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, modules.transformer_config, folder, family, spec)
     tokens = read_token_head(modules, config, spec.hidden, weight_files, length, max_length or spec.position_limit)
     for kind, marker in tokens.markers.items() if tokens else ():
@@ -128,8 +119,6 @@ def open_checkpoint(
         config=config,
         spec=spec,
         weight_files=weight_files,
-        lora_files=lora_files,
-        adapter=adapter,
         pooling=modules.pooling,
         normalize=modules.normalize,
         dense=modules.dense,

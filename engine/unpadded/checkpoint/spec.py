@@ -42,17 +42,12 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """One LoRA adapter per task: W + scale * B @ A.
-
-    The adapters are stored with the encoder's tensors, or each in PEFT's files in a folder of its own.
-    """
+    """One LoRA adapter per task, W + scale * B @ A, stored with the encoder's tensors."""
 
     tasks: tuple[str, ...]  # in the order in which the weights stack them
     prompts: tuple[str, ...]  # per task; a prompt stated in another file takes precedence
-    rank: int = 0  # 0: the checkpoint has no adapter files
-    scale: float = 0.0
-    folders: tuple[str, ...] = ()  # per task, inside the encoder's folder; () if stored with the encoder
-    target_modules: tuple[str, ...] = ()  # PEFT's names of the modules that every adapter in a folder changes
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +77,6 @@ class EncoderSpec:
     padding_id: int | None = None
     alibi: bool = False
     position_bias: bool = False  # attention has a bias per head and bucket of distances, shared by the layers
-    qk_norm: bool = False  # LayerNorm over all heads of q, and of k
-    inner_norm: bool = False  # the residual is added to attention's output and normalized, then both once more
     local_attention: LocalAttention | None = None
     experts: Experts | None = None
     lora: LoraSpec | None = None
@@ -145,4 +138,3 @@ class TensorSpec:
     # Spellings of the same tensor; each is the names of tensors of equal size that are stacked along dim 0.
     alternatives: tuple[tuple[str, ...], ...]
     up_before_gate: tuple[str, ...] = ()  # endings of names whose tensor has the up half before the gate half
-    transposed: bool = False  # the encoder uses the transpose; `shape` is the stored shape

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unpadded.checkpoint.families import FAMILIES
+from unpadded.checkpoint.families import find_family
 from unpadded.checkpoint.family import IGNORED
 from unpadded.checkpoint.spec import EncoderSpec, TensorSpec
 from unpadded.errors import OptionError
@@ -52,8 +52,8 @@ def accelerate(model: Any) -> Any:
 
     Parameters that the kernels need stacked (q, k and v; gate and up) become views of one tensor, so memory does not
     grow. In training mode, with gradients, with hooks on or changes of its modules, and for arguments that are not
-    supported, the model's own forward pass runs; a warning is logged once for each reason. OptionError, with the
-    reason, for a model that is not supported. Returns the model.
+    supported, the model's own forward pass runs; a warning is logged once for each reason. OptionError or ConfigError,
+    with the reason, for a model that is not supported. Returns the model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise OptionError(f"accelerate does not support {type(model).__name__}; pass a loaded transformers model")
@@ -162,15 +162,10 @@ def _package(function: object) -> str:
 
 
 def _match(model: Any) -> tuple[EncoderSpec, dict[str, tuple[str, ...]]]:
-    """Return the model's spec and its parameters by weight of the encoder; OptionError if it is not supported."""
+    """Return the model's spec and its parameters by weight of the encoder; errors as in `accelerate`."""
     parameters = dict(model.named_parameters())
     config = model.config.to_dict()
-    family = next((one for one in FAMILIES.values() if one.matches(config, list(parameters))), None)
-    if family is None:
-        raise OptionError(
-            f"{type(model).__name__} belongs to no supported family: model_type = {model.config.model_type!r}; "
-            f"accelerate supports {', '.join(FAMILIES)}"
-        )
+    family = find_family(config, list(parameters))
     spec = replace(family.read_config(config), vocabulary=model.get_input_embeddings().weight.shape[0])
     specs = family.tensors(spec)
     names: dict[str, tuple[str, ...]] = {

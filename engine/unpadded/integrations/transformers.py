@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from unpadded.checkpoint import lora_files
 from unpadded.checkpoint.hub import fetch
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.checkpoint.safetensors_header import read_header
@@ -162,21 +161,16 @@ class UnpaddedModel(nn.Module):
         return table
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
-        """Copy the checkpoint's configuration, weight files and adapter files as they are stored."""
+        """Copy the checkpoint's configuration and weight files as they are stored."""
         folder, checkpoint = Path(save_directory), self.engine.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.spec != open_checkpoint(checkpoint.folder).spec:
             logger.warning("rotary_scaling_factor is not saved; pass it again when you load %s", folder)
         (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         index = checkpoint.weight_files[0].with_name("model.safetensors.index.json")
-        files = [*checkpoint.lora_files, *([checkpoint.adapter.file] if checkpoint.adapter else [])]
-        adapters = [path for file in files for path in (file, file.with_name(lora_files.CONFIG))]
-        for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else []), *adapters):
-            inside = path.is_relative_to(checkpoint.folder)  # not so the weights of an adapter's base model
-            target = folder / (path.relative_to(checkpoint.folder) if inside else path.name)
-            target.parent.mkdir(exist_ok=True)
+        for path in (*checkpoint.weight_files, *([index] if len(checkpoint.weight_files) > 1 else [])):
             with contextlib.suppress(shutil.SameFileError):
-                shutil.copyfile(path, target)
+                shutil.copyfile(path, folder / path.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpaddedModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -53,7 +53,7 @@ class Encoder:
         self.dtype_name = kinds.get(type(weights.layers[0].qkv.linear), dtype)
         self.attention = attention
         self.row_block = row_block
-        self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora and weights.lora else None
+        self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
         # several threads may run it at the same time: no task overwrites weights, and there is no stream
         self.is_concurrent = not weights.word.is_cuda and self._tasks is None
         self._scale = spec.head_dim**-0.5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
 from unpadded.model.linear import AnyLinear
-from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, qk_norm_, rms_norm, rotary_
+from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, rms_norm, rotary_
 
 # of layers after the encoder
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
@@ -48,34 +48,19 @@ class RMSNorm:
         return rms_norm(x, residual, self.weight, self.eps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InnerNorm:
-    """The residual is added and normalized twice."""
-
-    inner: Norm
-    outer: Norm
-
-    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        x, _ = self.inner(x, residual)
-        return self.outer(x, residual)
-
-
-Norm: TypeAlias = LayerNorm | RMSNorm | InnerNorm
+Norm: TypeAlias = LayerNorm | RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class QKV:
-    """Queries, keys and values, with q and k normalized and rotated where the encoder does so."""
+    """Queries, keys and values, with q and k rotated where the encoder does so."""
 
     linear: AnyLinear  # [3 * hidden, hidden], rows ordered three, head, dim
-    norm: tuple[Tensor, Tensor, float] | None  # weight and bias [2 * hidden], q's, then k's, and eps
     heads: int
 
     def __call__(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """x: [total_tokens, hidden]; cos_sin: the rotary table. Returns [total_tokens, 3, heads, head_dim]."""
         qkv = self.linear(x).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
-        if self.norm is not None:
-            qk_norm_(qkv, *self.norm)
         if cos_sin is not None:
             rotary_(qkv, cos_sin)
         return qkv

@@ -43,10 +43,8 @@ class TaskWeights:
             self._task = None  # after an error midway, the next call starts again
             index = self._spec.tasks.index(task)
             for name, (lora_b, lora_a) in self._base.lora.items():
-                stacked = lora_a.shape[1] // self._spec.rank  # 3 for q, k and v with separate factors
-                tensors = _matrix(self._base, name), lora_b[index], lora_a[index], _matrix(self._adapted, name)
-                for w, b, a, adapted in zip(*(tensor.chunk(stacked) for tensor in tensors), strict=True):
-                    torch.addmm(w, b, a, alpha=self._spec.scale, out=adapted)
+                base, adapted = _matrix(self._base, name), _matrix(self._adapted, name)
+                torch.addmm(base, lora_b[index], lora_a[index], alpha=self._spec.scale, out=adapted)
             self._task = task
         return self._adapted
 

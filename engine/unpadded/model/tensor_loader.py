@@ -4,7 +4,7 @@ The pieces pass through one staging buffer that stays in the cache. `weights` st
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -23,14 +23,13 @@ PIECE = 32_768
 
 
 def find_tensors(
-    specs: Mapping[str, TensorSpec], stored: Iterable[StoredTensor]
+    specs: Mapping[str, TensorSpec], stored: Sequence[StoredTensor]
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """Return the stored tensors that each spec's tensor is made of; WeightsError listing everything that does not fit.
 
     PREFIXES are removed from stored names, and those that IGNORED matches need not be in a spec.
     """
     problems = []
-    stored = list(stored)
     unused: dict[str, StoredTensor] = {}
     for tensor in stored:
         name = remove_prefixes(tensor.name)

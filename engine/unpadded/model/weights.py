@@ -6,7 +6,6 @@ as long, with the same private memory, and left the whole file resident (bench/l
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from unpadded.checkpoint.families import FAMILIES
 from unpadded.checkpoint.family import remove_prefixes
-from unpadded.checkpoint.lora_files import Adapter
 from unpadded.checkpoint.modules import Dense
 from unpadded.checkpoint.reader import Checkpoint
-from unpadded.checkpoint.safetensors_header import StoredTensor, read_header, read_headers
+from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
-from unpadded.errors import WeightsError
-from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, InnerNorm, Layer, LayerNorm, Norm, RMSNorm
+from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, Layer, LayerNorm, Norm, RMSNorm
 from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors
 from unpadded_kernels.linear_cpu import can_prepack
@@ -39,10 +36,9 @@ class EncoderWeights:
     token_type: Tensor | None  # [token_types, hidden]
     position: Tensor | None  # [position_rows, hidden]
     position_bias: Tensor | None  # [buckets, heads]
-    norm: LayerNorm | RMSNorm
+    norm: Norm
     layers: tuple[Layer, ...]
-    # tensor name -> the LoRA factors of all tasks: B [tasks, rows, rank] and A [tasks, n * rank, columns]; n is 1, or 3
-    # where q, k and v have separate factors
+    # tensor name -> the LoRA factors of all tasks: B [tasks, rows, rank] and A [tasks, rank, columns]
     lora: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def map_linears(self, change: ChangeLinear) -> EncoderWeights:
@@ -61,61 +57,13 @@ def load_weights(
     """
     spec = checkpoint.spec
     specs = FAMILIES[spec.family].tensors(spec)
-    # with one LoRA file per task, the specs describe one task's tensors, and the files' tensors are stacked
-    lora_names = [name for name in specs if name.startswith("lora.")] if checkpoint.lora_files else []
-    lora_specs = {name: specs.pop(name) for name in lora_names}
     heads = checkpoint.tokens.dense if checkpoint.tokens else ()
     of_heads = tuple(f"{dense.name}." for dense in heads if dense.weight_files == checkpoint.weight_files)
     stored = [tensor for tensor in read_headers(checkpoint.weight_files) if not tensor.name.startswith(of_heads)]
     found = find_tensors(specs, stored)
-    per_task = [find_tensors(lora_specs, read_header(file).values()) for file in checkpoint.lora_files]
     loader = TensorLoader(device, dtype)
     tensors = {name: loader.load(specs[name].shape, parts) for name, parts in found.items()}
-    if checkpoint.adapter:
-        _merge_adapter(checkpoint.adapter, specs, found, tensors)
-    for name, wanted in lora_specs.items():
-        stacked = loader.load((len(per_task), *wanted.shape), [part for task in per_task for part in task[name]])
-        tensors[name] = stacked.mT if wanted.transposed else stacked
     return assemble(spec, tensors, change)
-
-
-def _merge_adapter(
-    adapter: Adapter,
-    specs: Mapping[str, TensorSpec],
-    found: Mapping[str, tuple[StoredTensor, ...]],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Replace the tensors that the adapter changes; specs, found and tensors are those of the encoder, by name.
-
-    WeightsError when factors are missing, surplus or mis-shaped, or when a merged value does not fit the dtype.
-    """
-    stored = read_header(adapter.file)
-    adapted = {remove_prefixes(name).partition(".lora_")[0] for name in stored}
-    factors: dict[str, TensorSpec] = {}
-    # tensor -> factors of a module in it -> the module's rows
-    changes: dict[str, dict[tuple[str, str], slice]] = defaultdict(dict)
-    for tensor, wanted in specs.items():
-        for names in wanted.alternatives:
-            rows = wanted.shape[0] // len(names)
-            for index, weight in enumerate(names):
-                module = weight.removesuffix(".weight")
-                if module in adapted and module != weight:
-                    a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-                    half_order = (b,) if weight.endswith(wanted.up_before_gate) else ()
-                    factors[a] = TensorSpec((adapter.rank, *wanted.shape[1:]), ((a,),))
-                    factors[b] = TensorSpec((rows, adapter.rank), ((b,),), up_before_gate=half_order)
-                    changes[tensor][a, b] = slice(index * rows, (index + 1) * rows)
-    parts = find_tensors(factors, stored.values())
-    for tensor, modules in changes.items():
-        device, dtype = tensors[tensor].device, tensors[tensor].dtype
-        loader = TensorLoader(device, torch.float32)
-        merged = loader.load(specs[tensor].shape, found[tensor])
-        for pair, rows_of_module in modules.items():
-            lora_a, lora_b = (loader.load(factors[name].shape, parts[name]) for name in pair)
-            merged[rows_of_module].addmm_(lora_b, lora_a, alpha=adapter.scale)
-        tensors[tensor] = merged.to(dtype)
-        if not tensors[tensor].isfinite().all():
-            raise WeightsError(f"{tensor} with {adapter.file} does not fit {dtype}; load it with dtype='float32'")
 
 
 def load_dense(modules: tuple[Dense, ...], *, device: torch.device) -> tuple[HeadLayer, ...]:
@@ -167,23 +115,17 @@ def _layer(spec: EncoderSpec, tensors: dict[str, Tensor]) -> Layer:
 
     if spec.kv_heads is not None:
         tensors["qkv"] = _qkv_of_shared_heads(spec, tensors.pop("q"), tensors.pop("kv"))
-    qk_norm = None
-    if "qk_norm" in tensors:
-        qk_norm = tensors["qk_norm"], tensors["qk_norm_bias"], spec.norm_eps
-    attention_norm: Norm = _norm(spec, tensors, "attention_norm")
-    if "inner_norm" in tensors:
-        attention_norm = InnerNorm(inner=_norm(spec, tensors, "inner_norm"), outer=attention_norm)
     experts = _expert_mlp(spec, tensors) if "router" in tensors else None
     return Layer(
-        qkv=QKV(linear=linear("qkv"), norm=qk_norm, heads=spec.heads),
+        qkv=QKV(linear=linear("qkv"), heads=spec.heads),
         out=linear("out"),
-        attention_norm=attention_norm,
+        attention_norm=_norm(spec, tensors, "attention_norm"),
         mlp=experts or MLP(up=linear("up", spec.activation), down=linear("down")),
         mlp_norm=_norm(spec, tensors, "mlp_norm"),
     )
 
 
-def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> LayerNorm | RMSNorm:
+def _norm(spec: EncoderSpec, tensors: Mapping[str, Tensor], name: str) -> Norm:
     if spec.rms_norm:
         return RMSNorm(weight=tensors[name], eps=spec.norm_eps)
     bias = tensors[f"{name}_bias"] if "norm" in spec.biases else torch.zeros_like(tensors[name])
