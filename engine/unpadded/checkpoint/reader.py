@@ -114,7 +114,7 @@ def open_checkpoint(
     if lora:
         prompts = dict(zip(lora.tasks, lora.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, modules.transformer_config, folder, family, spec)
-    tokens = read_token_head(modules, config, spec.hidden, weight_files, length, max_length or spec.position_limit)
+    tokens = read_token_head(modules, config, spec, weight_files, length, max_length)
     for kind, marker in tokens.markers.items() if tokens else ():
         prompts[kind] = marker + prompts.get(kind, "").removeprefix(marker)
     merged = {**config, **modules.model_config}
