@@ -1,16 +1,17 @@
-"""Compare each head with sentence-transformers: `Engine.score` with `CrossEncoder.predict`, in pairs/s, and
-`Engine.encode_sparse` with `SparseEncoder.encode`, in texts/s.
+"""Compare each head with sentence-transformers: `Engine.score` with `CrossEncoder.predict`, in pairs/s, `encode_sparse`
+with `SparseEncoder.encode` and `encode_tokens` with `MultiVectorEncoder.encode`, in texts/s.
 
     PYTHONPATH=tests python bench/heads.py [--device cuda] [--inputs 512] [--rounds 3] [--out bench/results/heads.json]
 
 The checkpoints have seeded weights in the published formats: on a CPU BERT rerankers of the sizes of ms-marco-MiniLM-L6
 and bge-reranker-base, on CUDA rerankers of the shapes of gte-reranker-modernbert-base and ettin-reranker-150m. A pair
 is a query and a passage of Python's manual, together 20 to 512 tokens; 32 passages share a query. A text for sparse
-weights has 20 to 300 tokens, and the bias of the logits leaves a few hundred weights above zero. Rounds interleave
-and have new texts. Both libraries run in the same dtype, and sentence-transformers with the fastest of several batch
-sizes, which the first round finds. Before it the values are compared with those of sentence-transformers in float32. A
-round for which unpadded would need more than --seconds has fewer inputs. Without --only or with --only spans, also
-`Engine.encode_spans` of a long text is compared with `encode` of it. The last line on stdout is JSON.
+weights or token vectors has 20 to 300 tokens, and the bias of the logits leaves a few hundred weights above zero.
+Rounds interleave and have new texts. Both libraries run in the same dtype, and sentence-transformers with the fastest
+of several batch sizes, which the first round finds. Before it the values are compared with those of sentence-
+transformers in float32. A round for which unpadded would need more than --seconds has fewer inputs. Without --only or
+with --only spans, also `Engine.encode_spans` of a long text is compared with `encode` of it. The last line on stdout is
+JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from unpadded.cli.benchmark.workloads import TextSampler
 from unpadded.engine import Engine
 
 PAIR, QUERY, PASSAGES = (20, 512), (8, 32), 32  # tokens of a pair and of a query; passages per query
+DOCUMENT = (20, 300)  # tokens of a document
 BATCHES = {"cpu": (1, 4, 32), "cuda": (32, 128, 256)}  # of sentence-transformers, whose default is 32
 CHECKED, MIN_INPUTS = 8, 16
 SPAN_ROUNDS = 6
@@ -288,6 +290,35 @@ def write_ettin(folder: Path, small: bool) -> None:
         CrossEncoder(modules=modules, device="cpu").save_pretrained(str(folder))
 
 
+def draw_documents(sampler: TextSampler, draw: np.random.Generator, count: int) -> list[str]:
+    """Return texts with `DOCUMENT` tokens, the marker and special tokens included."""
+    return sampler.sample(draw.integers(DOCUMENT[0], DOCUMENT[1] + 1, count) - 1)
+
+
+def document_token_counts(engine: Engine, documents: Sequence[str]) -> np.ndarray:
+    found = engine.tokenizer.encode(documents, prompt=engine.checkpoint.prompts["document"], max_length=DOCUMENT[1])
+    return np.array([len(row.ids) for row in found], np.int64)
+
+
+def multi_vector_encoder(folder: Path, device: torch.device, dtype: str) -> Callable[[int], Run]:
+    from sentence_transformers import MultiVectorEncoder
+
+    model = MultiVectorEncoder(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
+
+    def encode(documents: Sequence[str], batch: int) -> np.ndarray:
+        vectors = model.encode_document(list(documents), batch_size=batch, show_progress_bar=False)
+        return torch.cat(vectors).float().cpu().numpy()
+
+    return lambda batch: partial(encode, batch=batch)
+
+
+def write_colbert(folder: Path, small: bool, **shape: int) -> None:
+    """Write a BERT of Stanford's ColBERT, with a tokenizer that needs no package."""
+    shape = {"layers": 2, "hidden": 64, "heads": 2, "intermediate": 96} if small else shape
+    checkpoints.write_colbert(folder, dimensions=128, metadata={"doc_maxlen": DOCUMENT[1]}, tokenizer=False, **shape)
+    wordpiece.write_tokenizer(folder, 512)
+
+
 MINILM = {"layers": 6, "hidden": 384, "heads": 12, "intermediate": 1536}
 HEADS = {
     "score": Head(
@@ -324,6 +355,19 @@ HEADS = {
         peer=splade.sparse_encoder,
         counts={"cpu": 128, "cuda": 2048},
         flops=lambda spec: 2 * spec.hidden * (spec.hidden + spec.vocabulary),
+    ),
+    "tokens": Head(
+        call="Engine.encode_tokens",
+        peer_call="MultiVectorEncoder.encode_document",
+        unit="documents",
+        models={
+            "cpu": {"ColBERT, 6 layers x 384": partial(write_colbert, **MINILM)},
+            "cuda": {"ColBERT, 12 layers x 768": partial(write_colbert, **checkpoints.REAL)},
+        },
+        inputs=draw_documents,
+        token_counts=document_token_counts,
+        own=lambda engine: lambda documents: engine.encode_tokens(documents).vectors,
+        peer=multi_vector_encoder,
     ),
 }
 

@@ -299,6 +299,19 @@ def test_spans_are_compared_with_encode():
     assert f"with {found['spans']} spans takes {found['ratio']:.2f} x" in report_heads.heads(result)
 
 
+def test_token_vectors_are_compared_on_documents_of_20_to_300_tokens(tmp_path):
+    head = heads.HEADS["tokens"]
+    heads.write_colbert(tmp_path, True)
+    args = SimpleNamespace(inputs=16, rounds=1, seconds=1.0)
+    own, peer = heads.measure(head, tmp_path, torch.device("cpu"), "float32", 1e15, args)
+    assert own["relative_error"] <= own["maximum_error"] == 1e-5 and peer["relative_error"] == 0
+    engine = unpadded.load(tmp_path, device="cpu")
+    documents = heads.draw_documents(TextSampler(engine), np.random.default_rng(0), 200)
+    counts = engine.encode_tokens(documents).token_counts
+    assert np.array_equal(counts, heads.document_token_counts(engine, documents))
+    assert 14 <= counts.min() <= 30 and 290 <= counts.max() <= 300 and 140 <= counts.mean() <= 180
+
+
 class Stub(BaseHTTPRequestHandler):
     """A server that returns vector i for text "i", a wrong vector for "7", and 429 for every third request."""
 

@@ -223,6 +223,9 @@ def test_truncation_and_prompt(
     short = unpadded.load(models["stanford"], device="cpu", max_length=8)
     for kind in KINDS:
         assert short.encode_tokens(["tide " * 30], kind=kind).token_counts.tolist() == [8]
+    long = unpadded.load(models["stanford"], device="cpu", max_length=40)
+    counts = [long.encode_tokens(["tide " * 50, "a"], kind=kind).token_counts.tolist() for kind in KINDS]
+    assert counts == [[40, 4], [12, 12]]
 
 
 def test_token_ids_are_embedded_unchanged(loaded: Callable[[str], unpadded.Engine]) -> None:

@@ -114,6 +114,10 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             table = torch.empty(12, 183) if variant == ", position bias" else None
             arguments = qkv, cu_seqlens, TOKENS, 0.1, window, slopes, tile_map, table
             yield f"head_dim {head_dim}{variant}", lambda arguments=arguments: attention_triton(*arguments)
+    keys = torch.tensor([50, 60], dtype=torch.int32)
+    tile_map = make_tile_map([100, TOKENS - 100], attention_block_m(dtype, 64, qkv.device), keys)
+    arguments = rows(TOKENS, 3, 12, 64), cu_seqlens, TOKENS, 0.1, 128, None, tile_map, None, keys
+    yield "head_dim 64, window, keys", lambda arguments=arguments: attention_triton(*arguments)
     for inner, outer, kind in ((768, 2304, None), (768, 6144, "swiglu"), (768, 3072, "gelu")):
         arguments = rows(TOKENS, inner), rows(outer, inner), rows(outer), kind
         name = f"{inner} to {outer}" + (f", {kind}" if kind else "")

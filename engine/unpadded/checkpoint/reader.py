@@ -94,7 +94,8 @@ def open_checkpoint(
     allow_only(config, {"quantization_config": None})
     weight_files = _weight_files(folder)
     stored = read_headers(weight_files)
-    family = find_family(config, [tensor.name for tensor in stored])
+    names = [tensor.name for tensor in stored]
+    family = find_family(config, names)
     spec = _with_stored_vocabulary(family.read_config(config), stored)
     spec = _with_scaling(spec, rotary_scaling_factor)
     if modules.takes_task and not spec.lora:
@@ -108,7 +109,7 @@ def open_checkpoint(
     if spec.lora:
         prompts = dict(zip(spec.lora.tasks, spec.lora.prompts, strict=True)) | prompts
     length, length_defaults = _max_length(max_length, modules.transformer_config, folder, family, spec)
-    tokens = read_token_head(modules, config, spec.hidden, weight_files, length, max_length or spec.position_limit)
+    tokens = read_token_head(modules, config, spec, weight_files, length, max_length)
     for kind, marker in tokens.markers.items() if tokens else ():
         prompts[kind] = marker + prompts.get(kind, "").removeprefix(marker)
     merged = {**config, **modules.model_config}

@@ -22,6 +22,7 @@ from unpadded.checkpoint.modules import (
     output_width,
     read_linear,
 )
+from unpadded.checkpoint.spec import EncoderSpec
 
 UNATTENDED = 1 << 30  # added to the id of a token that is no key of attention; such tokens are the last ones of a text
 BGE_LINEAR = "colbert_linear"  # name of bge-m3's file
@@ -60,11 +61,16 @@ class TokenHead:
 
 
 def read_token_head(
-    modules: Modules, config: Config, hidden: int, weight_files: tuple[Path, ...], max_length: int, limit: int
+    modules: Modules,
+    config: Config,
+    spec: EncoderSpec,
+    weight_files: tuple[Path, ...],
+    max_length: int,
+    requested: int | None,
 ) -> TokenHead | None:
     """Return the head of a late-interaction model or of bge-m3; None without one.
 
-    max_length: tokens of a text if no file states another number for its kind; limit: their maximum, 0 for none.
+    max_length: tokens of a text if no file states another number for its kind; requested: those that a caller wants.
     """
     folder, dense, settings = modules.transformer, modules.token_dense, modules.model_config
     bge_file = folder / f"{BGE_LINEAR}.safetensors"
@@ -91,11 +97,13 @@ def read_token_head(
         optional(pooling, "normalize_embeddings", False),
     )
     lengths, expansion = _lengths(settings, modules, max_length)
+    lengths |= {"document": requested} if requested else {}
+    limit = requested or spec.position_limit
     if expansion and "MultiVectorMask" not in after:
         raise not_implemented("query_expansion", expansion, "null without the module MultiVectorMask")
     return TokenHead(
         dense=dense,
-        dimensions=output_width(dense, hidden),
+        dimensions=output_width(dense, spec.hidden),
         normalize="Normalize" in after,
         max_lengths={kind: min(length, limit or length) for kind, length in lengths.items()},
         expansion=expansion,
