@@ -94,7 +94,7 @@ def test_what_cannot_be_done_in_time_is_rejected_at_once(minilm, server):
         return status, time.perf_counter() - start, headers, body
 
     seconds = min(ask(server)[1] for _ in range(2))
-    deadline = max(4.0, 10 * seconds)
+    deadline = max(2.0, 10 * seconds)
     with serving(minilm, "--deadline", str(deadline)) as server:
         ask(server)  # measures the device
         clients = min(400, int(3 * deadline / seconds))  # three times what the deadline allows

@@ -16,11 +16,14 @@ from support.serving import HANG_SECONDS, serving, wait_until
 import unpadded
 
 TICKS = os.sysconf("SC_CLK_TCK")
+PAUSE = 0.05  # seconds between a client's requests, which leave a worker time to start
 
 
 @pytest.fixture(scope="module")
 def server(minilm):
-    with serving(minilm, "--device", "cpu,cpu") as server:
+    """A server that the last test stops."""
+    flags = ["--device", "cpu,cpu", "--grace", str(HANG_SECONDS), "--deadline", "0"]
+    with serving(minilm, *flags) as server:
         yield server
 
 
@@ -56,6 +59,7 @@ def start_clients(server, expected, stop):
             assert status == 200, body
             assert np.array_equal(np.array(json.loads(body), np.float32), expected[start : start + size])
             responses += 1
+            stop.wait(PAUSE)
         return responses
 
     pool = ThreadPoolExecutor(6)
@@ -103,9 +107,8 @@ def test_requests_wait_while_all_workers_restart(server, expected):
     assert server.request("GET", "/health")[0] == 200
 
 
-def test_sigterm_stops_the_workers(minilm, expected):
-    flags = ["--device", "cpu,cpu", "--grace", str(HANG_SECONDS), "--deadline", "0"]
-    with serving(minilm, *flags, fork=False) as server, ThreadPoolExecutor(6) as pool:
+def test_sigterm_stops_the_workers(server, expected):
+    with ThreadPoolExecutor(6) as pool:
         pids = worker_pids(server)
         answers = [pool.submit(server.request, "POST", "/embed", {"inputs": PARAGRAPHS[:60]}) for _ in range(6)]
         wait_until(lambda: server.metric("unpadded_active_requests") == len(answers) + 1)  # that of /metrics

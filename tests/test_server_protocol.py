@@ -212,7 +212,7 @@ def test_sigterm_answers_what_is_being_read_or_written(folder):
         assert statuses(exchange(server, post())) == [503]
         while part := reader.recv(300_000):
             received += part
-            time.sleep(0.15)  # 2 to 3 s for the whole response
+            time.sleep(0.05)  # 1 s for the whole response
         size = int(re.search(rb"content-length: (\d+)", received)[1])
         assert len(received.partition(b"\r\n\r\n")[2]) == size
         assert server.wait() == 0
