@@ -368,6 +368,7 @@ HEADS = {
         token_counts=document_token_counts,
         own=lambda engine: lambda documents: engine.encode_tokens(documents).vectors,
         peer=multi_vector_encoder,
+        counts={"cpu": 128, "cuda": 2048},
     ),
 }
 

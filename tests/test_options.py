@@ -23,6 +23,7 @@ PUBLIC_MEMBERS = {
     "embed",
     "encode",
     "encode_spans",
+    "encode_sparse",
     "encode_tokens",
     "rank",
     "score",
