@@ -13,7 +13,6 @@ Written for sentence-transformers >= 6.2, < 7, because it overrides `_inference`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +37,8 @@ from unpadded.loading import load
 
 # Keywords of transformers' from_pretrained that do not affect the values of the parameters.
 MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_usage", "use_safetensors"}
+# Keywords of `_inference` that do not keep the engine from running.
+ENGINE_KEYWORDS = {"activation_fn", "apply_softmax", "batch_size", "device", "prompt", "show_progress_bar"}
 SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
 
 
@@ -82,39 +83,22 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         return checkpoint
 
     @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # keywords are passed through
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        show_progress_bar: bool,
-        activation_fn: Callable[[Tensor], Tensor] | None,
-        apply_softmax: bool | None,
-        device: str | torch.device | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def _inference(self, inputs: list[Any], **options: Any) -> Tensor:
         """Score in the engine if it computes what the modules would compute, else in the modules."""
-        target = self._resolve_inference_device(device)
+        target = self._resolve_inference_device(options.get("device"))
         self.eval()
         engine = self._engine_for(inputs, options)
         if engine is None:
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                show_progress_bar=show_progress_bar,
-                activation_fn=activation_fn,
-                apply_softmax=apply_softmax,
-                device=device,
-                **options,
-            )
+            return super()._inference(inputs, **options)
         pairs = [one if isinstance(one, str) else tuple(one) for one in inputs]
-        logits = engine.score(pairs, activation="none", prompt=prompt or "", show_progress=bool(show_progress_bar))
+        prompt, show_progress = options["prompt"] or "", bool(options["show_progress_bar"])
+        logits = engine.score(pairs, activation="none", prompt=prompt, show_progress=show_progress)
         scores = torch.from_numpy(logits).to(target).reshape(len(pairs), -1)
-        if activation_fn is not None:
-            scores = activation_fn(scores)
+        if options["activation_fn"] is not None:
+            scores = options["activation_fn"](scores)
         if self.num_labels == 1 and scores.ndim > 1:
             scores = scores.squeeze(-1)
-        return nn.functional.softmax(scores, dim=1) if apply_softmax and scores.ndim > 1 else scores
+        return nn.functional.softmax(scores, dim=1) if options["apply_softmax"] and scores.ndim > 1 else scores
 
     def _engine_for(self, inputs: list[Any], options: dict[str, Any]) -> Engine | None:
         """Return an engine that computes what the modules, in their current state, would; None if it cannot."""
@@ -134,7 +118,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def _own_reason(self, checkpoint: Checkpoint, inputs: list[Any], options: dict[str, Any]) -> str | None:
         """Return why the modules have to run, or None."""
-        if unsupported := sorted(options.keys() - {"batch_size"}):
+        if unsupported := sorted(options.keys() - ENGINE_KEYWORDS):
             return f"{', '.join(unsupported)} is not supported"
         if not (all(isinstance(one, str) for one in inputs) or all(map(_is_pair, inputs))):
             return "the inputs are not pairs of texts"

@@ -35,19 +35,12 @@ def open_supported(model: str, **options: Any) -> Checkpoint | None:
         return None
 
 
-def find_folder(
-    model: str,
-    *,
-    token: str | bool | None,
-    cache_folder: str | None,
-    revision: str | None,
-    local_files_only: bool,
-    **_: Any,
-) -> Path:
-    """Return the folder of a model, which is downloaded if it is a hub id."""
+def find_folder(model: str, **options: Any) -> Path:
+    """Return the folder of a model, which is downloaded if it is a hub id. options: as sentence-transformers takes."""
     if Path(model).is_dir():
         return Path(model)
-    return fetch(model, revision, cache_dir=cache_folder, token=token, local_files_only=local_files_only)
+    keywords = {"cache_dir": options["cache_folder"], "token": options["token"]}
+    return fetch(model, options["revision"], local_files_only=options["local_files_only"], **keywords)
 
 
 def log_unsupported(model: str, error: UnpaddedError) -> None:
