@@ -1,4 +1,4 @@
-"""sentence-transformers' CrossEncoder and SparseEncoder with a packed forward pass.
+"""sentence-transformers' CrossEncoder, SparseEncoder and MultiVectorEncoder with a packed forward pass.
 
 >>> from unpadded.integrations.sentence_transformers import CrossEncoder
 >>> CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2").predict([("What is TSNE?", "A method to visualize data.")])
@@ -11,7 +11,6 @@ Written for sentence-transformers >= 6.2, < 7, because it overrides `_inference`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,46 +18,26 @@ import sentence_transformers
 import torch
 from torch import Tensor, nn
 
+from unpadded.checkpoint.reader import Checkpoint
+from unpadded.engine import Engine
 from unpadded.integrations.engine_inference import EngineInference
 
 
 class CrossEncoder(EngineInference, sentence_transformers.CrossEncoder):
     head, results = "score", "scores"
+    keywords = frozenset({"activation_fn", "apply_softmax"})
 
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # keywords are passed through
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        show_progress_bar: bool,
-        activation_fn: Callable[[Tensor], Tensor] | None,
-        apply_softmax: bool | None,
-        device: str | torch.device | None = None,
-        **options: Any,
+    def _run(
+        self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
     ) -> Tensor:
-        """Score in the engine if it computes what the modules would compute, else in the modules."""
-        target = self._resolve_inference_device(device)
-        self.eval()
-        engine = self._engine_for(inputs, options)
-        if engine is None:
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                show_progress_bar=show_progress_bar,
-                activation_fn=activation_fn,
-                apply_softmax=apply_softmax,
-                device=device,
-                **options,
-            )
         pairs = [one if isinstance(one, str) else tuple(one) for one in inputs]
-        logits = engine.score(pairs, activation="none", prompt=prompt or "", show_progress=bool(show_progress_bar))
+        logits = engine.score(pairs, activation="none", **shared)
         scores = torch.from_numpy(logits).to(target).reshape(len(pairs), -1)
-        if activation_fn is not None:
-            scores = activation_fn(scores)
+        if options["activation_fn"] is not None:
+            scores = options["activation_fn"](scores)
         if self.num_labels == 1 and scores.ndim > 1:
             scores = scores.squeeze(-1)
-        return nn.functional.softmax(scores, dim=1) if apply_softmax and scores.ndim > 1 else scores
+        return nn.functional.softmax(scores, dim=1) if options["apply_softmax"] and scores.ndim > 1 else scores
 
     def _are_supported(self, inputs: list[Any]) -> bool:
         return super()._are_supported(inputs) or all(map(_is_pair, inputs))
@@ -66,44 +45,42 @@ class CrossEncoder(EngineInference, sentence_transformers.CrossEncoder):
 
 class SparseEncoder(EngineInference, sentence_transformers.SparseEncoder):
     head, results = "sparse", "sparse vectors"
+    keywords = frozenset({"convert_to_sparse_tensor", "max_active_dims", "save_to_cpu", "task"})
 
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # keywords are passed through
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        show_progress_bar: bool,
-        convert_to_sparse_tensor: bool,
-        save_to_cpu: bool,
-        max_active_dims: int | None,
-        device: str | torch.device | None = None,
-        **options: Any,
+    def _run(
+        self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
     ) -> Tensor:
-        """Encode in the engine if it computes what the modules would compute, else in the modules."""
-        target = self._resolve_inference_device(device)
-        self.eval()
-        engine = self._engine_for(inputs, options)
-        if engine is None:
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                show_progress_bar=show_progress_bar,
-                convert_to_sparse_tensor=convert_to_sparse_tensor,
-                save_to_cpu=save_to_cpu,
-                max_active_dims=max_active_dims,
-                device=device,
-                **options,
-            )
-        found = engine.encode_sparse(
-            inputs, prompt=prompt or "", top_k=max_active_dims, show_progress=bool(show_progress_bar)
-        )
+        found = engine.encode_sparse(inputs, top_k=options["max_active_dims"], **shared)
         text = np.repeat(np.arange(len(inputs)), np.diff(found.indptr))
         size = len(inputs), self.get_embedding_dimension() or found.vocabulary
-        indices = torch.from_numpy(np.stack([text, found.ids]))
-        vectors = torch.sparse_coo_tensor(indices, torch.from_numpy(found.weights), size, is_coalesced=True)
-        vectors = vectors if save_to_cpu else vectors.to(target)
-        return vectors if convert_to_sparse_tensor else vectors.to_dense()
+        indices, weights = torch.from_numpy(np.stack([text, found.ids])), torch.from_numpy(found.weights).to(self.dtype)
+        vectors = torch.sparse_coo_tensor(indices, weights, size, is_coalesced=True)
+        vectors = vectors if options["save_to_cpu"] else vectors.to(target)
+        return vectors if options["convert_to_sparse_tensor"] else vectors.to_dense()
+
+
+class MultiVectorEncoder(EngineInference, sentence_transformers.MultiVectorEncoder):
+    head, results = "tokens", "token vectors"
+    keywords = frozenset({"normalize_embeddings", "output_value", "save_to_cpu", "task", "token_pooling"})
+
+    def _run(
+        self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
+    ) -> list[Tensor]:
+        found = engine.encode_tokens(inputs, kind=options["task"], **shared)
+        vectors = [torch.from_numpy(one).to(target, self.dtype) for one in found]
+        if options["normalize_embeddings"]:
+            vectors = [nn.functional.normalize(one, dim=-1) for one in vectors]
+        if options["token_pooling"] is not None:
+            vectors = options["token_pooling"].pool(vectors, task=options["task"])
+        return [one.cpu() for one in vectors] if options["save_to_cpu"] else vectors
+
+    def _own_reason(self, checkpoint: Checkpoint, inputs: list[Any], options: dict[str, Any]) -> str | None:
+        if options["output_value"] != "token_embeddings" or options["task"] not in ("query", "document"):
+            return "the engine gives the vectors of queries and of documents only"
+        return super()._own_reason(checkpoint, inputs, options)
+
+    def _settings(self) -> tuple[object, ...]:
+        return *super()._settings(), self.max_seq_length
 
 
 def _is_pair(value: object) -> bool:

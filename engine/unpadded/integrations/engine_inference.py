@@ -33,6 +33,9 @@ from unpadded.loading import load
 
 # Keywords of transformers' from_pretrained that do not affect the values of the parameters.
 MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_usage", "use_safetensors"}
+# Keywords of `_inference` that do not keep the engine from running.
+ENGINE_KEYWORDS = {"activation_fn", "apply_softmax", "batch_size", "device", "prompt", "show_progress_bar"}
+KEYWORDS = {"batch_size", "device", "prompt", "show_progress_bar"}  # of `_inference`
 SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
 
 
@@ -41,6 +44,7 @@ class EngineInference(BaseModel):
 
     head: ClassVar[str]  # field of a Checkpoint, None for one without the head
     results: ClassVar[str]  # of the head, in errors
+    keywords: ClassVar[frozenset[str]]  # of `_inference` that `_run` honors, besides KEYWORDS
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
     # the sample, the settings and the weight files after loading; set by __init__
@@ -78,6 +82,23 @@ class EngineInference(BaseModel):
             raise OptionError(f"the engine does not support {', '.join(keywords)}; omit it")
         return checkpoint
 
+    @torch.inference_mode()
+    def _inference(self, inputs: list[Any], **options: Any) -> Any:
+        """Run the engine if it computes what the modules would compute, else the modules."""
+        target = self._resolve_inference_device(options.get("device"))
+        self.eval()
+        engine = self._engine_for(inputs, options)
+        if engine is None:
+            return super()._inference(inputs, **options)
+        shared = {"prompt": options["prompt"] or "", "show_progress": bool(options["show_progress_bar"])}
+        return self._run(engine, inputs, shared, target, options)
+
+    def _run(
+        self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
+    ) -> Any:
+        """Return what `_inference` returns, on the target device; shared: keyword arguments of the engine's method."""
+        raise NotImplementedError
+
     def _engine_for(self, inputs: list[Any], options: dict[str, Any]) -> Engine | None:
         """Return an engine that computes what the modules, in their current state, would; None if it cannot."""
         checkpoint = self._checkpoint
@@ -96,8 +117,9 @@ class EngineInference(BaseModel):
 
     def _own_reason(self, checkpoint: Checkpoint, inputs: list[Any], options: dict[str, Any]) -> str | None:
         """Return why the modules have to run, or None."""
-        if unsupported := sorted(name for name, value in options.items() if name != "batch_size" and value is not None):
-            return f"{', '.join(unsupported)} is not supported"
+        unsupported = options.keys() - KEYWORDS - self.keywords
+        if unsupported := {name for name in unsupported if options[name] is not None}:
+            return f"{', '.join(sorted(unsupported))} is not supported"
         if not self._are_supported(inputs):
             return "the inputs are not texts"
         if torch.is_autocast_enabled(self.device.type):
@@ -110,7 +132,9 @@ class EngineInference(BaseModel):
             return f"its parameters were cast from {sample.dtype} to {current.dtype}"
         if not torch.equal(sample.to(current), current):
             return "its parameters have changed"
-        if settings != self._settings() or not tokenizes_as_engine(self[0], checkpoint.spec):
+        if settings != self._settings() or not tokenizes_as_engine(
+            self[0], checkpoint.spec, preprocessing=self.head == "tokens"
+        ):
             return "its modules or its tokenizer have changed, or are not supported"
         return None
 

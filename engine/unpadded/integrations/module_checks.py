@@ -35,19 +35,12 @@ def open_supported(model: str, **options: Any) -> Checkpoint | None:
         return None
 
 
-def find_folder(
-    model: str,
-    *,
-    token: str | bool | None,
-    cache_folder: str | None,
-    revision: str | None,
-    local_files_only: bool,
-    **_: Any,
-) -> Path:
-    """Return the folder of a model, which is downloaded if it is a hub id."""
+def find_folder(model: str, **options: Any) -> Path:
+    """Return the folder of a model, which is downloaded if it is a hub id. options: as sentence-transformers takes."""
     if Path(model).is_dir():
         return Path(model)
-    return fetch(model, revision, cache_dir=cache_folder, token=token, local_files_only=local_files_only)
+    keywords = {"cache_dir": options["cache_folder"], "token": options["token"]}
+    return fetch(model, options["revision"], local_files_only=options["local_files_only"], **keywords)
 
 
 def log_unsupported(model: str, error: UnpaddedError) -> None:
@@ -79,17 +72,19 @@ def tokenizer_state(tokenizer: Any) -> tuple[object, ...]:
     )
 
 
-def tokenizes_as_engine(transformer: Any, spec: EncoderSpec, *, padded: bool = False) -> bool:
+def tokenizes_as_engine(
+    transformer: Any, spec: EncoderSpec, *, padded: bool = False, preprocessing: bool = False
+) -> bool:
     """Return whether a Transformer module, as it is, makes the inputs that the engine makes of its tokenizer.
 
-    padded: the order of padding and tokens matters to the caller.
+    padded: the order of padding and tokens matters to the caller. preprocessing: so do the settings in PREPROCESSING.
     """
     length, tokenizer = transformer.max_seq_length, transformer.tokenizer
     column_positions = spec.position_rows > 0 and spec.padding_id is None  # they count padding on the left
     return (
         isinstance(length, int)
         and not (spec.position_limit and length > spec.position_limit)
-        and not any(getattr(transformer, name) for name in PREPROCESSING)
+        and (preprocessing or not any(getattr(transformer, name) for name in PREPROCESSING))
         and "message" not in transformer.modality_config
         and isinstance(tokenizer, TokenizersBackend)
         and not tokenizer.split_special_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from mteb.models import ModelMeta
@@ -12,31 +12,17 @@ from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from unpadded.engine import Engine
 from unpadded.options import EncodeKeywords
 
+Batches: TypeAlias = Iterable[Mapping[str, list[str]]]  # of texts, in the column `text`
+
 # mteb's task types and prompt types -> the tasks with which nomic's models are evaluated
-NOMIC_TASKS = {
-    "query": "search_query",
-    "document": "search_document",
-    "Clustering": "clustering",
-    "Classification": "classification",
-    "MultilabelClassification": "classification",
-    "PairClassification": "classification",
-    "Reranking": "classification",
-    "STS": "classification",
-    "Summarization": "classification",
-}
+NOMIC_TASKS = {"query": "search_query", "document": "search_document", "Clustering": "clustering"}
+_CLASSIFIED = "Classification MultilabelClassification PairClassification Reranking STS Summarization"
+NOMIC_TASKS |= dict.fromkeys(_CLASSIFIED.split(), "classification")
 # The same for jina-embeddings-v3, whose tasks select adapters.
-JINA_TASKS = {
-    "Retrieval-query": "retrieval.query",
-    "Retrieval-document": "retrieval.passage",
-    "Clustering": "separation",
-    "Classification": "classification",
-    "MultilabelClassification": "classification",
-    "PairClassification": "classification",
-    "Reranking": "separation",
-    "BitextMining": "text-matching",
-    "STS": "text-matching",
-    "Summarization": "text-matching",
-}
+JINA_TASKS = {"Retrieval-query": "retrieval.query", "Retrieval-document": "retrieval.passage"}
+JINA_TASKS |= dict.fromkeys(("Clustering", "Reranking"), "separation")
+JINA_TASKS |= dict.fromkeys(("Classification", "MultilabelClassification", "PairClassification"), "classification")
+JINA_TASKS |= dict.fromkeys(("BitextMining", "STS", "Summarization"), "text-matching")
 
 
 class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any where the package is absent
@@ -57,16 +43,7 @@ class UnpaddedEncoder(AbsEncoder):  # type: ignore[misc, unused-ignore]  # Any w
             self.options = {name: EncodeKeywords(prompt=prompt) for name, prompt in prompts.items()}
         self.mteb_model_meta = _model_meta(engine)
 
-    def encode(
-        self,
-        inputs: Iterable[Mapping[str, list[str]]],
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        **_: Any,
-    ) -> np.ndarray:
+    def encode(self, inputs: Batches, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
         """Embed the column `text` of batches: [texts, dimensions]. batch_size is ignored; the token budget applies."""
         name = get_prompt_name(dict.fromkeys(self.options, ""), task_metadata, prompt_type)
         texts = (text for batch in inputs for text in batch["text"])
@@ -82,17 +59,7 @@ class UnpaddedCrossEncoder:
         self.mteb_model_meta = _model_meta(engine)
         engine.rank("", [])  # raises OptionError unless the model gives one score per pair
 
-    def predict(
-        self,
-        inputs1: Iterable[Mapping[str, list[str]]],
-        inputs2: Iterable[Mapping[str, list[str]]],
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        **_: Any,
-    ) -> np.ndarray:
+    def predict(self, inputs1: Batches, inputs2: Batches, **_: Any) -> np.ndarray:
         """Score the texts of two sequences of batches in pairs: [pairs]. batch_size is ignored."""
         queries, documents = ((text for batch in inputs for text in batch["text"]) for inputs in (inputs1, inputs2))
         return self.engine.score(zip(queries, documents, strict=True), show_progress=False)

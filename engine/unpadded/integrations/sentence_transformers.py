@@ -35,6 +35,8 @@ from unpadded.errors import CheckpointError, ConfigError, OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner
 from unpadded.integrations.encoders import CrossEncoder as CrossEncoder
+from unpadded.integrations.encoders import MultiVectorEncoder as MultiVectorEncoder
+from unpadded.integrations.encoders import SparseEncoder as SparseEncoder
 from unpadded.integrations.module_checks import (
     is_modified,
     log_unsupported,
@@ -50,7 +52,8 @@ from unpadded.tokenization.tokenizer import Tokenizer
 
 TOKENS = "token_embeddings"  # a value of output_value, as is SENTENCE
 # Keywords of `_inference` that do not keep the engine from running.
-ENGINE_KEYWORDS = {"batch_size", "normalize_embeddings", "save_to_cpu", "show_progress_bar", "task", "truncate_dim"}
+ENGINE_KEYWORDS = {"batch_size", "device", "normalize_embeddings", "output_value", "prompt", "save_to_cpu"}
+ENGINE_KEYWORDS |= {"show_progress_bar", "task", "truncate_dim"}
 
 
 class SentenceTransformer(sentence_transformers.SentenceTransformer):
@@ -100,18 +103,11 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
         return [Transformer.from_checkpoint(checkpoint, **options), Pooling(checkpoint.spec.hidden, "mean")], {}
 
     @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # keywords are passed through
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        output_value: str | None,
-        device: str | torch.device | None = None,
-        **options: Any,
-    ) -> Any:
+    def _inference(self, inputs: list[Any], **options: Any) -> Any:
         """Embed in the engine if it computes what the modules would compute, else in the modules."""
-        target = self._resolve_inference_device(device)
+        target = self._resolve_inference_device(options.get("device"))
         self.eval()
+        prompt, output_value = options["prompt"] or "", options["output_value"]
         task = self._adapter_task(options.get("task"))
         engine = self._engine_for(inputs, output_value, options)
         if engine is None:
@@ -120,18 +116,13 @@ class SentenceTransformer(sentence_transformers.SentenceTransformer):
                     f"task = {task!r} selects an adapter, which is not supported for these inputs and output_value = "
                     f"{output_value!r}; pass plain texts, and omit output_value"
                 )
-            return super()._inference(inputs, prompt=prompt, output_value=output_value, device=device, **options)
+            return super()._inference(inputs, **options)
         if output_value == TOKENS:
-            rows = engine.token_embeddings(inputs, prompt=prompt or "", task=task)
+            rows = engine.token_embeddings(inputs, prompt=prompt, task=task)
             return [torch.from_numpy(row).to(target, self.dtype) for row in rows]
-        vectors = engine.embed(
-            inputs,
-            prompt=prompt or "",
-            task=task,
-            normalize=is_normalize(self[-1]),
-            show_progress=bool(options["show_progress_bar"]),
-        ).vectors
-        embeddings: Tensor = torch.from_numpy(vectors).to(self.dtype)
+        normalize, show_progress = is_normalize(self[-1]), bool(options["show_progress_bar"])
+        found = engine.embed(inputs, prompt=prompt, task=task, normalize=normalize, show_progress=show_progress)
+        embeddings: Tensor = torch.from_numpy(found.vectors).to(self.dtype)
         if options["truncate_dim"] is not None:
             embeddings = truncate_embeddings(embeddings, options["truncate_dim"])
         if options["normalize_embeddings"]:
