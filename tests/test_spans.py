@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.checkpoints import add_sentence_transformers_files, write_bert, write_nomic
 from test_tokenizer import AWKWARD, PROSE, trained
+from test_tokenizer_settings import roberta
 
 import unpadded
 from unpadded.errors import InputError, OptionError, OutputError
@@ -21,6 +22,7 @@ from unpadded.model.batch import SpannedIds
 from unpadded.tokenization.spans import COVER, OVERLAP, sentence_spans
 
 SMALL = {"hidden": 64, "heads": 1}
+KINDS = ["wordpiece", "bpe", "roberta", "unigram"]
 PROMPT = "search_document: "
 TEXT = PROSE.strip()
 PLACES = [(40, 90), (0, 12), (len(TEXT) - 30, len(TEXT)), (60, 200), (8, 9), (0, len(TEXT))]
@@ -28,11 +30,11 @@ PLACES = [(40, 90), (0, 12), (len(TEXT) - 30, len(TEXT)), (60, 200), (8, 9), (0,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return models with a WordPiece, a byte-level BPE and a Unigram tokenizer."""
+    """Return models with WordPiece, byte-level BPE (also RoBERTa's, with tokens without characters) and Unigram."""
     root = tmp_path_factory.mktemp("models")
     found = {"wordpiece": write_nomic(root / "wordpiece", **SMALL)}
-    for kind in ("bpe", "unigram"):
-        backend = trained(kind)
+    for kind in KINDS[1:]:
+        backend = roberta() if kind == "roberta" else trained(kind)
         size = backend.get_vocab_size()
         found[kind] = write_nomic(root / kind, vocabulary=size, tokenizer=False, **SMALL)
         backend.save(str(found[kind] / "tokenizer.json"))
@@ -78,7 +80,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", ["", PROMPT, "query:"])
 def test_spans_equal_pooled_token_embeddings(kind: str, prompt: str, folders: dict[str, Path]) -> None:
     engine = unpadded.load(folders[kind], device="cpu")
@@ -93,10 +95,10 @@ def test_spans_equal_pooled_token_embeddings(kind: str, prompt: str, folders: di
         assert error(found.vectors, by_hand(engine, text, spans, prompt)) <= 1e-6, text
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_span_of_a_whole_text_equals_encode(kind: str, folders: dict[str, Path]) -> None:
     engine = unpadded.load(folders[kind], device="cpu")
-    texts = [text for text in AWKWARD if text.strip()]
+    texts = [text for text in [*AWKWARD, "  tide \n"] if text.strip()]
     spans = [[(0, len(text))] for text in texts]
     for options in ({}, {"dimensions": 32}, {"normalize": True}):
         found, expected = engine.encode_spans(texts, spans=spans, **options), engine.embed(texts, **options)
@@ -143,10 +145,10 @@ def sections_by_definition(engine: unpadded.Engine, text: str, spans: list[tuple
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT])
+@pytest.mark.parametrize("prompt", ["", PROMPT, "query:"])
 def test_a_span_of_a_long_text_has_the_section_with_most_context(short: unpadded.Engine, prompt: str) -> None:
     draw = np.random.default_rng(0)
-    for repeats in (1, 2, 5):
+    for repeats in (1, 2, 4):
         text = (TEXT + " ") * repeats
         words = [at for at in range(len(text) - 1) if text[at] == " "] + [0, len(text) - 1]
         starts, lengths = draw.choice(words, 50), draw.integers(2, 90, 50)
@@ -275,10 +277,10 @@ def test_spans_overlap_by_whole_sentences_if_they_fit() -> None:
     assert cut("a. b c. d e f g.", 6, 3) == ["a. b c. ", ". d e f g."]
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("span_tokens", "overlap"), [(1, 0), (7, 3), (40, 12), (40, 0)])
 def test_cut_spans_cover_the_text(kind: str, span_tokens: int, overlap: int, folders: dict[str, Path]) -> None:
-    engine = unpadded.load(folders[kind], device="cpu", max_length=42)
+    engine = unpadded.load(folders[kind], device="cpu", max_length=span_tokens + 2)
     texts = [*AWKWARD, TEXT * 2, " \n" + TEXT + "\n "]
     found = engine.encode_spans(texts, span_tokens=span_tokens, overlap=overlap)
     for index, text in enumerate(texts):
@@ -292,7 +294,7 @@ def test_cut_spans_cover_the_text(kind: str, span_tokens: int, overlap: int, fol
         tokens = characters(engine, "", text)
         for start, end in bounds[1:].tolist():
             shared = sum(bool(known & set(range(start, end))) for known in tokens)
-            assert shared <= max(40, span_tokens), "as many fit"
+            assert shared <= span_tokens + 30, "a character may have several tokens"
     if (span_tokens, kind) == (40, "wordpiece"):  # others may have several tokens per character
         again = engine.encode_spans(texts, spans=[found.bounds[found.text_index == i] for i in range(len(texts))])
         assert np.array_equal(again.vectors, found.vectors) and np.array_equal(again.token_counts, found.token_counts)
@@ -306,6 +308,8 @@ def test_texts_without_tokens_or_spans_have_no_rows(engine: unpadded.Engine) -> 
     assert found.text_index.tolist() == [2] and np.array_equal(
         found.vectors, engine.encode_spans("the tide", spans=[(4, 8)]).vectors
     )
+    (window,) = engine._pipeline.reader.windows([(TEXT, [])], engine._pipeline.span_plan(None))
+    assert [len(section) for section in window.sequences] == [2], "only special tokens are computed"
     for empty in (engine.encode_spans([]), engine.encode_spans([], spans=[]), engine.encode_spans("tide", spans=[])):
         assert empty.vectors.shape == (0, 64) and empty.bounds.shape == (0, 2) and len(empty.token_counts) == 0
     assert unpadded.Spans is Spans
@@ -315,6 +319,7 @@ def test_texts_without_tokens_or_spans_have_no_rows(engine: unpadded.Engine) -> 
     ("texts", "spans", "message"),
     [
         (["the tide"], [[(0, 3), (4, 4)]], r"span 1 of text 0 is not a range of 1 to 8190 tokens: \(4, 4\)"),
+        (["the tide"], [[(5, 5)]], r"span 0 of text 0 is not .* \(5, 5\)"),
         (["the tide"], [[(0, 9)]], r"span 0 of text 0 is not .* \(0, 9\) .*pass 0 <= start < end <= 8"),
         (["a", "the tide"], [[(0, 1)], [(-1, 3)]], r"span 0 of text 1 is not .* \(-1, 3\)"),
         (["the tide"], [[(5, 4)]], r"span 0 of text 0 is not .* \(5, 4\)"),
@@ -356,6 +361,13 @@ def test_bad_options_raise(engine: unpadded.Engine, short: unpadded.Engine, tmp_
         add_sentence_transformers_files(folder, pooling=pooling)
         with pytest.raises(OptionError, match=f"{pooling} has {name} pooling, spans are means of tokens; use encode"):
             unpadded.load(folder, device="cpu").encode_spans(TEXT)
+
+
+def test_a_token_without_word_embedding_raises(tmp_path: Path) -> None:
+    engine = unpadded.load(write_nomic(tmp_path, vocabulary=2000, **SMALL), device="cpu")
+    assert len(engine.encode_spans("a b").vectors) == 1
+    with pytest.raises(InputError, match="text 0 contains the token 'tide', whose id"):
+        engine.encode_spans("the tide")
 
 
 def test_a_vector_that_is_not_finite_raises(engine: unpadded.Engine) -> None:
