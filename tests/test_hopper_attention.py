@@ -213,7 +213,7 @@ def test_the_op_launches_the_kernel_of_its_choice(sm_90):
         assert_matches(first, plain.double())
 
 
-@pytest.mark.parametrize("case", ["fp32", "window", "head_dim 24", "head_dim 128", "not packed"])
+@pytest.mark.parametrize("case", ["fp32", "window", "position bias", "head_dim 24", "head_dim 128", "not packed"])
 def test_other_attention_takes_plain_triton(case, sm_90):
     dtype = torch.float32 if case == "fp32" else torch.float16
     head_dim = int(case.split()[1]) if case.startswith("head_dim") else 16
@@ -221,5 +221,6 @@ def test_other_attention_takes_plain_triton(case, sm_90):
     if case == "not packed":
         qkv = torch.randn(9, 3, 3, 16).to(dtype)[:, :, :2]
     with choices.override(attention="hopper"):
-        attention_triton(qkv, packed([9]), 9, 0.25, 3 if case == "window" else None)
+        bias = torch.zeros(2, 9) if case == "position bias" else None
+        attention_triton(qkv, packed([9]), 9, 0.25, 3 if case == "window" else None, position_bias=bias)
     assert sm_90 == ["triton"]
