@@ -130,16 +130,17 @@ def padded_mean_pool_case() -> Case:
     return Case(arguments, hidden.nbytes, True, providers(masked_mean_pool, masked_mean_pool_reference))
 
 
-def attention_case(*lengths: int, window: int | None = None, alibi: bool = False) -> Case:
+def attention_case(*lengths: int, window: int | None = None, alibi: bool = False, reach: int = 0) -> Case:
     """Repeat texts of these lengths up to TOKENS. With a window only the keys inside it count as flops."""
     qkv, cu_seqlens = randn(TOKENS, 3, HEADS, HEAD_DIM), packed(*lengths)
     lengths = tuple(cu_seqlens.diff().tolist())
     tile_map = make_tile_map(lengths, attention_block_m(DTYPE, HEAD_DIM, DEVICE)).to(DEVICE)
     slopes = torch.rand(HEADS, device=DEVICE) if alibi else None
-    arguments = qkv, cu_seqlens, max(lengths), HEAD_DIM**-0.5, window, slopes, tile_map
+    bias = [torch.randn(HEADS, 2 * reach + 1, device=DEVICE)] if reach else []
+    arguments = qkv, cu_seqlens, max(lengths), HEAD_DIM**-0.5, window, slopes, tile_map, *bias
     seen = sum(length * (length if window is None else min(length, 2 * window + 1)) for length in lengths)
     found: dict[str, Provider] = {"unpadded": attention, "reference": attention_reference}
-    if window is None and not alibi:
+    if window is None and not alibi and not reach:
         found |= {"torch FA2": _torch_attention} if CUDA else {}
         found |= {"cuDNN": _cudnn_attention} if CUDA and len(set(lengths)) == 1 else {}
         found |= {"flash-attn": _flash_attn} if CUDA and installed("flash_attn") else {}
@@ -195,6 +196,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention, mixed texts": lambda: attention_case(1, 7, 64, 127, 128, 129, 300, 513),
     "attention, window of 64": lambda: attention_case(min(TOKENS, 8192), window=64),
     "attention, ALiBi": lambda: attention_case(min(TOKENS, 2048), alibi=True),
+    "attention, position bias": lambda: attention_case(min(TOKENS, 512), reach=91),
     "linear in fp8, qkv": lambda: linear_fp8_case(3 * HIDDEN, None),
     "linear in fp8 and swiglu": lambda: linear_fp8_case(2 * INTERMEDIATE, "swiglu"),
     "add_layer_norm": lambda: norm_case(add_layer_norm, add_layer_norm_reference, 3),
