@@ -52,9 +52,9 @@ class SparseEncoder(EngineInference, sentence_transformers.SparseEncoder):
     ) -> Tensor:
         found = engine.encode_sparse(inputs, top_k=options["max_active_dims"], **shared)
         text = np.repeat(np.arange(len(inputs)), np.diff(found.indptr))
-        size = len(inputs), self.get_embedding_dimension() or found.vocabulary
+        size = len(inputs), found.vocabulary
         indices, weights = torch.from_numpy(np.stack([text, found.ids])), torch.from_numpy(found.weights).to(self.dtype)
-        vectors = torch.sparse_coo_tensor(indices, weights, size, is_coalesced=True)
+        vectors = torch.sparse_coo_tensor(indices, weights, size, check_invariants=True, is_coalesced=True)
         vectors = vectors if options["save_to_cpu"] else vectors.to(target)
         return vectors if options["convert_to_sparse_tensor"] else vectors.to_dense()
 
