@@ -408,12 +408,6 @@ def test_aencode_returns_the_shapes_of_encode(engine):
     assert one.shape == (384,) and np.array_equal(listed, one[None]) and none.shape == (0, 384)
 
 
-def test_aencode_averages_long_texts(engine):
-    text = " ".join(PARAGRAPHS[:80])
-    found = asyncio.run(engine.aencode([text, "short"], long_text="mean"))
-    assert np.array_equal(found, engine.encode([text, "short"], long_text="mean"))
-
-
 def test_a_query_overtakes_a_corpus(engine, monkeypatch):
     """The query is queued while the first batch of the corpus runs, and is in the next one."""
     query, batches, queued, launch = "What is a coroutine?", [], threading.Event(), engine._pipeline.backend.launch

@@ -34,6 +34,7 @@ from unpadded import bulk
 from unpadded.cli.main import _parser as parser
 from unpadded.cli.main import main
 from unpadded.errors import InputError
+from unpadded.options import REPLACEMENTS
 
 TEXTS = ["a red house", "zwölf Boxkämpfer", "one", " two  spaces ", "日本語 テキスト", "last line"]
 LONG_TEXT = 3  # words; the fake engine reports longer texts as truncated
@@ -165,7 +166,7 @@ def test_an_empty_input_makes_an_empty_file(engine: FakeEngine, tmp_path: Path, 
 
 def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: Path) -> None:
     flags = "-t search_query --dimensions 64 --dtype bfloat16 --device cpu --attention sdpa --precision int8"
-    more = "--rotary-scaling-factor 2 --truncation left --long-text mean --no-normalize --max-length 512"
+    more = "--rotary-scaling-factor 2 --truncation left --no-normalize --max-length 512"
     rest = "--token-budget 4096 --batch-invariant --revision main --prompt p:"
     assert embed(text_file, "-o", tmp_path / "out.npy", *flags.split(), *more.split(), *rest.split()) == 0
     assert engine.load_options == {
@@ -187,7 +188,6 @@ def test_flags_reach_the_engine(engine: FakeEngine, text_file: Path, tmp_path: P
         "precision": "int8",
         "ranges": None,
         "truncation": "left",
-        "long_text": "mean",
     }
 
 
@@ -409,6 +409,7 @@ def test_loading_says_what_it_waits_for(
     [
         (["embed", "--dimensoins", "3"], "unknown option: '--dimensoins'; did you mean --dimensions?"),
         (["embed", "--over-write=1"], "unknown option: '--over-write=1'; did you mean --overwrite?"),
+        (["embed", "--long-text", "mean"], f"unknown option: '--long-text'; {REPLACEMENTS['long_text']}"),
         (["embed", "--xyzzy"], "unknown option: '--xyzzy'; see unpadded embed --help"),
         (["info", "--jason"], "unknown option: '--jason'; did you mean --json?"),
         (["info", "also"], "unknown argument: 'also'; see unpadded info --help"),

@@ -275,31 +275,6 @@ def test_cutting_a_model_without_matryoshka_normalizes_and_warns(engine, caplog)
     assert "not known to be trained for matryoshka" in caplog.text
 
 
-def test_long_text_mean_is_nomics_chunked_mean(tmp_path):
-    """Chunks of 2048 tokens overlap by 8; each is layer-normalized, cut and L2-normalized before the mean and L2."""
-    folder = write_nomic(tmp_path)
-    change_json(folder / "config.json", matryoshka_dimensions=[128, 64], matryoshka_layer_norm=True)
-    engine = unpadded.load(folder, device="cpu")
-    words = [f"w{i % 10}" for i in range(2300)]
-    found = engine.embed([" ".join(words), "short"], task="search_document", long_text="mean", dimensions=64)
-
-    prefix = engine.embed([""], task="search_document").token_counts[0] - 2
-    body_tokens = 2048 - 2 - prefix
-    tokenizer = engine.tokenizer
-    body = tokenizer.encode([" ".join(words)], max_length=10**6)[0].ids[1:-1]
-    head = tokenizer.encode(["search_document: x"], max_length=100)[0].ids[: 1 + prefix]
-    chunks = [
-        np.concatenate([head, body[at : at + body_tokens], [102]]) for at in range(0, len(body) - 8, body_tokens - 8)
-    ]
-    assert len(chunks) == 3 and found.token_counts[0] == sum(map(len, chunks))
-    rows = engine.encode([chunk.astype(np.int32) for chunk in chunks], normalize=False).astype(np.float64)
-    rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(found.vectors[0], unit(unit(rows[:, :64]).mean(0)), atol=1e-6)
-    one_chunk = engine.encode(["short"], task="search_document", dimensions=64)[0]
-    np.testing.assert_allclose(found.vectors[1], one_chunk, atol=1e-6)
-    assert not found.truncated.any()
-
-
 @pytest.mark.parametrize("mode", ["cls", "lasttoken"])
 def test_pooling_and_dense_modules(tmp_path, mode):
     folder = write_nomic(tmp_path)
@@ -341,7 +316,6 @@ def test_describe_returns_plain_values_and_the_assumed_defaults(tmp_path):
         ({"dimensions": 385}, "dimensions are out of range: 385"),
         ({"precision": "int4"}, "precision is unknown: 'int4'; use one of float32"),
         ({"truncation": "middle"}, "truncation is unknown: 'middle'; use one of right, left, error"),
-        ({"long_text": "max"}, "long_text is unknown: 'max'"),
         ({"output": "tf"}, "output is unknown: 'tf'; use one of numpy"),
         ({"task": "search_query"}, "task is unknown: 'search_query'"),
     ],

@@ -75,6 +75,7 @@ def test_options_are_frozen_and_reject_unknown_names():
         ("encode", {"truncate_dim": 64}, "pass dimensions="),
         ("encode", {"output_value": "token_embeddings"}, "call token_embeddings"),
         ("encode", {"tsak": "query"}, "tsak is not an option; use one of task, prompt, dimensions"),
+        ("embed", {"long_text": "mean"}, "long_text is not an option; split long texts, or call encode_spans"),
         ("load", {"trust_remote_code": True}, "no code of a checkpoint is ever run"),
         ("load", {"model_kwargs": {}}, "pass dtype= and attention="),
         ("load", {"tokenizer_kwargs": {}}, "pass max_length="),

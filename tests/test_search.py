@@ -113,10 +113,16 @@ def test_vectors_that_cannot_be_searched_are_errors(
     pq.write_table(pa.table({"id": [1], "embedding": [[1.0]]}), "foreign.parquet")
     np.save("foreign.npy", np.ones((2, 3)))
     description = json.loads(Path("good.npy.json").read_text())
-    for name, changed in (("cut.npy", {}), ("settings.npy", {"settings": 3}), ("wide.npy", {})):
+    for name, changed in (
+        ("cut.npy", {}),
+        ("settings.npy", {"settings": 3}),
+        ("averaged.npy", {"settings": {"long_text": "mean"}}),
+        ("wide.npy", {}),
+    ):
         Path(f"{name}.json").write_text(json.dumps(description | changed))
     Path("cut.npy").write_bytes(Path("good.npy").read_bytes()[:-7])
-    Path("settings.npy").write_bytes(Path("good.npy").read_bytes())
+    for name in ("settings.npy", "averaged.npy"):
+        Path(name).write_bytes(Path("good.npy").read_bytes())
     np.save("wide.npy", np.ones((2, 3)))
     os.mkdir("empty")
     Path("a.txt").touch()
@@ -125,6 +131,7 @@ def test_vectors_that_cannot_be_searched_are_errors(
         "foreign.parquet": "do not say which model made them: 'foreign.parquet'",
         "foreign.npy": "'foreign.npy.json' (No such file or directory)",
         "settings.npy": "do not say which model made them: 'settings.npy'",
+        "averaged.npy": "long_text is not an option; split long texts",
         "cut.npy": "cannot be read: 'cut.npy'",
         "wide.npy": "'wide.npy' has (2, 3)",
         "empty": "no .parquet: 'empty'",

@@ -243,7 +243,7 @@ def test_nomic_client(nomic_server, nomic_folder, tmp_path):
     code = (
         "import json, nomic; from nomic import embed; nomic.login('nk-one');"
         "print(json.dumps(embed.text(json.loads(input()), model='nomic-embed-text-v1.5', task_type='search_query',"
-        " dimensionality=64, long_text_mode='mean')))"
+        " dimensionality=64, long_text_mode='truncate')))"
     )
     texts = [*TEXTS, " ".join(PARAGRAPHS[:60])]
     ran = subprocess.run(
@@ -255,7 +255,7 @@ def test_nomic_client(nomic_server, nomic_folder, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     answer = json.loads(ran.stdout)
-    found = unpadded.load(nomic_folder, device="cpu").embed(texts, task="search_query", dimensions=64, long_text="mean")
+    found = unpadded.load(nomic_folder, device="cpu").embed(texts, task="search_query", dimensions=64)
     assert np.array_equal(np.array(answer["embeddings"], np.float32), found.vectors)
     assert answer["usage"]["total_tokens"] == found.token_counts.sum() and answer["usage"]["truncated_texts"] == 0
 
@@ -467,6 +467,8 @@ def test_the_default_task_holds_on_every_route(nomic_folder):
         long = {"texts": ["word " * 9000]}
         assert server.request("POST", "/v1/embedding/text", long)[0] == 413
         assert server.request("POST", "/v1/embedding/text", long | {"long_text_mode": "truncate"})[0] == 200
+        status, _, answer = server.request("POST", "/v1/embedding/text", {"texts": ["a"], "long_text_mode": "mean"})
+        assert status == 422 and b"long_text_mode is not supported: 'mean'; use 'truncate', or split" in answer
 
 
 def test_cors_allows_the_configured_origin_only(nomic_server):

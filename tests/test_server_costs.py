@@ -29,7 +29,7 @@ def test_texts_have_a_maximum_size(server):
     for path, value, status in [
         ("/embed", {"inputs": ["short", long]}, 413),
         ("/v1/embeddings", {"input": long}, 400),
-        ("/v1/embedding/text", {"texts": [long], "long_text_mode": "mean"}, 413),
+        ("/v1/embedding/text", {"texts": [long]}, 413),
         ("/tokenize", {"inputs": [long[: MAX_CHARACTERS // 2]] * 3}, 413),
     ]:
         found, _, body = server.request("POST", path, value)

@@ -34,7 +34,12 @@ import unpadded
 VALID = {
     "/v1/embeddings": {"input": ["a", "b"], "model": MINILM_NAME, "encoding_format": "float", "dimensions": 5},
     "/embeddings": {"input": [[101, 102], [101, 2054, 102]], "encoding_format": "base64", "user": "u"},
-    "/v1/embedding/text": {"texts": ["a"], "task_type": "clustering", "dimensionality": 3, "long_text_mode": "mean"},
+    "/v1/embedding/text": {
+        "texts": ["a"],
+        "task_type": "clustering",
+        "dimensionality": 3,
+        "long_text_mode": "truncate",
+    },
     "/": {"inputs": ["a"], "normalize": True},
     "/embed": {"inputs": ["a", [101, 102]], "truncate": True, "truncation_direction": "left", "normalize": False},
     "/embed_all": {"inputs": "a b", "truncate": None},

@@ -3,7 +3,6 @@
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -265,10 +264,6 @@ def test_invalid_options_raise(bert: Tokenizer) -> None:
         bert.encode(["a"], max_length=2)
     with pytest.raises(OptionError, match="prompt is not text"):
         bert.encode(["a"], prompt="\ud800", max_length=64)
-    (chunks,) = bert.chunks(["a b c"], chunk_length=4, overlap=8)  # of which one token fits
-    assert [ids[1:-1].tolist() for ids in chunks] == [
-        bert.encode([pair], max_length=9)[0].ids[1:-1].tolist() for pair in ("a b", "b c")
-    ]
 
 
 def test_str_subclasses_and_other_sequences_are_supported(bert: Tokenizer) -> None:
@@ -299,21 +294,6 @@ def test_threads_can_share_a_tokenizer(bert: Tokenizer) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda length: (length, ids_of(bert.encode(texts, max_length=length))), expected)
         assert dict(results) == expected
-
-
-@pytest.mark.parametrize("prompt", ["", "search_document: "])
-def test_chunks_cover_the_text_with_overlap(bert: Tokenizer, bert_backend: tokenizers.Tokenizer, prompt: str) -> None:
-    before = bert_backend.encode(prompt, add_special_tokens=False).ids
-    size = 40 - 2 - len(before)
-    texts = [PROSE * 3, "", "short", "中" * size, "中" * (size + 1), "中" * (2 * size - 8), "中" * (2 * size - 7)]
-    for text, chunks in zip(texts, bert.chunks(texts, prompt=prompt, chunk_length=40, overlap=8), strict=True):
-        body = bert_backend.encode(text, add_special_tokens=False).ids
-        parts = [chunk[1 + len(before) : -1].tolist() for chunk in chunks]
-        assert [*parts[0], *(token for part in parts[1:] for token in part[8:])] == body
-        assert all(left[-8:] == right[:8] for left, right in pairwise(parts))
-        assert all(chunk[: 1 + len(before)].tolist() == [101, *before] and chunk[-1] == 102 for chunk in chunks)
-        assert all(len(chunk) == 40 for chunk in chunks[:-1]) and len(chunks[-1]) <= 40
-    assert [len(chunks) for chunks in bert.chunks(texts[1:], prompt=prompt, chunk_length=40)] == [1, 1, 1, 2, 2, 3]
 
 
 def test_a_folder_without_tokenizer_files_loads_and_raises_for_text(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_token_embeddings(engine, monkeypatch):
 
 def test_windows_are_cut_by_tokens_and_the_first_ones_are_small(engine):
     def sizes(texts, **options):
-        plan = engine._pipeline.plan(prompt="", long_text=options.pop("long_text", "truncate"))
+        plan = engine._pipeline.plan(prompt="")
         groups = list(engine._pipeline.reader.groups(texts, plan, **options))
         assert all(map(np.array_equal, [text for group in groups for text in group.texts], texts))
         assert [group.first_index for group in groups] == [
@@ -111,9 +111,8 @@ def test_windows_are_cut_by_tokens_and_the_first_ones_are_small(engine):
     assert sizes(short, max_tokens=800) == [1, 2, 4, 8, 8, 8, 8, 1]
     assert sizes(short, max_tokens=800, first=2) == [1, 1, 2, 2, 4, 4, 7, 5, 4, 3, 2, 2, 1, 1, 1]
     assert sizes([np.full(100, 7)] * 9, max_tokens=800) == [1, 2, 4, 2]
-    long = ["x" * 4000] * 9  # 256 tokens, or 1002 in chunks
+    long = ["x" * 4000] * 9  # 256 tokens
     assert sizes(long, max_tokens=2048) == [1, 2, 4, 2]
-    assert sizes(long, max_tokens=2048, long_text="mean") == [1, 1, 2, 3, 2]
 
 
 def test_a_device_starts_while_the_next_texts_are_tokenized(engine, expected, monkeypatch):
@@ -124,16 +123,6 @@ def test_a_device_starts_while_the_next_texts_are_tokenized(engine, expected, mo
     check(engine.embed(TEXTS, prompt=""), expected)
     blocks = list(engine.stream(TEXTS, prompt=""))
     assert [len(block) for block in blocks] == [3, 1, 4, 3]
-
-
-def test_chunks(nomic, monkeypatch):
-    engine = unpadded.load(nomic, device="cpu")
-    texts = ["w " * 3000, "short", "w " * 3000, "short"]
-    backend, _ = record(engine, monkeypatch, "launch")
-    found = engine.embed(texts, prompt="", long_text="mean")
-    assert len(backend.inputs) == 3
-    assert np.array_equal(found.vectors[:2], found.vectors[2:]) and not np.array_equal(*found.vectors[:2])
-    assert found.token_counts.tolist() == found.token_counts[:2].tolist() * 2
 
 
 def test_progress_counts_every_text(engine):

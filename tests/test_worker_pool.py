@@ -219,7 +219,7 @@ def test_vectors_equal_those_of_one_device(engine, expected, monkeypatch):
     [
         {"prompt": ""},
         {"prompt": "search_query: ", "truncation": "left", "precision": "ubinary"},
-        {"task": "clustering", "long_text": "mean", "dimensions": 64},
+        {"task": "clustering", "dimensions": 64},
     ],
 )
 def test_random_inputs_give_the_bits_of_one_device(nomics, options):

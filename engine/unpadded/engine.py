@@ -277,11 +277,8 @@ class Engine:
 
     def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
         """Return the last hidden states of each text, prompt and special tokens included: [tokens, hidden] fp32."""
-        plan = self._pipeline.plan(**options)
-        if plan.long_text == "mean":
-            raise OptionError("long_text is 'mean', which averages the token vectors; use long_text='truncate'")
         with _progress_bar(texts, False) as advance:
-            return self._pipeline.token_embeddings(_as_texts(texts), plan, advance)
+            return self._pipeline.token_embeddings(_as_texts(texts), self._pipeline.plan(**options), advance)
 
 
 def _as_texts(texts: Texts) -> Iterable[Text]:

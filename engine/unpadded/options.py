@@ -23,7 +23,6 @@ logger = logging.getLogger("unpadded")
 
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 Truncation = Literal["right", "left", "error"]
-LongText = Literal["truncate", "mean"]
 ScoreActivation = Literal["auto", "sigmoid", "softmax", "none"]
 
 
@@ -142,7 +141,6 @@ class EncodeKeywords(TypedDict, total=False):
     precision: Precision
     ranges: np.ndarray | None
     truncation: Truncation
-    long_text: LongText
 
 
 class EmbedKeywords(EncodeKeywords, total=False):
@@ -173,7 +171,7 @@ class EncodeOptions:
         metavar="N",
     )
     normalize: bool | None = option(
-        None, "L2-normalize the vectors; default: as the checkpoint does, and always after cutting or averaging"
+        None, "L2-normalize the vectors; default: as the checkpoint does, and always after cutting"
     )
     precision: Precision = option(
         "float32", "number format of the vectors, as in sentence-transformers", literal=Precision
@@ -186,16 +184,10 @@ class EncodeOptions:
         "what to do with a text longer than max_length: right keeps its first tokens, left its last, error raises",
         literal=Truncation,
     )
-    long_text: LongText = option(
-        "truncate",
-        "truncate long texts, or mean: average over chunks of 2048 tokens, as nomic's client does",
-        literal=LongText,
-    )
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("truncation", self.truncation, get_args(Truncation))
-        check_choice("long_text", self.long_text, get_args(LongText))
 
 
 class ScoreKeywords(TypedDict, total=False):
@@ -229,12 +221,13 @@ class Plan(EncodeOptions):
     expansion: tuple[int, int] | None = None  # tokens per text at least, and the id that is appended to shorter ones
 
 
-# Keyword arguments of sentence-transformers -> what to do here.
+# Keyword arguments of sentence-transformers, and those that no option replaces -> what to do here.
 REPLACEMENTS = {
     "batch_size": "omit it, or pass token_budget= to load",
     "convert_to_numpy": "pass output='numpy' or output='list' to encode",
     "convert_to_tensor": "pass output='torch' to encode",
     "device": "pass it to load",
+    "long_text": "split long texts, or call encode_spans for one vector per part",
     "model_kwargs": "pass dtype= and attention=",
     "normalize_embeddings": "pass normalize=",
     "output_value": "call token_embeddings",
@@ -267,14 +260,14 @@ def make_plan(checkpoint: Checkpoint, full_dimensions: int, options: EncodeOptio
         logger.warning(message, checkpoint.name, dimensions)
     lora = checkpoint.spec.lora
     adapter = options.task if lora is not None and options.task in lora.tasks else None
-    cut_or_averaged = dimensions is not None or options.long_text == "mean"
+    cut = dimensions is not None
     resolved = vars(options) | {"prompt": _prompt(checkpoint, options, has_adapter=adapter is not None)}
     return Plan(
         **resolved,
         vector_options=VectorOptions(
-            layer_norm=cut_or_averaged and checkpoint.matryoshka_layer_norm,
+            layer_norm=cut and checkpoint.matryoshka_layer_norm,
             dimensions=dimensions or full_dimensions,
-            normalize=(checkpoint.normalize or cut_or_averaged) if options.normalize is None else options.normalize,
+            normalize=(checkpoint.normalize or cut) if options.normalize is None else options.normalize,
             adapter=adapter,
         ),
     )

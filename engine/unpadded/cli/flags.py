@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unpadded.cli.terminal import waiting
-from unpadded.options import LoadOptions, Option, convert, describe
+from unpadded.options import REPLACEMENTS, LoadOptions, Option, convert, describe
 
 if TYPE_CHECKING:
     from unpadded import Engine
@@ -26,7 +26,8 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             option = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(option, self._option_string_actions, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+            name, usage = option.lstrip("-").replace("-", "_"), f"see {self.prog} --help"
+            remedy = f"did you mean {near[0]}?" if near else REPLACEMENTS.get(name, usage)
             kind = "option" if option.startswith("-") else "argument"
             self.error(f"unknown {kind}: {unknown[0]!r}; {remedy}")
         return found, unknown

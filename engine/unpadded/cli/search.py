@@ -100,8 +100,7 @@ def _question_settings(settings: dict[str, Any], args: argparse.Namespace) -> di
     found = {"task": QUESTION_TASKS.get(task, task), "precision": "float32"}
     if args.task is not None or args.prompt is not None:
         found |= {"task": args.task, "prompt": args.prompt}
-    names = {option.name for option in describe(EncodeOptions)}
-    return {name: value for name, value in (settings | found).items() if name in names}
+    return settings | found
 
 
 def _files(name: str) -> list[str]:

@@ -141,7 +141,7 @@ class EmbeddingPipeline:
         for window, rows in done:
             vectors = np.stack(list(rows))
             _check_finite(vectors, window, range(len(window.sequences)), plan.vector_options)
-            blocks.append(_finish(window, vectors, plan))
+            blocks.append(Embeddings(vectors[window.first_sequences], window.token_counts, window.truncated))
         return join(blocks, plan)
 
     def collect_spans(self, done: Iterable[tuple[Window, Rows]], plan: Plan) -> Spans:
@@ -226,7 +226,7 @@ class EmbeddingPipeline:
                 vectors = np.empty((len(window.sequences), plan.vector_options.dimensions), np.float32)
             vectors[batch] = rows
             if last:
-                yield _finish(window, vectors, plan)
+                yield Embeddings(vectors[window.first_sequences], window.token_counts, window.truncated)
                 vectors = None
 
     def _batches(
@@ -284,13 +284,6 @@ def _scores(activation: str, logits: np.ndarray) -> np.ndarray:
     return scores[:, 0] if scores.shape[1] == 1 else scores
 
 
-def _finish(window: Window, rows: np.ndarray, plan: Plan) -> Embeddings:
-    """Return the fp32 vectors of a window's texts. rows: [sequences, dimensions], one per sequence."""
-    first = np.array(window.first_sequences)
-    vectors = _mean_of_chunks(rows, first, plan.vector_options.normalize) if plan.long_text == "mean" else rows[first]
-    return Embeddings(vectors, window.token_counts, window.truncated)
-
-
 def _check_finite(rows: np.ndarray, window: Window, batch: Sequence[int], options: VectorOptions) -> None:
     """Raise OutputError unless the rows of a batch are finite. batch: indices into `window.sequences`."""
     if rows.dtype == object:  # of `wait_for_terms`, which `sparse` checks
@@ -303,15 +296,3 @@ def _check_finite(rows: np.ndarray, window: Window, batch: Sequence[int], option
             f"the vector of text {index} is not finite; the weights may hold NaN, or values exceed the dtype's range: "
             "try dtype='float32' or 'bfloat16'"
         )
-
-
-def _mean_of_chunks(rows: np.ndarray, first: np.ndarray, normalize: bool) -> np.ndarray:
-    """Return the mean of each text's chunks, optionally L2-normalized: [texts, dimensions].
-
-    rows: [chunks, dimensions]. first: [texts], each text's first chunk, which equal texts share.
-    """
-    starts, text = np.unique(first, return_inverse=True)
-    means = np.add.reduceat(rows, starts, axis=0) / np.diff(starts, append=len(rows))[:, None].astype(np.float32)
-    if normalize:
-        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    return means[text]

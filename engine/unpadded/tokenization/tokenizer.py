@@ -1,4 +1,4 @@
-"""Text to token ids: prompts, special tokens, truncation, chunks."""
+"""Text to token ids: prompts, special tokens, truncation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,13 +103,13 @@ class Tokenizer:
         _check_texts(texts, indices)
         limit = self._token_limit(prompt, max_length)
         rows = self._truncated(texts, prompt, limit, left=truncation == "left")
-        for index, (_, is_truncated) in zip(indices, rows, strict=True):
-            if is_truncated and truncation == "error":
+        for index, (_, cut) in zip(indices, rows, strict=True):
+            if cut and truncation == "error":
                 raise InputError(
                     f"text {index} is too long: more than {max_length} tokens; shorten it, or pass truncation='right' "
                     "or 'left'"
                 )
-        return [self._tokens(ids, truncated=is_truncated) for ids, is_truncated in rows]
+        return [Tokens(np.array(self._leading + ids + self._trailing, np.int32), cut) for ids, cut in rows]
 
     def encode_pairs(
         self, pairs: Sequence[Pair], indices: Sequence[int], max_length: int, truncation: Truncation, token_types: bool
@@ -163,32 +163,6 @@ class Tokenizer:
         for index, ids, truncated in self._slicer.truncate(texts, long, prompt, limit, left=left):
             found[index] = ids, truncated
         return [found[index] for index in range(len(texts))]
-
-    def chunks(
-        self,
-        texts: Sequence[str],
-        *,
-        prompt: str = "",
-        chunk_length: int = 2048,
-        overlap: int = 8,
-        indices: Sequence[int] | None = None,
-    ) -> list[list[np.ndarray]]:
-        """Split every text into chunks of at most `chunk_length` tokens, each with special tokens and the prompt.
-
-        Consecutive chunks share `overlap` tokens of the text; an empty text is one chunk.
-        """
-        indices = range(len(texts)) if indices is None else indices
-        _check_texts(texts, indices)
-        self._token_limit(prompt, chunk_length)
-        before = self._leading + (next(self._encodings([prompt])).ids if prompt else [])
-        limit = chunk_length - len(before) - len(self._trailing)
-        overlap = min(overlap, limit - 1)
-        rows = []
-        for encoding in self._encodings(texts):
-            ids = encoding.ids
-            starts = range(0, max(1, len(ids) - overlap), limit - overlap)
-            rows.append([np.array(before + ids[start : start + limit] + self._trailing, np.int32) for start in starts])
-        return rows
 
     def sections(
         self, items: dict[int, SpannedText], prompt: str, max_length: int, cut: Cut

@@ -27,10 +27,6 @@ Text: TypeAlias = str | Sequence[int] | np.ndarray
 Input: TypeAlias = str | Pair | SpannedText | np.ndarray  # a checked text; token ids are [tokens] int32
 Item = TypeVar("Item")
 
-# long_text="mean" as in nomic's client (gpt4all): tokens of a chunk, including prompt and special tokens, and of an
-# overlap.
-CHUNK_TOKENS = 2048
-CHUNK_OVERLAP = 8
 NAMED_TEXTS = 8  # maximum number of texts of a batch that an error names
 # To estimate tokens: the median of 736 English documents was 3.8 (BERT's vocabulary, 2026-11).
 AVERAGE_CHARACTERS_PER_TOKEN = 4
@@ -55,7 +51,7 @@ class Window:
     """Consecutive texts and their sequences of token ids, which equal texts share."""
 
     first_index: int  # index of the first text, among all texts
-    first_sequences: list[int]  # of each text, its only one unless it is split into chunks or sections
+    first_sequences: list[int]  # of each text, its only one unless it is split into sections
     token_counts: np.ndarray  # [texts] int64
     truncated: np.ndarray  # [texts] bool
     sequences: list[Ids]
@@ -167,7 +163,6 @@ class WindowReader:
         scores = plan.vector_options.head == "score"
         first_index = size = number = 0
         tokens, limit = 0.0, max_tokens / 8
-        longest = math.inf if plan.long_text == "mean" else self._checkpoint.max_length
         source = iter(iterate(texts, self.max_texts))
         for index, text in enumerate(source):
             if isinstance(text, str):
@@ -180,7 +175,8 @@ class WindowReader:
             length = sum(map(len, added)) if isinstance(added, tuple) else len(added)
             size += length
             given = isinstance(added, np.ndarray)
-            tokens += min(length if given else length // AVERAGE_CHARACTERS_PER_TOKEN + SPECIAL_TOKENS, longest)
+            estimate = length if given else length // AVERAGE_CHARACTERS_PER_TOKEN + SPECIAL_TOKENS
+            tokens += min(estimate, self._checkpoint.max_length)
             if len(group) == self.max_texts or size >= max_size or tokens >= limit:
                 yield TextGroup(first_index, group, int(tokens), last=False)
                 number += 1
@@ -235,12 +231,6 @@ class WindowReader:
             return found
         self._warn_without_task(strings, plan.prompt)
         values, indices = list(strings.values()), list(strings)
-        if plan.long_text == "mean":
-            length = min(CHUNK_TOKENS, max_length)
-            chunks = self.tokenizer.chunks(
-                values, prompt=plan.prompt, chunk_length=length, overlap=CHUNK_OVERLAP, indices=indices
-            )
-            return found | {index: (ids, False) for index, ids in zip(indices, chunks, strict=True)}
         rows = self.tokenizer.encode(
             values, prompt=plan.prompt, max_length=max_length, truncation=plan.truncation, indices=indices
         )

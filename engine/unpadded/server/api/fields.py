@@ -11,7 +11,7 @@ Input: TypeAlias = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min
 Direction: TypeAlias = Literal["right", "left", "Right", "Left"]
 
 # Arguments of `ServedModel.embed` and `score` that are fields of a request, which may have other names in its JSON.
-KEYWORDS = ("model", "task", "truncate", "truncation_direction", "dimensions", "normalize", "long_text", "raw_scores")
+KEYWORDS = ("model", "task", "truncate", "truncation_direction", "dimensions", "normalize", "raw_scores")
 
 
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):
