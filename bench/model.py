@@ -157,7 +157,6 @@ def makers(folder: Path, device: torch.device, dtype: str, part: str, small: boo
         found |= {
             "unpadded, flash-attn": lambda: unpadded_run(load(attention="flash-attn")),
             INVARIANT: lambda: unpadded_run(load(batch_invariant=True)),
-            "unpadded, float8": lambda: unpadded_run(load(dtype="float8")),
             "transformers, flash-attn": lambda: partial(
                 padded, transformers(folder, device, dtype, attn_implementation="flash_attention_2"), device
             ),

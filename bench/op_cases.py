@@ -23,13 +23,11 @@ from unpadded_kernels import (
     expert_mlp,
     linear,
     linear_activation,
-    linear_fp8,
     linear_invariant,
     masked_mean_pool,
     matryoshka,
     mean_pool,
     pre_layer_norm,
-    quantize_rows,
     rms_norm,
     rotary_,
     vocabulary_max,
@@ -37,7 +35,6 @@ from unpadded_kernels import (
 from unpadded_kernels.activation import activation_reference
 from unpadded_kernels.attention import attention_reference, make_tile_map
 from unpadded_kernels.embedding import embedding_reference
-from unpadded_kernels.fp8 import linear_fp8_reference, quantize_rows_reference
 from unpadded_kernels.layer_norm import (
     add_layer_norm_reference,
     pre_layer_norm_reference,
@@ -87,11 +84,6 @@ def norm_case(op: Provider, reference: Provider, passes: float) -> Case:
 def rms_norm_case() -> Case:
     arguments = randn(TOKENS, HIDDEN), randn(TOKENS, HIDDEN), randn(HIDDEN), 1e-6
     return Case(arguments, 4 * arguments[0].nbytes, True, providers(rms_norm, rms_norm_reference))
-
-
-def quantize_case() -> Case:
-    x = randn(TOKENS, HIDDEN)
-    return Case((x,), x.nbytes + x.numel(), True, providers(quantize_rows, quantize_rows_reference))
 
 
 def embedding_case() -> Case:
@@ -161,14 +153,6 @@ def linear_swiglu_case(tokens: int) -> Case:
     return Case(arguments, 4 * tokens * HIDDEN * INTERMEDIATE, False, found)
 
 
-def linear_fp8_case(outer: int, kind: str | None) -> Case:
-    x, weight = quantize_rows(randn(TOKENS, HIDDEN)), quantize_rows(weights(outer, HIDDEN))
-    arguments = *x, *weight, None, kind, DTYPE
-    found: dict[str, Provider] = {"unpadded": linear_fp8, "reference": linear_fp8_reference}
-    library: dict[str, Provider] = {"torch._scaled_mm": _scaled_mm} if CUDA and kind is None else {}
-    return Case(arguments, 2 * TOKENS * HIDDEN * outer, False, found | library)
-
-
 def expert_mlp_case() -> Case:
     up = torch.stack([weights(INTERMEDIATE, HIDDEN) for _ in range(EXPERTS)])
     down = torch.stack([weights(HIDDEN, INTERMEDIATE) for _ in range(EXPERTS)])
@@ -197,12 +181,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention, window of 64": lambda: attention_case(min(TOKENS, 8192), window=64),
     "attention, ALiBi": lambda: attention_case(min(TOKENS, 2048), alibi=True),
     "attention, position bias": lambda: attention_case(min(TOKENS, 512), reach=91),
-    "linear in fp8, qkv": lambda: linear_fp8_case(3 * HIDDEN, None),
-    "linear in fp8 and swiglu": lambda: linear_fp8_case(2 * INTERMEDIATE, "swiglu"),
     "add_layer_norm": lambda: norm_case(add_layer_norm, add_layer_norm_reference, 3),
     "pre_layer_norm": lambda: norm_case(pre_layer_norm, pre_layer_norm_reference, 4),
     "rms_norm": rms_norm_case,
-    "quantize_rows": quantize_case,
     "embedding": embedding_case,
     "swiglu": swiglu_case,
     "rotary": rotary_case,

@@ -21,13 +21,10 @@ ROOT = Path(__file__).parents[1]
 AOT = ROOT / "tests/support/aot.py"
 TRITON_36 = os.environ.get("UNPADDED_TRITON_36", "")
 FLOATS = ("fp16", "bf16", "fp32")
-# sm_80 has no e4m3; sm_89 has, and otherwise runs the kernels of sm_80
-DTYPES = {80: FLOATS, 89: ("fp8",), 90: ("fp8", *FLOATS), 100: ("fp8", *FLOATS)}
-JOBS = [f"{dtype}:{capability}" for capability, dtypes in DTYPES.items() for dtype in dtypes]
+JOBS = [f"{dtype}:{capability}" for capability in (80, 90, 100) for dtype in FLOATS]
 TENSOR_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 MATMULS = ("_attention_kernel", "_linear_kernel", "_route_kernel", "_expert_linear_kernel", "_vocabulary_max_kernel")
-STREAMS = tuple(f"_{name}_kernel" for name in ("norm", "activation", "rotary", "quantize_rows"))
+STREAMS = tuple(f"_{name}_kernel" for name in ("norm", "activation", "rotary"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,7 @@ def compile_jobs(folder, jobs):
     scope="module",
     params=[
         # 125 seconds of CPU time
-        pytest.param(("", ["fp16:90", "fp8:90"]), id="fp16 and fp8 on sm_90"),
+        pytest.param(("", ["fp16:90"]), id="fp16 on sm_90"),
         pytest.param(("", JOBS), id="all", marks=pytest.mark.slow),
         pytest.param(
             (TRITON_36, JOBS),
@@ -96,7 +93,7 @@ def table(version, rows):
 
 
 def tensor_instructions(row):
-    return row[(FP8_INSTRUCTION if row["dtype"] == "fp8" else TENSOR_INSTRUCTION)[row["capability"]]]
+    return row[TENSOR_INSTRUCTION[row["capability"]]]
 
 
 def test_every_kernel_is_compiled(rows):

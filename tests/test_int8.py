@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import test_family_eurobert as eurobert
+import test_family_jina_v3 as jina_v3
+import test_family_modernbert as modernbert
+import test_family_nomic_moe as nomic_moe
 import torch
+from support.checkpoints import write_bert, write_checkpoint, write_nomic
 from support.family_checks import assert_independent, random_ids, relative_error
-from test_float8 import FAMILIES, assert_no_modules_and_no_adapters
 
 import unpadded
 from unpadded.errors import OptionError
+from unpadded.integrations.transformers import UnpaddedModel
 from unpadded.model.layer import ExpertMLP
 from unpadded.model.linear import Int8Linear
 from unpadded.model.weights import plain_weights
@@ -15,6 +20,15 @@ from unpadded_kernels.linear_cpu import onednn_supports
 from unpadded_kernels.linear_int8 import INT8_BLOCK, int8_is_supported
 
 NEEDS_VNNI = pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
+
+
+FAMILIES = {
+    "bert": lambda folder: write_bert(folder, tokenizer=False, positions=1024),
+    "rotary": lambda folder: write_nomic(folder, tokenizer=False),
+    "experts": lambda folder: write_checkpoint(folder, nomic_moe.SMALL, nomic_moe.make_tensors()),
+    "pre-norm": lambda folder: write_checkpoint(folder, modernbert.SMALL, modernbert.model_of().state_dict()),
+    "RMSNorm": lambda folder: write_checkpoint(folder, eurobert.SMALL, eurobert.model_of(eurobert.SMALL).state_dict()),
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -83,11 +97,20 @@ def test_real_weights_and_texts(minilm, minilm_engine, corpus, source, mean, min
 def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("unpadded.loading.int8_is_supported", lambda: True)
-        assert_no_modules_and_no_adapters("int8", tmp_path)
+        assert_no_modules_and_no_adapters(tmp_path)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        with pytest.raises(OptionError, match=r"int8' runs on a CPU only: the device is cuda:0; use dtype='float8'"):
+        with pytest.raises(OptionError, match=r"int8' runs on a CPU only: the device is cuda:0; use dtype='float16'"):
             unpadded.load(tmp_path / "bert", device="cuda:0", dtype="int8")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(OptionError, match=r"int8' needs VNNI or AMX: the device is cpu; use dtype='float32'"):
         unpadded.load(tmp_path / "bert", device="cpu", dtype="int8")
+
+
+def assert_no_modules_and_no_adapters(tmp_path):
+    folder = write_bert(tmp_path / "bert", tokenizer=False)
+    with pytest.raises(OptionError, match="dtype='int8' is not supported by a module.*use unpadded.load"):
+        UnpaddedModel.from_pretrained(folder, dtype="int8")
+    adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
+    with pytest.raises(OptionError, match="int8.*LoRA adapters.*retrieval.query.*use dtype='auto'"):
+        unpadded.load(adapted, device="cpu", dtype="int8")

@@ -5,7 +5,6 @@ import torch
 from support.devices import DEVICE, packed
 
 import unpadded_kernels as kernels
-from unpadded_kernels.fp8 import quantize_rows_reference
 
 pytestmark = pytest.mark.usefixtures("seed")
 HEADS, HEAD_DIM = 2, 16
@@ -38,13 +37,11 @@ def arguments(tokens):
         "expert_mlp": (x, *experts, 2, "gelu"),
         "linear": (x, weight, randn(96)),
         "linear_activation": (x, weight, None, "geglu"),
-        "linear_fp8": (*quantize_rows_reference(x), *quantize_rows_reference(weight), None, "gelu", torch.float16),
         "linear_invariant": (x, weight, None, "swiglu"),
         "matryoshka": (x, True, 24, True),
         "masked_mean_pool": (randn(2, tokens, HIDDEN), mask, True),
         "mean_pool": (x, cu_seqlens),
         "pre_layer_norm": (x, x, row, row, EPS),
-        "quantize_rows": (x,),
         "rms_norm": (x, None, row, EPS),
         "rotary_": (qkv, cos_sin),
         "rotary_cos_sin": (positions, randn(2, HEAD_DIM // 2), cu_seqlens),

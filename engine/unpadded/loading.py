@@ -19,7 +19,7 @@ from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head
 from unpadded.model.linear import Int8Linear
-from unpadded.model.weights import LINEARS, EncoderWeights, load_dense, load_weights, prepacked_linear
+from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, prepacked_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
 from unpadded.tokenization.tokenizer import Tokenizer
 from unpadded_kernels.linear_int8 import INT8_BLOCK, int8_is_supported
@@ -50,15 +50,8 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
     options = LoadOptions(**keywords)
     devices = _devices(options.device)
     kind = devices[0].type
-    if options.dtype == "float8" and kind == "cuda":
-        for device in devices:
-            major, minor = torch.cuda.get_device_capability(device)
-            if (major, minor) < (8, 9):
-                raise OptionError(
-                    f"dtype='float8' needs compute capability 8.9: {device} has {major}.{minor}; use dtype='float16'"
-                )
     if options.dtype == "int8" and (kind == "cuda" or not int8_is_supported()):
-        reason, other = ("runs on a CPU only", "float8") if kind == "cuda" else ("needs VNNI or AMX", "float32")
+        reason, other = ("runs on a CPU only", "float16") if kind == "cuda" else ("needs VNNI or AMX", "float32")
         raise OptionError(f"dtype='int8' {reason}: the device is {devices[0]}; use dtype={other!r}")
     attention_backend(options.attention, devices[0], _dtype(options.dtype, kind))  # checked before anything is read
     checkpoint = open_checkpoint(
@@ -67,7 +60,7 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
         max_length=options.max_length,
         rotary_scaling_factor=options.rotary_scaling_factor,
     )
-    if options.dtype in ("float8", "int8") and checkpoint.spec.lora is not None:
+    if options.dtype == "int8" and checkpoint.spec.lora is not None:
         raise OptionError(
             f"dtype={options.dtype!r} is not supported with LoRA adapters, and {checkpoint.name} has some for "
             f"{', '.join(checkpoint.spec.lora.tasks)}; use dtype='auto'"
@@ -107,7 +100,7 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     """Load a checkpoint's weights onto a device."""
     dtype = _dtype(options.dtype, device.type)
     attention = attention_backend(options.attention, device, dtype)
-    change = LINEARS.get(str(options.dtype), prepacked_linear)
+    change = int8_linear if options.dtype == "int8" else prepacked_linear
     weights = load_weights(checkpoint, device=device, dtype=dtype, change=change)
     encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
@@ -166,10 +159,10 @@ def _device(device: Device) -> torch.device:
 
 
 def _dtype(dtype: str | torch.dtype, kind: str) -> torch.dtype:
-    if dtype == "auto" or dtype in LINEARS:  # what is not a linear layer
+    if dtype in ("auto", "int8"):  # what is not a linear layer
         return torch.float16 if kind == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return cast(torch.dtype, dtype)
     if dtype not in DTYPES:
-        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join((*DTYPES, *LINEARS))}")
+        raise OptionError(f"dtype is unknown: {dtype!r}; use auto, {', '.join(DTYPES)}, int8")
     return DTYPES[dtype]

@@ -99,9 +99,8 @@ class LoadOptions:
     )
     dtype: str | torch.dtype = option(
         "auto",
-        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16, or with linear layers quantized at load "
-        "and a scale per row, less accurate: int8 on a CPU with VNNI or AMX; float8 (e4m3) on CUDA from compute "
-        "capability 8.9, for the layers that follow a LayerNorm",
+        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16, or int8 on a CPU with VNNI or AMX: linear "
+        "layers are quantized at load with a scale per row, which is less accurate",
     )
     attention: str = option("auto", "attention backend: auto, unpadded, torch or flash-attn")
     rotary_scaling_factor: float | Literal["config"] | None = option(

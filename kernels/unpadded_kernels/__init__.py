@@ -7,7 +7,6 @@ CUDA; an op whose reference is slow on a CPU has a separate CPU body.
 from unpadded_kernels.activation import activation
 from unpadded_kernels.attention import attention
 from unpadded_kernels.embedding import embedding
-from unpadded_kernels.fp8 import linear_fp8, quantize_rows
 from unpadded_kernels.layer_norm import add_layer_norm, pre_layer_norm, rms_norm
 from unpadded_kernels.linear import linear, linear_activation, linear_invariant
 from unpadded_kernels.matryoshka import matryoshka
@@ -24,13 +23,11 @@ __all__ = [
     "expert_mlp",
     "linear",
     "linear_activation",
-    "linear_fp8",
     "linear_invariant",
     "masked_mean_pool",
     "matryoshka",
     "mean_pool",
     "pre_layer_norm",
-    "quantize_rows",
     "rms_norm",
     "rotary_",
     "rotary_cos_sin",

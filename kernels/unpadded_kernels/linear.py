@@ -5,7 +5,7 @@ same pass and always adds in the same order: a row's bits do not depend on the n
 property; on CUDA cuBLAS chooses its kernel by the number of rows. `linear_activation` runs the one or the other, with
 the activation as a second kernel after the library's matmul: see `FUSES_ACTIVATION`.
 
-As many programs of the kernel as run at once take one tile of the result after the other. Scales, bias and activation
+As many programs of the kernel as run at once take one tile of the result after the other. Bias and activation
 are applied to a tile's fp32 sums before they are stored. Loads go through pointers or, from sm_90 on, tensor
 descriptors (TMA).
 
@@ -88,9 +88,7 @@ def _matmul_tile_tma(x_descriptor, weight_descriptor, token, n, IN, GATED, BLOCK
 @triton.jit(do_not_specialize=["total_tokens"])
 def _linear_kernel(
     x_source,
-    x_scale_ptr,
     weight_source,
-    weight_scale_ptr,
     bias_ptr,
     y_target,
     total_tokens,
@@ -123,11 +121,6 @@ def _linear_kernel(
             y, up = matmul_tile(
                 x_ptrs, weight_ptrs, up_offset, token_mask, weight_mask, IN, GATED, BLOCK_M, BLOCK_N, BLOCK_K
             )
-        if x_scale_ptr is not None:
-            x_scale = tl.load(x_scale_ptr + token[:, None], mask=token_mask, other=0.0)
-            y = y * x_scale * tl.load(weight_scale_ptr + n, mask=n_mask, other=0.0)[None, :]
-            if GATED:
-                up = up * x_scale * tl.load(weight_scale_ptr + OUT + n, mask=n_mask, other=0.0)[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
             if GATED:
@@ -145,26 +138,20 @@ def linear_invariant_triton(
     weight: Tensor,
     bias: Tensor | None,
     kind: str | None = None,
-    dtype: torch.dtype | None = None,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Launch as many programs as run at once. Rows may be strided, their elements may not.
 
-    dtype: of the result, by default x's; x_scale, weight_scale: fp32 [total_tokens] and [weight's rows], by which the
-    sums are multiplied, of operands in e4m3. The dimensions alone fix the tiles and the order of additions.
+    The dimensions alone fix the tiles and the order of additions.
     """
     if kind is not None:
         check_kind(kind)
     (total_tokens, in_features), rows = x.shape, len(weight)
     check_rows("x", x, total_tokens, in_features)
-    check_rows("x_scale", x_scale, total_tokens)
     check_rows("weight", weight, rows, in_features)
-    check_rows("weight_scale", weight_scale, rows)
     check_rows("bias", bias, rows)
     parts = 2 if kind in GATED else 1  # gate and up
     out_features = rows // parts
-    y = torch.empty((total_tokens, out_features), dtype=dtype or x.dtype, device=x.device)
+    y = torch.empty((total_tokens, out_features), dtype=x.dtype, device=x.device)
     if total_tokens == 0:
         return y
     tile_name = "gated" if parts == 2 else "activation" if kind else "nothing"
@@ -181,9 +168,7 @@ def linear_invariant_triton(
     tiles = triton.cdiv(total_tokens, tile.block_m) * triton.cdiv(out_features, tile.block_n)
     _linear_kernel[(min(tiles, multiprocessors(x.device)),)](
         x_source,
-        x_scale,
         weight_source,
-        weight_scale,
         bias,
         y_target,
         total_tokens=total_tokens,

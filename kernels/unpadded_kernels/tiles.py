@@ -53,18 +53,8 @@ ATTENTION = {
     (4, 128, 80): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
 }
 
-# (bytes per element, epilogue, generation); a gated tile has block_n columns of gate and as many of up. The entries of
-# one byte are for e4m3, which sm_80 does not have: its are for sm_89.
+# (bytes per element, epilogue, generation); a gated tile has block_n columns of gate and as many of up
 LINEAR = {
-    (1, "nothing", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    (1, "activation", 80): Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    (1, "gated", 80): Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
-    (1, "nothing", 90): Tile(block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=3, tma=True),
-    (1, "activation", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    (1, "gated", 90): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, tma=True),
-    (1, "nothing", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    (1, "activation", 100): Tile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4, tma=True),
-    (1, "gated", 100): Tile(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=4, tma=True),
     (2, "nothing", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (2, "activation", 80): Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     (2, "gated", 80): Tile(block_m=128, block_n=64, block_k=32, num_warps=8, num_stages=3),

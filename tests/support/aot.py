@@ -1,6 +1,6 @@
 """Compile every kernel as its launcher would on a GPU generation, without a GPU, and report resources and instructions.
 
-    python tests/support/aot.py fp16:90 fp8:100     JSON on stdout: per job one object per kernel and case
+    python tests/support/aot.py fp16:90 fp32:80     JSON on stdout: per job one object per kernel and case
 
 The launchers run on CPU tensors with `JITFunction.run` replaced by a recorder, so tiles, flags and alignments are those
 of a real launch.
@@ -30,7 +30,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from unpadded_kernels.activation import KINDS, activation_triton
 from unpadded_kernels.attention import attention_triton, make_tile_map
 from unpadded_kernels.embedding import embedding_triton
-from unpadded_kernels.fp8 import E4M3, linear_fp8_triton, quantize_rows_triton
 from unpadded_kernels.layer_norm import add_layer_norm_triton, pre_layer_norm_triton, rms_norm_triton
 from unpadded_kernels.linear import linear_invariant_triton
 from unpadded_kernels.matryoshka import matryoshka_triton
@@ -40,9 +39,8 @@ from unpadded_kernels.rotary import rotary_triton
 from unpadded_kernels.tiles import attention_block_m
 from unpadded_kernels.vocabulary_max import vocabulary_max_triton
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": E4M3}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
-    E4M3: "fp8e4nv",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -79,9 +77,6 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     def rows(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    if dtype == E4M3:
-        yield from fp8_cases()
-        return
     cu_seqlens = torch.tensor([0, 100, TOKENS], dtype=torch.int32)
     ids = torch.zeros(TOKENS, dtype=torch.int32)
     for hidden in (384, 768, 1024):
@@ -126,19 +121,6 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "8 experts", lambda arguments=arguments: expert_mlp_triton(*arguments)
     arguments = rows(TOKENS, 768), rows(30522, 768), torch.empty(30522), cu_seqlens
     yield "768 to 30522", lambda arguments=arguments: vocabulary_max_triton(*arguments)
-
-
-def fp8_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the kernels that quantize fp16 rows to e4m3, and the matmuls of such rows."""
-    for hidden in (384, 768, 1024):
-        x = torch.empty(TOKENS, hidden, dtype=torch.float16)
-        yield f"rows of {hidden}", lambda x=x: quantize_rows_triton(x)
-    for inner, outer, kind in ((768, 2304, None), (768, 6144, "swiglu"), (384, 1536, "gelu")):
-        x, weight = (torch.empty(rows, inner, dtype=E4M3) for rows in (TOKENS, outer))
-        scales, bias = (torch.empty(TOKENS), torch.empty(outer)), torch.empty(outer, dtype=torch.float16)
-        arguments = x, scales[0], weight, scales[1], bias, kind, torch.float16
-        name = f"{inner} to {outer}" + (f", {kind}" if kind else "")
-        yield name, lambda arguments=arguments: linear_fp8_triton(*arguments)
 
 
 def source(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

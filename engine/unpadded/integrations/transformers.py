@@ -36,7 +36,7 @@ from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
 from unpadded.model.heads import Head
 from unpadded.model.tensor_loader import STORED_DTYPES
-from unpadded.model.weights import LINEARS, EncoderWeights, plain_weights, prepacked_weights
+from unpadded.model.weights import EncoderWeights, plain_weights, prepacked_weights
 from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
@@ -99,7 +99,7 @@ class UnpaddedModel(nn.Module):
             options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
             model, revision = fetch(os.fspath(model), revision, **options), None
         dtype = dtype or torch_dtype or "auto"
-        if dtype in LINEARS:
+        if dtype == "int8":
             raise OptionError(f"dtype={dtype!r} is not supported by a module, which may be cast; use unpadded.load")
         if dtype == "auto":
             dtype = _stored_dtype(open_checkpoint(model, revision=revision))

@@ -19,7 +19,7 @@ from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.layer import Layer, RMSNorm
-from unpadded.model.linear import Float8Linear, Int8Linear
+from unpadded.model.linear import Int8Linear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
@@ -48,9 +48,8 @@ class Encoder:
         self.spec = spec
         self.weights = invariant_weights(weights) if batch_invariant else weights
         self.linear = linear_invariant if batch_invariant else linear  # for Dense modules after the encoder
-        kinds = {Float8Linear: "float8", Int8Linear: "int8"}  # of linears, by which the dtype is named
-        dtype = str(weights.word.dtype).removeprefix("torch.")
-        self.dtype_name = kinds.get(type(weights.layers[0].qkv.linear), dtype)
+        int8 = isinstance(weights.layers[0].qkv.linear, Int8Linear)
+        self.dtype_name = "int8" if int8 else str(weights.word.dtype).removeprefix("torch.")
         self.attention = attention
         self.row_block = row_block
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None

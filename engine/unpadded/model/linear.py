@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded_kernels import linear, linear_activation, linear_fp8, linear_invariant, quantize_rows
-from unpadded_kernels.fp8 import quantize_rows_reference
+from unpadded_kernels import linear, linear_activation, linear_invariant
 from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
 from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
 
@@ -48,17 +47,6 @@ class PrepackedLinear:
         return linear_prepacked(x, self.parts, self.bias, self.activation)
 
 
-class Float8Linear:
-    """A matmul in e4m3 with one scale per row of x, which is quantized here, and per row of the weight."""
-
-    def __init__(self, plain: Linear) -> None:
-        self.weight, self.scale = quantize_rows_reference(plain.weight)
-        self.bias, self.activation = plain.bias, plain.activation
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_fp8(*quantize_rows(x), self.weight, self.scale, self.bias, self.activation, x.dtype)
-
-
 class Int8Linear:
     """A matmul in 8-bit integers on a CPU, with a scale and an offset per row of x, which is quantized here."""
 
@@ -72,4 +60,4 @@ class Int8Linear:
         return linear_int8(x, self.parts, self.bias, self.activation, self.dtype)
 
 
-AnyLinear: TypeAlias = Linear | PrepackedLinear | Float8Linear | Int8Linear
+AnyLinear: TypeAlias = Linear | PrepackedLinear | Int8Linear

@@ -20,7 +20,7 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, Layer, LayerNorm, Norm, RMSNorm
-from unpadded.model.linear import AnyLinear, Float8Linear, Int8Linear, Linear, PrepackedLinear
+from unpadded.model.linear import AnyLinear, Int8Linear, Linear, PrepackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors
 from unpadded_kernels.linear_cpu import can_prepack
 
@@ -169,18 +169,9 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
     return weights.map_linears(lambda _, one: one.to_linear() if isinstance(one, PrepackedLinear) else one)
 
 
-def float8_linear(name: str, linear: AnyLinear) -> AnyLinear:
-    """Return a linear that follows a norm, qkv or up, in e4m3, another one as it is."""
-    follows_norm = name.endswith((".qkv", ".up"))
-    return Float8Linear(linear) if follows_norm and isinstance(linear, Linear) else linear
-
-
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear in 8-bit integers."""
     return Int8Linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
-
-
-LINEARS: dict[str, ChangeLinear] = {"float8": float8_linear, "int8": int8_linear}  # by the dtype that names them
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
