@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import busy
 import check
 import harness
+import head_models
 import heads
 import numpy as np
 import plots
@@ -301,7 +302,7 @@ def test_spans_are_compared_with_encode():
 
 def test_token_vectors_are_compared_on_documents_of_20_to_300_tokens(tmp_path):
     head = heads.HEADS["tokens"]
-    heads.write_colbert(tmp_path, True)
+    head_models.write_colbert(tmp_path, True)
     args = SimpleNamespace(inputs=16, rounds=1, seconds=1.0)
     own, peer = heads.measure(head, tmp_path, torch.device("cpu"), "float32", 1e15, args)
     assert own["relative_error"] <= own["maximum_error"] == 1e-5 and peer["relative_error"] == 0

@@ -109,8 +109,8 @@ def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
 
 def assert_no_modules_and_no_adapters(tmp_path):
     folder = write_bert(tmp_path / "bert", tokenizer=False)
-    with pytest.raises(OptionError, match="dtype='int8' is not supported by a module.*use unpadded.load"):
+    with pytest.raises(OptionError, match=r"dtype='int8' is not supported by a module.*use unpadded.load"):
         UnpaddedModel.from_pretrained(folder, dtype="int8")
     adapted = write_checkpoint(tmp_path / "jina", jina_v3.SMALL, {"emb_ln.weight": torch.ones(128)})
-    with pytest.raises(OptionError, match="int8.*LoRA adapters.*retrieval.query.*use dtype='auto'"):
+    with pytest.raises(OptionError, match=r"int8.*LoRA adapters.*retrieval.query.*use dtype='auto'"):
         unpadded.load(adapted, device="cpu", dtype="int8")

@@ -22,6 +22,7 @@ PUBLIC_MEMBERS = {
     "dimensions",
     "embed",
     "encode",
+    "encode_all",
     "encode_spans",
     "encode_sparse",
     "encode_tokens",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
-from support.checkpoints import change_json
+from support.checkpoints import add_sentence_transformers_files, change_json
 from support.rerankers import SIZES
 from support.sparse import OLD, draw_texts, write_models, write_modules
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
@@ -23,6 +23,7 @@ import unpadded
 from unpadded.errors import ConfigError, InputError, OptionError, OutputError, WeightsError
 from unpadded.execution import pipeline
 from unpadded.execution.batcher import run_windows
+from unpadded.model.encoder import Encoder
 from unpadded.model.layer import HeadLayer
 
 TEXTS = draw_texts(30)
@@ -158,7 +159,7 @@ def test_the_result(engine: unpadded.Engine, monkeypatch: pytest.MonkeyPatch) ->
     assert weights == sorted(weights, reverse=True) and set(weights) == set(parts(found, 0)[1].tolist())
     ids = [engine.tokenizer.backend.token_to_id(token) for token, _ in tokens]
     assert sorted(ids) == parts(found, 0)[0].tolist()
-    assert found.tokens(-1) == found.tokens(2) != found.tokens(1)
+    assert tokens(-1) == found.tokens(2) != found.tokens(1)
     with pytest.raises(IndexError):
         found.tokens(3)
     again = pickle.loads(pickle.dumps(found))
@@ -337,3 +338,28 @@ def test_unsupported_settings_raise_by_name(copy: Path) -> None:
     write_modules(copy, "Router")
     with pytest.raises(ConfigError, match="of a Router, pass a folder with the modules for documents"):
         unpadded.load(copy, device="cpu")
+
+
+def test_all_results_come_from_one_pass(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(models["bge-m3"], tmp_path / "model")
+    add_sentence_transformers_files(folder, pooling="cls", normalize=True)
+    with pytest.raises(OptionError, match="does not give all results in one pass; call encode"):
+        unpadded.load(folder, device="cpu").encode_all(["tide"])
+    save_file({"weight": torch.randn(24, 32), "bias": torch.randn(24)}, folder / "colbert_linear.safetensors")
+    engine, texts = unpadded.load(folder, device="cpu", token_budget=256), [*draw_texts(30), "", "tide"]
+    expected = engine.embed(texts).vectors, engine.encode_sparse(texts), engine.encode_tokens(texts)
+    passes, call = [], Encoder.__call__
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, batch, **options: passes.append(batch.lengths) or call(self, batch, **options)
+    )
+    embeddings, sparse, tokens = engine.encode_all(texts)
+    assert sum(map(len, passes)) == len({*texts})
+    assert np.array_equal(embeddings.vectors, expected[0])
+    for name in ("indptr", "ids"):
+        assert np.array_equal(getattr(sparse, name), getattr(expected[1], name)), name
+    np.testing.assert_allclose(sparse.weights, expected[1].weights, rtol=1e-4, atol=1e-6)
+    assert np.array_equal(tokens.offsets, expected[2].offsets)
+    np.testing.assert_allclose(tokens.vectors, expected[2].vectors, rtol=1e-4, atol=1e-6)
+    assert len(embeddings) == len(tokens) == 32 and tokens.vectors.shape[1] == 24

@@ -275,6 +275,14 @@ class Engine:
         with _progress_bar(texts, show_progress) as advance:
             return self._pipeline.token_vectors(_as_texts(texts), advance, **options)
 
+    def encode_all(self, texts: Texts, *, show_progress: bool | None = None) -> tuple[Embeddings, Sparse, TokenVectors]:
+        """Return vectors, sparse weights and token vectors of texts from one pass, of a model such as bge-m3.
+
+        They are those of `embed`, `encode_sparse` and `encode_tokens`. Raises OptionError for other models.
+        """
+        with _progress_bar(texts, show_progress) as advance:
+            return self._pipeline.all(_as_texts(texts), advance)
+
     def token_embeddings(self, texts: Texts, **options: Unpack[EncodeKeywords]) -> list[np.ndarray]:
         """Return the last hidden states of each text, prompt and special tokens included: [tokens, hidden] fp32."""
         with _progress_bar(texts, False) as advance:

@@ -17,7 +17,7 @@ from unpadded.execution.runner import Runner, check_fork, in_thread
 from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
-from unpadded.model.heads import Head
+from unpadded.model.heads import Head, stacked
 from unpadded.model.linear import Int8Linear
 from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, prepacked_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
@@ -28,14 +28,11 @@ Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # On a CPU, output projection and MLP run in blocks of rows whose activations between the MLP's linear layers take this
-# many bytes, so that they stay in the caches (fp32, 2026-11: on an EPYC with 32 MiB of cache an MLP of 768 x 3072 ran
-# at 410 GFLOP/s in blocks of 512 rows and at 340 in one; on a Xeon MiniLM took 3.13 s in blocks of 1024 rows and
-# 3.42 s in blocks of 512).
+# many bytes, so that they stay in the caches (measured: bench/NOTES.md).
 CPU_BLOCK_BYTES = 6 * 2**20
 # The default token_budget: enough to keep the device busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
-# One core that tokenizes keeps up with many that run torch: it tokenized 0.9 million tokens/s, while a core of torch
-# embedded 7 to 10 thousand tokens/s with MiniLM (EPYC, 2026-11).
+# One core that tokenizes keeps up with many that run torch (measured: bench/NOTES.md).
 CORES_PER_TOKENIZER_CORE = 16
 
 
@@ -110,6 +107,8 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
         heads["sparse"] = Head("vocabulary" if sparse.log1p else "none", load_dense(sparse.dense, device=device))
     if checkpoint.tokens is not None:
         heads["tokens"] = Head("none", load_dense(checkpoint.tokens.dense, device=device))
+    if checkpoint.has_all:
+        heads["all"] = Head("none", (stacked([heads["sparse"].layers[0], heads["tokens"].layers[0]]),))
     return Runner(encoder, device, heads)
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from unpadded_kernels.linear_cpu import linear_cpu, onednn_supports
 from unpadded_kernels.tiles import attention_block_m
 
-# Texts longer than this go head by head through oneDNN (EPYC, 2026-11: with AVX-512 that has 300 GFLOP/s in fp32 from
-# 320 tokens, and scaled_dot_product_attention 170; with AVX2 the latter is 1.4 to 2.5 times as fast).
+# Texts longer than this go head by head through oneDNN, where that is faster (measured: bench/NOTES.md).
 _LONG = {torch.bfloat16: 768} | ({torch.float32: 320} if "AVX512" in torch.backends.cpu.get_cpu_capability() else {})
-# Shorter texts are computed in fp32 even in bf16: scaled_dot_product_attention needs no kernels for each number and
-# length of texts, which oneDNN takes 0.8 ms to make (EPYC, 2026-11).
+# Shorter texts are computed in fp32 even in bf16: oneDNN takes 0.8 ms to make a kernel for each number and length.
 _SHORT = 64
 # Queries per block there: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
 _BLOCK_Q = 512

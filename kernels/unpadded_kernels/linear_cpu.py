@@ -21,13 +21,10 @@ _ONEDNN_ACTIVATION = {
     "gelu_tanh": ("gelu", "tanh"),
 }
 
-# From this number of rows on, bits do not depend on the number. In fp32 oneDNN runs another kernel for a single row;
-# torch 2.11's does so up to 127 rows with in_features = 385, and for fewer above (in_features 32 to 4096, 2026-11).
+# Rows from which bits do not depend on their number: oneDNN runs other kernels for few rows (measured: bench/NOTES.md).
 _MIN_ROWS = 128 if torch.__version__.startswith("2.11.") else 2
 
-# Rows of every bf16 linear on processors with AMX, whose sums depend on the number of rows: 1.4 TFLOP/s in blocks of
-# 128, against 0.9 in blocks of 64 and 2.2 in blocks of 512, to which a query would be padded (768 x 3072, Xeon with
-# 2 cores, 2026-11).
+# Rows of every bf16 linear on processors with AMX, whose sums depend on the number of rows (measured: bench/NOTES.md).
 _AMX_ROWS = 128
 
 

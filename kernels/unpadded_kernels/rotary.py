@@ -14,8 +14,7 @@ from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.tiles import row_launch
 
-# Tokens per block of the reference, whose fp32 temporaries then stay in a core's cache (2048 x 12 x 64: 1.2 ms in
-# blocks, 3.7 ms at once; EPYC, 2026-11).
+# Tokens per block of the reference, whose fp32 temporaries then stay in a core's cache (measured: bench/NOTES.md).
 _CPU_BLOCK_T = 512
 
 

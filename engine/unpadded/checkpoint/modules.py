@@ -35,10 +35,7 @@ TASK_TRANSFORMER = "custom_st.Transformer"  # of jina-embeddings-v3: a Transform
 # Keys of sentence_bert_config.json that are read, that have one supported value, and loading arguments among them.
 TRANSFORMER_KEYS = {"do_lower_case", "max_seq_length", "unpad_inputs"}  # the last one changes no vector
 TOKEN_KEYS = ("query_length", "document_length", "query_expansion")  # read for vectors per token
-TRANSFORMER_DEFAULTS: dict[str, Any] = {
-    "processing_kwargs": {},
-    "tokenizer_name_or_path": None,
-}
+TRANSFORMER_DEFAULTS: dict[str, Any] = {"processing_kwargs": {}, "tokenizer_name_or_path": None}
 # task, which selects a model class of transformers -> what that returns, and its name for the next module
 TASK_OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),

@@ -52,6 +52,12 @@ class Checkpoint:
     matryoshka_layer_norm: bool  # apply LayerNorm without weights before vectors are cut
     defaults: tuple[str, ...]  # one phrase per setting that no file states
 
+    @property
+    def has_all(self) -> bool:
+        """Whether one linear layer gives the vector, the sparse weights and the token vectors, as in bge-m3."""
+        linear = self.sparse is not None and not self.sparse.log1p and self.tokens is not None
+        return bool(linear and self.tokens and len(self.tokens.dense) == 1 and self.pooling == "cls" and not self.dense)
+
     def describe(self) -> dict[str, Any]:
         """Return the main fields as plain values, for `unpadded info` and JSON."""
         return {

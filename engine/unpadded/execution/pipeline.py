@@ -35,13 +35,13 @@ from unpadded.options import (
 )
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
 from unpadded.tokenization.windows import Text, TextGroup, Window, WindowReader, delayed
+from unpadded_kernels import matryoshka
 
 Backend: TypeAlias = Runner | WorkerPool
 Advance = Callable[[int, int], object]  # called with the number of texts and of tokens that were embedded
 
 WINDOW_BATCHES = 4  # about so many are tokenized at a time, while the device computes those before
-# Attention on a CPU groups texts of equal length, of which long windows have more: MiniLM took 11 to 13 % more CPU time
-# with windows of 11,000 tokens than with 160,000, and 2 to 6 % more with 45,000 (3,000 paragraphs, Xeon, 2026-11).
+# Attention on a CPU groups texts of equal length, of which long windows have more (measured: bench/NOTES.md).
 MIN_GROUP_TOKENS = 1 << 15
 MAX_ELEMENTS = 1 << 24  # 64 MB in fp32
 
@@ -208,9 +208,33 @@ class EmbeddingPipeline:
     def token_vectors(self, texts: Iterable[Text], advance: Advance, **options: Unpack[TokenKeywords]) -> TokenVectors:
         """Return the token vectors of each text."""
         plan, reduce = make_token_plan(self.checkpoint, self.tokenizer, **options)
+        return self._collect_tokens(self.rows(texts, plan, advance), plan, reduce)
+
+    def all(self, texts: Iterable[Text], advance: Advance) -> tuple[Embeddings, Sparse, TokenVectors]:
+        """Return the vector, the sparse weights and the token vectors of each text, from one head (see `loading`)."""
+        checkpoint = self.checkpoint
+        if not checkpoint.has_all or checkpoint.tokens is None:
+            raise OptionError(f"{checkpoint.name} does not give all results in one pass; call encode and the others")
+        hidden, token_plan = checkpoint.spec.hidden, make_token_plan(checkpoint, self.tokenizer)
+        done: list[list[tuple[Window, Any]]] = [[], [], []]
+        plans = self.plan(), self.sparse_plan(None, None, "right")
+        options = replace(token_plan[0].vector_options, dimensions=hidden + 1 + checkpoint.tokens.dimensions)
+        plan = replace(token_plan[0], vector_options=replace(options, normalize=False, head="all"))
+        for window, rows in self.rows(texts, plan, advance):
+            first = torch.from_numpy(np.stack([row[0, :hidden] for row in rows]))
+            done[0].append((window, matryoshka(first, False, hidden, checkpoint.normalize).numpy()))
+            done[1].append((window, [row[:, hidden : hidden + 1].clip(0) for row in rows]))
+            vectors = (torch.from_numpy(row[:, hidden + 1 :]) for row in rows)
+            done[2].append((window, [matryoshka(one, False, one.shape[1], True).numpy() for one in vectors]))
+        tokens = self._collect_tokens(done[2], *token_plan)
+        return self.collect(done[0], plans[0]), self.sparse(done[1], plans[1]), tokens
+
+    def _collect_tokens(
+        self, done: Iterable[tuple[Window, Rows]], plan: Plan, reduce: Callable[[Any, np.ndarray], np.ndarray]
+    ) -> TokenVectors:
         empty = np.zeros((0, plan.vector_options.dimensions), np.float32)
         vectors, counts, truncated = [empty], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
-        for window, rows in self.rows(texts, plan, advance):
+        for window, rows in done:
             kept = [reduce(*pair) for pair in zip(window.sequences, rows, strict=True)]
             vectors += [kept[i] for i in window.first_sequences]
             counts.append(window.token_counts)

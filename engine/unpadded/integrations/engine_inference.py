@@ -1,13 +1,13 @@
 """Inference of sentence-transformers' models by an engine, for classes that keep sentence-transformers' own modules.
 
-Loading, saving, training, prompts and pools stay sentence-transformers' code. The first call that is supported loads
-the weights a second time, into an engine. It runs as long as modules, parameters and tokenizer are as they were loaded;
-they may have been moved, cast or copied, and `max_seq_length` may differ. Otherwise the modules run, and a warning is
-logged once for each reason.
+The first call that is supported loads the weights a second time, into an engine. It runs as long as modules, parameters
+and tokenizer are as they were loaded; they may have been moved, cast or copied, and `max_seq_length` may differ.
+Otherwise the modules run, and a warning is logged once for each reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -33,18 +33,17 @@ from unpadded.loading import load
 
 # Keywords of transformers' from_pretrained that do not affect the values of the parameters.
 MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_usage", "use_safetensors"}
-# Keywords of `_inference` that do not keep the engine from running.
-ENGINE_KEYWORDS = {"activation_fn", "apply_softmax", "batch_size", "device", "prompt", "show_progress_bar"}
 KEYWORDS = {"batch_size", "device", "prompt", "show_progress_bar"}  # of `_inference`
 SAMPLES = 64  # at least, of the values of a parameter, unless it has fewer
 
 
 class EngineInference(BaseModel):
-    """The first base of a model class whose `_inference` calls `_engine_for`."""
+    """The first base of a model class, whose `_run` returns what `_inference` does, on a device."""
 
     head: ClassVar[str]  # field of a Checkpoint, None for one without the head
     results: ClassVar[str]  # of the head, in errors
     keywords: ClassVar[frozenset[str]]  # of `_inference` that `_run` honors, besides KEYWORDS
+    _run: Callable[[Engine, list[Any], dict[str, Any], torch.device, dict[str, Any]], Any]
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
     # the sample, the settings and the weight files after loading; set by __init__
@@ -92,12 +91,6 @@ class EngineInference(BaseModel):
             return super()._inference(inputs, **options)
         shared = {"prompt": options["prompt"] or "", "show_progress": bool(options["show_progress_bar"])}
         return self._run(engine, inputs, shared, target, options)
-
-    def _run(
-        self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
-    ) -> Any:
-        """Return what `_inference` returns, on the target device; shared: keyword arguments of the engine's method."""
-        raise NotImplementedError
 
     def _engine_for(self, inputs: list[Any], options: dict[str, Any]) -> Engine | None:
         """Return an engine that computes what the modules, in their current state, would; None if it cannot."""

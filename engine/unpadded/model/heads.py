@@ -1,5 +1,6 @@
 """Heads: the last hidden states of a packed batch -> one row per text, span or token, such as its vector or scores."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -24,6 +25,15 @@ class Head(NamedTuple):
     def width(self, hidden: int) -> int:
         """Length of a row; hidden: that of a hidden state."""
         return self.layers[-1].weight.shape[0] if self.layers else hidden
+
+
+def stacked(layers: Sequence[HeadLayer]) -> HeadLayer:
+    """Return one layer that gives the hidden state, then the rows of all layers before their activation."""
+    weight = layers[0].weight
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    every = [HeadLayer(identity, None), *layers]
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in every]
+    return HeadLayer(torch.cat([layer.weight for layer in every]), torch.cat(biases))
 
 
 def head_rows(encoder: Encoder, batch: PackedBatch, adapter: str | None, head: Head) -> Tensor:

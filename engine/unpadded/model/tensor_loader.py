@@ -1,6 +1,6 @@
 """safetensors -> device: each tensor is read in pieces, cast, and written into its rows of the fused destination.
 
-The pieces pass through one staging buffer that stays in the cache. `weights` states what the safetensors package costs.
+The pieces pass through one staging buffer that stays in the cache. bench/NOTES.md has the cost of safetensors' package.
 """
 
 import math
@@ -17,8 +17,7 @@ from unpadded.checkpoint.spec import TensorSpec
 from unpadded.errors import WeightsError
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Elements per piece: torch's grain size, up to which an operation runs on the calling thread. Longer pieces synchronize
-# threads hundreds of times: a load took 0.08 s instead of 0.18 s on an idle machine, but 1 to 7 s on a busy one.
+# Elements per piece: torch's grain size, up to which an operation runs on the calling thread (see bench/NOTES.md).
 PIECE = 32_768
 
 

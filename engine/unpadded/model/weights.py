@@ -1,8 +1,4 @@
-"""The encoder's weights: loaded from a checkpoint, assembled into layers, and changed into other kinds of linears.
-
-Files are read by `tensor_loader`: loading 547 MB of fp32 through the safetensors package instead took 1.8 to 1.9 times
-as long, with the same private memory, and left the whole file resident (bench/loading.py on 2 busy Xeon cores).
-"""
+"""The encoder's weights: loaded from a checkpoint, assembled into layers, and changed into other kinds of linears."""
 
 from __future__ import annotations
 

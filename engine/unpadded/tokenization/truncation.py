@@ -23,8 +23,7 @@ LOCAL = frozenset(
     | {"BertPreTokenizer", "ByteLevel", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"}
 )
 
-# 736 English documents took 3.8 characters per token (median), 4.8 (99th percentile) and 5.1 (maximum) with BERT's
-# vocabulary, 2026-11-23.
+# The 99th percentile of 736 English documents was 4.8 with BERT's vocabulary, the median 3.8 (2026-11).
 CHARACTERS_PER_TOKEN = 5
 
 
