@@ -400,6 +400,7 @@ def test_fields_of_other_apis_are_mapped_ignored_or_rejected(server, engine, nom
     key = {"authorization": "Bearer nk-one"}
     nomic = unpadded.load(nomic_folder, device="cpu")
     long = "a b " * 700
+    nulls = ["images", "late_chunking", "output_dimension"]
     ignored = {"user": "u", "options": {"wait_for_model": True}, "add_special_tokens": True, "input_type": "query"}
     for path, fields, expected, names in [
         ("/embed", ignored, engine.encode([long]), ignored.keys()),
@@ -407,6 +408,7 @@ def test_fields_of_other_apis_are_mapped_ignored_or_rejected(server, engine, nom
         ("/v1/embeddings", {"truncate": "START"}, engine.encode([long], truncation="left"), ()),
         ("/v1/embeddings", {"output_dimension": 64, "normalized": True}, engine.encode([long], dimensions=64), ()),
         ("/embed", {"truncate": "END", "model": MINILM_NAME}, engine.encode([long]), ()),
+        ("/embed", dict.fromkeys(nulls), engine.encode([long]), nulls),
         ("/", {"parameters": {"truncation_direction": "left"}}, engine.encode([long], truncation="left"), ()),
         ("/", {"parameters": {"normalize": False}, "user": None}, engine.encode([long], normalize=False), ["user"]),
     ]:

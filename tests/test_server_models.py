@@ -85,7 +85,10 @@ def test_concurrent_clients_of_both_models_get_exactly_their_own(server, engines
         calls.append(("/v1/rerank", request, 200, ranking, expected))
         expected = [[{"score": score, "label": "LABEL_0"}] for score in reranker.score(texts).tolist()]
         calls.append(("/predict", {"inputs": [[text] for text in texts]}, 200, list, expected))
-        calls.append(("/embed", {"inputs": texts}, 200, np.float32, embedder.encode(texts, task="search_document")))
+        for model in engines:  # with equal options, of which a batch would have the texts of both models
+            fields = {"inputs": texts, "model": model.checkpoint.name}
+            task = "search_document" if model is embedder else None
+            calls.append(("/embed", fields, 200, np.float32, model.encode(texts, task=task, normalize=True)))
         calls.append(("/v1/rerank", request | {"model": "embedder"}, 400, None, None))
         calls.append(("/v1/embeddings", body | {"model": "other"}, 404, None, None))
         calls.append(("/v1/embeddings", {"input": [[30_000_000]], "model": "reranker"}, 400, None, None))

@@ -76,9 +76,9 @@ class Service:
         return min(backend.ready_devices for backend in self.backends)
 
     def find(self, name: str | None, *, scores: bool = False) -> "ServedModel":
-        """Return the model of a name, or of any: the first with or without scores, if there is one. 404 if unknown.
+        """Return the first model of a name, if possible one with or without `scores`; HTTPError, a 404, for no model.
 
-        name: as in a request's field `model`, which may have a task: nomic-embed-text-v1.5:search_query.
+        name: a request's field `model`, which may have a task: nomic-embed-text-v1.5:search_query. None: of any name.
         """
         wanted = {name, (name or "").rpartition(":")[0]}
         found = [model for model in self.models if name is None or not wanted.isdisjoint(model.names)]
