@@ -40,6 +40,7 @@ DEFAULTS: dict[str, object] = {
     "late_chunking": False,
     "return_embeddings": False,
     "embedding_type": "float",
+    "enable_auto_chunking": False,
     "output_dtype": "float",
 }
 # In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
@@ -87,7 +88,7 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 def decode_request(body: bytes, type_: type[Request], service: Service) -> tuple[Request, ServedModel, list[str]]:
     """Return the request, its model, and the names of its fields that were ignored."""
-    find = partial(service.find, scores=type_.scores)
+    find = partial(service.find, head=type_.head)
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         try:

@@ -17,7 +17,7 @@ KEYWORDS = ("model", "task", "truncate", "truncation_direction", "dimensions", "
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     """A request whose fields have the names in KEYWORDS, and in JSON those of its API: `field(name=...)`."""
 
-    scores: ClassVar[bool] = False  # whether it needs a model with scores
+    head: ClassVar[str] = "vector"  # that the request needs, as in `Service.find`
     model: str | None = None  # as in `Service.find`
 
     def keywords(self) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The API of text-embeddings-inference (TEI)."""
 
 import asyncio
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from msgspec import Meta, Struct, field
 
 import unpadded
@@ -28,6 +30,12 @@ class EmbedAllRequest(CommonOptions, kw_only=True):
     """Texts, or token ids that include the special tokens, for which token vectors are returned."""
 
     inputs: Input
+
+
+class EmbedSparseRequest(EmbedAllRequest, kw_only=True):
+    """Texts, or token ids that include the special tokens, for which sparse weights are returned."""
+
+    head: ClassVar[str] = "sparse"
 
 
 class EmbedRequest(EmbedAllRequest, kw_only=True):
@@ -59,7 +67,7 @@ class RootRequest(EmbedRequest, kw_only=True):
 class ScoreOptions(Request, kw_only=True):
     """Options of the endpoints that score. Only the end of a pair can be truncated."""
 
-    scores: ClassVar[bool] = True
+    head: ClassVar[str] = "score"
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Literal["right", "Right"] | None = None
     raw_scores: bool = False  # logits
@@ -102,6 +110,17 @@ async def _embed(model: ServedModel, request: EmbedRequest, context: RequestCont
 
 async def _embed_all(model: ServedModel, request: EmbedAllRequest, context: RequestContext) -> Response:
     return json_response(await model.embed_tokens(request.inputs, context.usage, **request.keywords()))
+
+
+async def _embed_sparse(model: ServedModel, request: EmbedSparseRequest, context: RequestContext) -> Response:
+    found = await model.embed_sparse(request.inputs, context.usage, **request.keywords())
+
+    def to_json(start: int, end: int) -> Any:  # of one text, since objects take several times the memory of their JSON
+        pairs = zip(found.ids[start:end], found.weights[start:end], strict=True)
+        objects = [{"index": index, "value": value} for index, value in pairs]
+        return orjson.Fragment(orjson.dumps(objects, option=orjson.OPT_SERIALIZE_NUMPY))
+
+    return json_response(lambda: [to_json(*bounds) for bounds in pairwise(found.indptr.tolist())])
 
 
 async def _similarity(model: ServedModel, request: SimilarityRequest, context: RequestContext) -> Response:
@@ -239,6 +258,7 @@ ENDPOINTS = [
     Endpoint("tei", "/", "The same as /embed or /similarity", _root, RootRequest),
     Endpoint("tei", "/embed", "One vector per text", _embed, EmbedRequest),
     Endpoint("tei", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
+    Endpoint("tei", "/embed_sparse", "Weights of vocabulary entries", _embed_sparse, EmbedSparseRequest),
     Endpoint("tei", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
     Endpoint("tei", "/rerank", "Texts by their score for a query, best first", _rerank, RerankTextsRequest),
     Endpoint("tei", "/predict", "The score of each label of texts or pairs", _predict, PredictRequest),
