@@ -67,6 +67,7 @@ class Endpoint:
     summary: str
     handler: Callable[[ServedModel, Any, RequestContext], Awaitable[Response]]
     request_type: type[ApiRequest] | None = None
+    head: str = "vector"  # that the model needs, as in `Service.find`
     public: bool = False  # needs no API key, and is neither limited nor logged
 
     @property
@@ -159,7 +160,7 @@ class EndpointApp:
             self.state.hold(context, len(plain))
         if options.log_requests:
             context.body_excerpt = plain[:BODY_EXCERPT_BYTES].decode(errors="replace")
-        request, context.model, context.ignored_fields = decode_request(plain, type_, self.service)
+        request, context.model, context.ignored_fields = decode_request(plain, type_, self.service, self.endpoint.head)
         return request
 
     async def _run_handler(self, request: ApiRequest | None, context: RequestContext) -> Response:

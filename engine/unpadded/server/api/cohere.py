@@ -7,7 +7,7 @@ import base64
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
@@ -42,7 +42,6 @@ class ChunksRequest(Request):
 class RerankRequest(Request):
     """A query and the documents to rank for it: strings, or objects with a text."""
 
-    head: ClassVar[str] = "score"
     query: str
     documents: Annotated[list[str | dict[str, Any]], Meta(min_length=1)]
     top_n: Annotated[int, Meta(ge=1)] | None = None  # None: all
@@ -119,6 +118,6 @@ ENDPOINTS = [
     Endpoint("cohere", "/v1/embed", "Embed texts", partial(_embed, "1"), EmbedTextsRequest),
     Endpoint("cohere", "/v2/embed", "Embed texts", partial(_embed, "2"), EmbedTextsRequest),
     Endpoint("cohere", "/v1/contextualizedembeddings", "Embed chunks in context", _embed_chunks, ChunksRequest),
-    Endpoint("cohere", "/v1/rerank", "Documents by their score, best first", partial(_rerank, "1"), RerankRequest),
-    Endpoint("cohere", "/v2/rerank", "Documents by their score, best first", partial(_rerank, "2"), RerankRequest),
+    Endpoint("cohere", "/v1/rerank", "Rank documents for a query", partial(_rerank, "1"), RerankRequest, "score"),
+    Endpoint("cohere", "/v2/rerank", "Rank documents for a query", partial(_rerank, "2"), RerankRequest, "score"),
 ]

@@ -2,7 +2,7 @@
 
 import asyncio
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
 from msgspec import Meta, Struct, field
@@ -27,15 +27,9 @@ class CommonOptions(Request, kw_only=True):
 
 
 class EmbedAllRequest(CommonOptions, kw_only=True):
-    """Texts, or token ids that include the special tokens, for which token vectors are returned."""
+    """Texts, or token ids that include the special tokens, for which token vectors or sparse weights are returned."""
 
     inputs: Input
-
-
-class EmbedSparseRequest(EmbedAllRequest, kw_only=True):
-    """Texts, or token ids that include the special tokens, for which sparse weights are returned."""
-
-    head: ClassVar[str] = "sparse"
 
 
 class EmbedRequest(EmbedAllRequest, kw_only=True):
@@ -67,7 +61,6 @@ class RootRequest(EmbedRequest, kw_only=True):
 class ScoreOptions(Request, kw_only=True):
     """Options of the endpoints that score. Only the end of a pair can be truncated."""
 
-    head: ClassVar[str] = "score"
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Literal["right", "Right"] | None = None
     raw_scores: bool = False  # logits
@@ -112,7 +105,7 @@ async def _embed_all(model: ServedModel, request: EmbedAllRequest, context: Requ
     return json_response(await model.embed_tokens(request.inputs, context.usage, **request.keywords()))
 
 
-async def _embed_sparse(model: ServedModel, request: EmbedSparseRequest, context: RequestContext) -> Response:
+async def _embed_sparse(model: ServedModel, request: EmbedAllRequest, context: RequestContext) -> Response:
     found = await model.embed_sparse(request.inputs, context.usage, **request.keywords())
 
     def to_json(start: int, end: int) -> Any:  # of one text, since objects take several times the memory of their JSON
@@ -258,10 +251,10 @@ ENDPOINTS = [
     Endpoint("tei", "/", "The same as /embed or /similarity", _root, RootRequest),
     Endpoint("tei", "/embed", "One vector per text", _embed, EmbedRequest),
     Endpoint("tei", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
-    Endpoint("tei", "/embed_sparse", "Weights of vocabulary entries", _embed_sparse, EmbedSparseRequest),
+    Endpoint("tei", "/embed_sparse", "Weights of vocabulary entries", _embed_sparse, EmbedAllRequest, "sparse"),
     Endpoint("tei", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
-    Endpoint("tei", "/rerank", "Texts by their score for a query, best first", _rerank, RerankTextsRequest),
-    Endpoint("tei", "/predict", "The score of each label of texts or pairs", _predict, PredictRequest),
+    Endpoint("tei", "/rerank", "Rank texts for a query", _rerank, RerankTextsRequest, "score"),
+    Endpoint("tei", "/predict", "The score of each label", _predict, PredictRequest, "score"),
     Endpoint("tei", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
     Endpoint("tei", "/decode", "The texts of token ids", _decode, DecodeRequest),
     Endpoint("tei", "/info", "The served models and the limits", _info),
