@@ -39,8 +39,9 @@ status codes of errors:
 several models:
   A request is for the model that its field "model" names. Without one, it is for the first model with scores on routes
   that rank and classify, for the first one with sparse weights on /embed_sparse, and on the others for the first that
-  is not a reranker, a classifier or a model like SPLADE. A batch has texts of one model, and the models' batches run in turn on one device. --alias, --default-task and the options of loading are for all models; a
-  model that does not have the default task ignores it.
+  is not a reranker, a classifier or a model like SPLADE. A batch has texts of one model, and the models' batches run in
+  turn on one device. --alias, --default-task and the options of loading are for all models; a model that does not have
+  the default task ignores it.
 
 several devices:
   --device all, or cuda:0,cuda:1, starts one process per device; they share the queue. If a process exits, it is

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -171,10 +171,7 @@ class ServedModel:
         return self.pipeline.collect(results, plan)
 
     async def embed_chunks(self, documents: Sequence[Sequence[str]], usage: Usage, **options: Any) -> np.ndarray:
-        """Embed chunks of documents, which are joined with line breaks (late chunking): [chunks, dimensions] fp32.
-
-        options: those of `_run`.
-        """
+        """Embed chunks of documents, joined with line breaks: [chunks, dimensions] fp32. options: those of `_run`."""
         texts: list[SpannedText] = []
         for chunks in documents:
             ends = [end - 1 for end in accumulate(len(chunk) + 1 for chunk in chunks)]
@@ -193,11 +190,8 @@ class ServedModel:
 
     async def embed_tokens(self, given: str | list[Any], usage: Usage, **options: Any) -> list[np.ndarray]:
         """Return the last hidden states of each text, [tokens, hidden]. options: those of `_run`."""
-
-        def make_plan(**given: Any) -> Plan:
-            return self.pipeline.states_plan(self.pipeline.plan(**given))
-
-        _, results = await self._run(given, usage, make_plan, **options)
+        pipeline = self.pipeline
+        _, results = await self._run(given, usage, lambda **own: pipeline.states_plan(pipeline.plan(**own)), **options)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
     async def rank(
@@ -263,10 +257,7 @@ class ServedModel:
     async def _run_plan(
         self, texts: Sequence[Item], plan: Plan, usage: Usage, truncate: bool | None
     ) -> list[tuple[Window, Rows]]:
-        """Count texts, pairs or chunks and run them in batches shared with all requests.
-
-        OverloadedError if they would not be done in time.
-        """
+        """Count texts, pairs or chunks and run them in shared batches; OverloadedError if that would be too late."""
         usage.texts += sum(map(_count, texts))
         usage.characters += sum(_size(text) for text in texts if isinstance(text, str | tuple))
         deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
@@ -278,8 +269,7 @@ class ServedModel:
             for text in texts
         )
         self.batcher.check(estimate, limits)
-        read: Callable[..., Iterator[Window]] = self.pipeline.reader.windows
-        windows = self._counted(read(texts, plan), usage, truncate, plan)
+        windows = self._counted(self.pipeline.reader.windows(cast(Any, texts), plan), usage, truncate, plan)
         work, size = self.work(plan), sum(map(_size, texts))
         return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
@@ -339,9 +329,7 @@ class ServedModel:
 
 def _size(text: Item) -> int:
     """Return the characters of a text or of both texts of a pair, or the number of token ids."""
-    if not isinstance(text, tuple):
-        return len(text)
-    return len(text[0]) + (len(text[1]) if isinstance(text[1], str) else 0)
+    return sum(len(part) for part in text if isinstance(part, str)) if isinstance(text, tuple) else len(text)
 
 
 def _count(text: Item) -> int:

@@ -204,31 +204,19 @@ def _model_type(model: ServedModel) -> dict[str, object]:
 
 def _model_info(model: ServedModel) -> dict[str, object]:
     described = model.engine.describe()
-    return {
-        "model_id": model.name,
-        "model_sha": None,
-        "model_dtype": described["dtype"],
-        "device": described["device"],
-        "dimensions": described["dimensions"],
-        "model_type": _model_type(model),
-        "max_input_length": model.checkpoint.max_length,
-    }
+    info = {"model_id": model.name, "model_sha": None, "model_dtype": described["dtype"]}
+    info |= {name: described[name] for name in ("device", "dimensions")}
+    return info | {"model_type": _model_type(model), "max_input_length": model.checkpoint.max_length}
 
 
 async def _info(model: ServedModel, request: None, context: RequestContext) -> Response:
-    limits = {
-        "max_concurrent_requests": model.options.max_concurrent_requests,
-        "max_batch_tokens": model.batcher.token_budget,
-        "max_batch_requests": None,
-        "max_client_batch_size": model.options.max_inputs,
-        "auto_truncate": model.options.long_input == "truncate",
-        "tokenization_workers": MAX_READERS,
-        "version": unpadded.__version__,
-        "sha": None,
-        "docker_label": None,
-    }
+    options = model.options
+    limits = {"max_concurrent_requests": options.max_concurrent_requests, "max_client_batch_size": options.max_inputs}
+    limits |= {"max_batch_tokens": model.batcher.token_budget, "tokenization_workers": MAX_READERS}
+    rest = {"version": unpadded.__version__, "max_batch_requests": None, "sha": None, "docker_label": None}
+    limits["auto_truncate"] = options.long_input == "truncate"
     models = [_model_info(one) | {"names": one.names} for one in model.service.models]
-    return json_response(_model_info(model) | limits | {"models": models})
+    return json_response(_model_info(model) | limits | rest | {"models": models})
 
 
 async def _health(model: ServedModel, request: None, context: RequestContext) -> Response:
