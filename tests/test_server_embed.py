@@ -9,6 +9,7 @@ import pytest
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert_reranker, write_nomic
 from support.corpus import PARAGRAPHS
 from support.serving import serving
+from support.sparse import draw_texts, write_models
 
 import unpadded
 from unpadded.quantization import quantize
@@ -18,6 +19,7 @@ from unpadded.server.service import Service
 LENGTH = 48
 PROMPTS = {"search_query": "search_query: ", "search_document": "search_document: ", "clustering": "clustering: "}
 TEXTS = [text[:80] for text in PARAGRAPHS[:5]]
+CHUNKS = ["one two three four five six " * 5, "tides rise and fall", "one two " * 9, "bread"]
 LONG = ["one two three four five six seven eight nine ten " * 10, "short"]
 
 
@@ -34,10 +36,18 @@ def engine(folder):
 
 
 @pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    """A server of a model with prompts and of one without."""
+def sparse(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("sparse"))
+
+
+@pytest.fixture(scope="module")
+def server(folder, sparse, tmp_path_factory):
+    """A server of a model with prompts, of one without, and of two with sparse weights."""
     plain = write_bert_reranker(tmp_path_factory.mktemp("served") / "plain", hidden=64, heads=2)
-    with serving([folder, plain], "--alias", "embed-v4.0", "--long-input", "reject") as server:
+    add_sentence_transformers_files(plain, pooling="cls")
+    with serving(
+        [folder, plain, sparse["bert"], sparse["bge-m3"]], "--alias", "embed-v4.0", "--long-input", "reject"
+    ) as server:
         yield server
 
 
@@ -105,7 +115,7 @@ def test_cohere_client_with_dimensions_and_truncation(server, engine, cohere, co
         ({"output_dimension": 65}, "BadRequestError", "65; embedder supports 1 to 64"),
         ({"truncate": "MIDDLE"}, "BadRequestError", "$.truncate"),
         ({"texts": []}, "BadRequestError", "$.texts"),
-        ({"model": "embed-v9"}, "NotFoundError", "'embed-v9'; use embedder or embed-v4.0 or plain"),
+        ({"model": "embed-v9"}, "NotFoundError", "'embed-v9'; use embedder or embed-v4.0 or plain or bert or bge-m3"),
     ],
 )
 def test_cohere_client_raises_its_own_errors(server, cohere, connection, fields, error, message):
@@ -226,7 +236,9 @@ def test_binary_vectors_are_json_for_a_client_that_prefers_bytes(server):
 def test_fields_of_jina_that_cannot_be_honored_are_errors(server):
     for fields, message in [
         ({"task": "text-matching"}, "task is unknown: 'text-matching'; embedder has search_query"),
-        ({"late_chunking": True}, "unknown field `late_chunking`"),
+        ({"late_chunking": True, "input": [[101, 102]]}, "late_chunking is not supported for token ids: [101, 102]"),
+        ({"late_chunking": True, "input": ["a", ""]}, "span 1 of text 0 is not a range of 1 to "),
+        ({"late_chunking": True, "model": "plain"}, "plain has cls pooling, spans are means of tokens"),
         ({"embedding_type": "int8"}, "'int8' - at `$.embedding_type`"),
         ({"embedding_type": ["float", "binary"]}, "$.embedding_type"),
         (
@@ -237,3 +249,108 @@ def test_fields_of_jina_that_cannot_be_honored_are_errors(server):
     ]:
         status, _, body = server.request("POST", "/v1/embeddings", {"input": "a", "model": "embedder"} | fields)
         assert status == 400 and message in json.loads(body)["error"]["message"], body
+
+
+def encode_chunks(engine, documents, **options):
+    """Return the vectors of `encode_spans`, in which the chunks of a document are found by their text."""
+    texts = ["\n".join(chunks) for chunks in documents]
+    spans = [
+        [(start := text.index(chunk), start + len(chunk)) for chunk in chunks]
+        for text, chunks in zip(texts, documents, strict=True)
+    ]
+    return engine.encode_spans(texts, spans=spans, **options).vectors
+
+
+def test_jina_late_chunking(server, engine):
+    """The inputs have more tokens than the model's maximum, and a server with --long-input reject embeds them."""
+    expected = encode_chunks(engine, [CHUNKS], task="search_query")
+    found = embed(server, input=CHUNKS, late_chunking=True, task="retrieval.query")
+    assert np.array_equal(np.float32(found), expected)
+    assert not np.allclose(expected[1], engine.encode(CHUNKS[1], task="search_query"))
+    cut = encode_chunks(engine, [CHUNKS], dimensions=16)
+    body = {"input": CHUNKS, "model": "embedder", "late_chunking": True, "dimensions": 16}
+    _, headers, content = server.request("POST", "/v1/embeddings", body, accept="application/octet-stream")
+    assert np.array_equal(np.frombuffer(content, "<f4").reshape(4, 16), cut)
+    assert headers["x-compute-characters"] == str(len("\n".join(CHUNKS))) and headers["x-truncated"] == "0"
+    alone = embed(server, input="bread", late_chunking=True)
+    assert np.array_equal(np.float32(alone), encode_chunks(engine, [["bread"]]))
+    assert embed(server, input=["bread"], late_chunking=True) == alone
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the client
+def test_voyage_client_gets_chunks_in_context(server, engine):
+    client = pytest.importorskip("voyageai").Client(api_key="none", base_url=f"{server.url}/v1")
+    documents, before = [CHUNKS, TEXTS[:2], TEXTS[:2], TEXTS[2:3]], server.metric("unpadded_texts_total")
+    expected = encode_chunks(engine, documents, task="search_document", normalize=True)
+    answer = client.contextualized_embed(documents, "embedder", input_type="document")
+    assert [len(one.embeddings) for one in answer.results] == [4, 2, 2, 1]
+    assert [one.index for one in answer.results] == [0, 1, 2, 3]
+    assert np.array_equal(np.float32([row for one in answer.results for row in one.embeddings]), expected)
+    assert server.metric("unpadded_texts_total") - before == 9
+    queries = [[text] for text in TEXTS]
+    answer = client.contextualized_embed(TEXTS, "embedder", input_type="query", output_dimension=32)
+    expected = encode_chunks(engine, queries, task="search_query", dimensions=32)
+    assert np.array_equal(np.float32([one.embeddings[0] for one in answer.results]), expected)
+    assert answer.total_tokens == engine.embed(TEXTS, task="search_query").token_counts.sum()
+    unit = encode_chunks(engine, [CHUNKS], normalize=True)
+    rounded = np.rint(unit.astype(np.float64) * 127)
+    quantized = {"int8": rounded, "uint8": rounded + 128, "binary": quantize(unit, "binary")}
+    for dtype, rows in (quantized | {"ubinary": quantize(unit, "ubinary")}).items():
+        [found] = client.contextualized_embed([CHUNKS], "embedder", output_dtype=dtype).results
+        assert np.array_equal(found.embeddings, rows), dtype
+        body = {"inputs": [CHUNKS], "model": "embedder", "output_dtype": dtype, "encoding_format": None}
+        [plain] = server.post("/v1/contextualizedembeddings", body | {"enable_auto_chunking": False})["data"]
+        assert [row["embedding"] for row in plain["data"]] == found.embeddings
+
+
+def test_contextualized_embeddings_are_lists_of_lists(server, engine):
+    body = {"inputs": [["a", "b"], ["c"]], "model": "plain", "input_type": "query"}
+    status, _, content = server.request("POST", "/v1/contextualizedembeddings", body)
+    assert status == 400 and "plain has cls pooling" in json.loads(content)["detail"]
+    _, headers, _ = server.request("POST", "/v1/contextualizedembeddings", body | {"model": "bert"})
+    assert headers["x-ignored-fields"] == "input_type"
+    body |= {"model": "embedder"}
+    found = server.post("/v1/contextualizedembeddings", body)
+    vectors = [row.pop("embedding") for document in found["data"] for row in document["data"]]
+    assert np.array_equal(
+        np.float32(vectors), encode_chunks(engine, body["inputs"], task="search_query", normalize=True)
+    )
+    first = {"object": "list", "data": [{"object": "embedding", "index": index} for index in (0, 1)], "index": 0}
+    second = {"object": "list", "data": [{"object": "embedding", "index": 0}], "index": 1}
+    tokens = engine.embed(["a\nb", "c"], task="search_query").token_counts.sum()
+    usage = {"total_tokens": tokens}
+    assert found == {"object": "list", "data": [first, second], "model": "embedder", "usage": usage}
+    for fields, status, message in [
+        ({"enable_auto_chunking": True}, 400, "unknown field `enable_auto_chunking`"),
+        ({"inputs": [["a"], []]}, 400, "$.inputs[1]"),
+        ({"inputs": [["a"], ["b", ""]]}, 400, "span 1 of text 1 is not a range of 1 to"),
+        ({"input_type": "clustering"}, 400, "'clustering' - at `$.input_type`"),
+        ({"inputs": [["a"] * 1500, ["b"] * 1500]}, 400, "too many texts: 3000, maximum 2048 texts"),
+        ({"inputs": [["a" * (1 << 18)] * 2]}, 400, "a text is too long: 524289, maximum 524288 characters"),
+    ]:
+        found, _, content = server.request("POST", "/v1/contextualizedembeddings", body | fields)
+        assert found == status and message in json.loads(content)["detail"], content
+
+
+def test_tei_embed_sparse(server, sparse):
+    """The first model with such a head is used, and that of the masked language model is for nothing else."""
+    for name, fields in (("bert", {}), ("bge-m3", {"model": "bge-m3"})):
+        engine = unpadded.load(sparse[name], device="cpu")
+        for texts, truncation in ((draw_texts(9), "right"), ("tide", "right"), (LONG, "left")):
+            expected = engine.encode_sparse(texts, truncation=truncation)
+            body = {"inputs": texts, "truncate": True, "truncation_direction": truncation.title(), "prompt_name": None}
+            found = server.post("/embed_sparse", body | fields)
+            for index, row in enumerate(found):
+                part = slice(*expected.indptr[index : index + 2])
+                assert [one["index"] for one in row] == expected.ids[part].tolist()
+                assert np.array_equal(np.float32([one["value"] for one in row]), expected.weights[part])
+            assert len(found) == len(expected) and (any(found) or len(texts) < 9)
+    assert len(server.post("/embed", {"inputs": "a"})[0]) == 64
+    for fields, status, message in [
+        ({"inputs": LONG}, 413, "text 0 is too long: more than 48 tokens"),
+        ({"model": "embedder"}, 422, "embedder has no head for sparse weights"),
+        ({"prompt_name": "search_query"}, 422, "task is unknown: 'search_query'"),
+        ({"inputs": ["a"] * 3000}, 413, "too many texts: 3000"),
+    ]:
+        found, _, content = server.request("POST", "/embed_sparse", {"inputs": "a"} | fields)
+        assert found == status and message in json.loads(content)["error"], content

@@ -43,6 +43,7 @@ VALID = {
     "/": {"inputs": ["a"], "normalize": True},
     "/embed": {"inputs": ["a", [101, 102]], "truncate": True, "truncation_direction": "left", "normalize": False},
     "/embed_all": {"inputs": "a b", "truncate": None},
+    "/embed_sparse": {"inputs": ["a", "b"]},
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}},
     "/rerank": {"query": "a", "texts": ["b", "c"], "raw_scores": True, "return_text": True, "truncate": False},
     "/predict": {"inputs": [["a"], ["b", "c"]], "truncation_direction": "right"},
@@ -50,6 +51,7 @@ VALID = {
     "/v2/embed": {"texts": ["a", "b"], "truncate": "START", "output_dimension": 3},
     "/v1/rerank": {"query": "a", "documents": [{"text": "c"}], "return_documents": True},
     "/v2/rerank": {"query": "a", "documents": ["b"], "max_tokens_per_doc": 4096, "priority": 0},
+    "/v1/contextualizedembeddings": {"inputs": [["a", "b"], ["c"]], "output_dtype": "int8", "output_dimension": 3},
     "/tokenize": {"inputs": ["a"], "add_special_tokens": False},
     "/decode": {"ids": [[1, 2], [3]], "skip_special_tokens": True},
 }

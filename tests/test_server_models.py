@@ -108,7 +108,7 @@ def test_a_request_is_for_the_model_that_it_names_or_the_first_that_suits(engine
     for ordered in (engines, engines[::-1]):
         service = Service(ordered, ServerOptions(alias=("default",)))
         found = {
-            (name, scores): service.find(name, scores=scores).name
+            (name, scores): service.find(name, head=("score" if scores else "vector")).name
             for name in (None, "default", "embedder", "reranker", "embedder:search_query", "default:search_query")
             for scores in (False, True)
         }

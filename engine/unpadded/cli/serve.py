@@ -12,16 +12,18 @@ from unpadded.server.options import API_KEYS_VARIABLE, FLAG_NAMES, ServerOptions
 
 DESCRIPTION = """\
 Serve the embeddings and scores of one or several models over HTTP, with the APIs of OpenAI, nomic,
-text-embeddings-inference (TEI), Cohere and Jina.
+text-embeddings-inference (TEI), Cohere, Jina and Voyage.
 All requests share batches within a token budget, so a short request never waits for a long one to finish."""
 
 EPILOG = """\
 APIs:
   OpenAI    POST /v1/embeddings, GET /v1/models        base_url="http://HOST:PORT/v1"
   nomic     POST /v1/embedding/text, GET /v1/user      ATLAS_API_PATH=http://HOST:PORT
-  TEI       POST /embed /embed_all /similarity /rerank /predict /tokenize /decode, GET /info /health /metrics
+  TEI       POST /embed /embed_all /embed_sparse /similarity /rerank /predict /tokenize /decode,
+            GET /info /health /metrics
   Cohere    POST /v1/embed /v2/embed /v1/rerank /v2/rerank
   Jina      POST /v1/embeddings /v1/rerank
+  Voyage    POST /v1/contextualizedembeddings          base_url="http://HOST:PORT/v1"
   all       GET /openapi.json, and GET / and /docs in a browser. Request bodies may be compressed with gzip. With
             "Accept: application/octet-stream", vectors are returned as raw little-endian float32 rows, and the header
             x-shape has their shape.
@@ -36,9 +38,10 @@ status codes of errors:
 
 several models:
   A request is for the model that its field "model" names. Without one, it is for the first model with scores on routes
-  that rank and classify, and for the first one without scores on the others. A batch has texts of one model, and the
-  models' batches run in turn on one device. --alias, --default-task and the options of loading are for all models; a
-  model that does not have the default task ignores it.
+  that rank and classify, for the first one with sparse weights on /embed_sparse, and on the others for the first that
+  is not a reranker, a classifier or a model like SPLADE. A batch has texts of one model, and the models' batches run in
+  turn on one device. --alias, --default-task and the options of loading are for all models; a model that does not have
+  the default task ignores it.
 
 several devices:
   --device all, or cuda:0,cuda:1, starts one process per device; they share the queue. If a process exits, it is

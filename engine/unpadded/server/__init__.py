@@ -10,5 +10,5 @@ service        the served models as endpoints use them: names, tasks, limits, sh
 responses      response bodies, and the pages in pages/
 errors         error responses
 metrics        Prometheus metrics
-api/           fields: what requests share; openai (also Jina), nomic, tei, cohere: request types and handlers
+api/           fields: what requests share; openai (also Jina), nomic, tei, cohere (also Voyage): types and handlers
 """

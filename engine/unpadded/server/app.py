@@ -18,7 +18,7 @@ from unpadded.server.endpoint import Endpoint, EndpointApp, ServerState
 from unpadded.server.errors import HTTPError, api_of_path
 from unpadded.server.responses import JSON, html_page
 
-ENDPOINTS: list[Endpoint] = [*openai.ENDPOINTS, *nomic.ENDPOINTS, *cohere.ENDPOINTS, *tei.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [endpoint for api in (openai, nomic, cohere, tei) for endpoint in api.ENDPOINTS]
 
 
 def make_app(state: ServerState) -> Starlette:

@@ -67,6 +67,7 @@ class Endpoint:
     summary: str
     handler: Callable[[ServedModel, Any, RequestContext], Awaitable[Response]]
     request_type: type[ApiRequest] | None = None
+    head: str = "vector"  # that the model needs, as in `Service.find`
     public: bool = False  # needs no API key, and is neither limited nor logged
 
     @property
@@ -159,7 +160,7 @@ class EndpointApp:
             self.state.hold(context, len(plain))
         if options.log_requests:
             context.body_excerpt = plain[:BODY_EXCERPT_BYTES].decode(errors="replace")
-        request, context.model, context.ignored_fields = decode_request(plain, type_, self.service)
+        request, context.model, context.ignored_fields = decode_request(plain, type_, self.service, self.endpoint.head)
         return request
 
     async def _run_handler(self, request: ApiRequest | None, context: RequestContext) -> Response:
@@ -193,18 +194,13 @@ class EndpointApp:
         """Return the headers of text-embeddings-inference, times in milliseconds, and the number of truncated texts."""
         if not (usage := context.usage).texts:
             return {}
-        total = str(round((time.perf_counter() - context.started) * 1000))
-        return {
-            "x-compute-type": self.service.device_type,
-            "x-compute-time": total,
-            "x-compute-characters": str(usage.characters),
-            "x-compute-tokens": str(usage.tokens),
-            "x-total-time": total,
-            "x-tokenization-time": str(round(usage.tokenize * 1000)),
-            "x-queue-time": str(round(usage.queue * 1000)),
-            "x-inference-time": str(round(usage.inference * 1000)),
-            "x-truncated": str(usage.truncated),
-        }
+        total = time.perf_counter() - context.started
+        times = {"compute": total, "total": total, "queue": usage.queue, "inference": usage.inference}
+        times["tokenization"] = usage.tokenize
+        counts = {"compute-characters": usage.characters, "compute-tokens": usage.tokens, "truncated": usage.truncated}
+        headers = {f"x-{name}-time": str(round(seconds * 1000)) for name, seconds in times.items()}
+        headers |= {f"x-{name}": str(count) for name, count in counts.items()}
+        return headers | {"x-compute-type": self.service.device_type}
 
     def _error_reply(self, exception: BaseException) -> Reply:
         error = to_http_error(exception)
@@ -226,18 +222,10 @@ class EndpointApp:
         self.service.metrics.observe_request(path, reply.status_code, context.model.name, usage, seconds)
         if self.endpoint.public:
             return
-        fields = {
-            "id": context.request_id,
-            "client": context.client and context.client.host,
-            "method": context.method,
-            "path": path,
-            "model": context.model.name,
-            "status": reply.status_code,
-            "seconds": round(seconds, 6),
-            "texts": usage.texts,
-            "tokens": usage.tokens,
-            "truncated": usage.truncated,
-        }
+        fields: dict[str, Any] = {"id": context.request_id, "client": context.client and context.client.host}
+        fields |= {"method": context.method, "path": path, "model": context.model.name, "status": reply.status_code}
+        fields |= {"seconds": round(seconds, 6), "texts": usage.texts, "tokens": usage.tokens}
+        fields |= {"truncated": usage.truncated}
         if context.body_excerpt is not None:
             fields["request"] = context.body_excerpt
         logger.info("request", extra={"fields": fields})

@@ -60,11 +60,9 @@ class Metrics:
             self.texts.labels(model).inc(usage.texts)
             self.tokens.labels(model).inc(usage.tokens)
             self.truncated.labels(model).inc(usage.truncated)
-            self.seconds.labels("tokenize").observe(usage.tokenize)
-            self.seconds.labels("queue").observe(usage.queue)
-            self.seconds.labels("inference").observe(usage.inference)
-            self.seconds.labels("serialize").observe(usage.encode)
-            self.seconds.labels("total").observe(seconds)
+            stages = {"tokenize": usage.tokenize, "queue": usage.queue, "inference": usage.inference}
+            for stage, taken in (stages | {"serialize": usage.encode, "total": seconds}).items():
+                self.seconds.labels(stage).observe(taken)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, object] = {
     "late_chunking": False,
     "return_embeddings": False,
     "embedding_type": "float",
+    "enable_auto_chunking": False,
     "output_dtype": "float",
 }
 # In an escape or in bytes. JSON decoders say "truncated" or "invalid continuation byte", which does not help.
@@ -85,9 +86,11 @@ def _check_size(size: int, max_bytes: int) -> None:
     check_maximum("too_large", "the body is too large", size, max_bytes, "bytes", "send fewer texts per request")
 
 
-def decode_request(body: bytes, type_: type[Request], service: Service) -> tuple[Request, ServedModel, list[str]]:
-    """Return the request, its model, and the names of its fields that were ignored."""
-    find = partial(service.find, scores=type_.scores)
+def decode_request(
+    body: bytes, type_: type[Request], service: Service, head: str
+) -> tuple[Request, ServedModel, list[str]]:
+    """Return the request, its model for a head, and the names of its fields that were ignored."""
+    find = partial(service.find, head=head)
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
         try:

@@ -107,11 +107,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
         scheme = "http" if options.tls_cert is None else "https"
+        url, seconds = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", time.perf_counter() - self._started
         fields = {
-            "url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}",
             "models": list(service.names),
             "keys": len(options.api_keys),
-            "seconds": round(time.perf_counter() - self._started, 3),
+            "seconds": round(seconds, 3),
+            "url": url,
         }
         logger.info("ready", extra={"fields": fields})  # from here on, SIGTERM drains
 

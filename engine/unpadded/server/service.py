@@ -3,10 +3,11 @@
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from unpadded import Embeddings, Engine
 from unpadded.errors import OptionError
 from unpadded.execution import cuda_graphs
 from unpadded.execution.batcher import Batcher, Limits, Rows, Work, run_windows
-from unpadded.execution.results import Ranked, ranked
+from unpadded.execution.results import Ranked, Sparse, ranked
 from unpadded.execution.runner import Runner
 from unpadded.options import Plan, ScoreActivation
 from unpadded.server.errors import HTTPError, check_maximum
 from unpadded.server.metrics import Metrics, Usage
 from unpadded.server.options import ServerOptions
+from unpadded.tokenization.spans import SpannedText
 from unpadded.tokenization.tokenizer import Pair
 from unpadded.tokenization.truncation import CHARACTERS_PER_TOKEN
 from unpadded.tokenization.windows import Text, Window
@@ -28,6 +30,7 @@ from unpadded.tokenization.windows import Text, Window
 # Per text, and per /tokenize: tokenizing so many takes up to 2 s of a core and 0.3 GB (Chinese, BERT, Xeon, 2026-11).
 MAX_CHARACTERS = 1 << 19
 MAX_TOKEN_VECTORS = 32_768  # per request; with 768 dimensions, 96 MiB before they become JSON
+MAX_SPARSE_WEIGHTS = 1 << 22  # per request, about 40 bytes of JSON each
 # Clients of OpenAI's own models may send token ids of OpenAI's tokenizer.
 OPENAI_MODEL_PREFIX = "text-embedding-"
 # Names of one task in checkpoints, and in the APIs of Cohere, Voyage, nomic and Jina.
@@ -35,6 +38,7 @@ QUERIES = ("search_query", "query", "retrieval.query")
 DOCUMENTS = ("search_document", "document", "passage", "retrieval.passage")
 TASKS = (QUERIES, DOCUMENTS, ("clustering", "separation"))
 MAX_RETRY_AFTER_SECONDS = 60
+Item: TypeAlias = Text | Pair | SpannedText
 
 
 class Service:
@@ -75,8 +79,8 @@ class Service:
         """Devices that accept batches."""
         return min(backend.ready_devices for backend in self.backends)
 
-    def find(self, name: str | None, *, scores: bool = False) -> "ServedModel":
-        """Return the first model of a name, if possible one with or without `scores`; HTTPError, a 404, for no model.
+    def find(self, name: str | None, *, head: str = "vector") -> "ServedModel":
+        """Return the first model of a name, or of any, that is for this head, otherwise the first. 404 if unknown.
 
         name: a request's field `model`, which may have a task: nomic-embed-text-v1.5:search_query. None: of any name.
         """
@@ -84,7 +88,7 @@ class Service:
         found = [model for model in self.models if name is None or not wanted.isdisjoint(model.names)]
         if not found:
             raise HTTPError("unknown_model", f"the model is not served: {name!r}; use {' or '.join(self.names)}")
-        return min(found, key=lambda model: bool(model.labels) != scores)
+        return min(found, key=lambda model: not model.heads[head])
 
     def warm_up(self) -> None:
         """Run a small and a full batch of each model on every device, and on GPUs one batch per CUDA graph to capture.
@@ -136,6 +140,9 @@ class ServedModel:
         self.names = tuple(dict.fromkeys([self.name, self.name.rpartition("/")[2], *self.options.alias]))
         self.default_task = self.options.default_task if self.options.default_task in self.checkpoint.prompts else None
         self.labels = () if self.checkpoint.score is None else self.checkpoint.score.labels
+        sparse = self.checkpoint.sparse  # with log1p, as in SPLADE, the model is not trained for vectors
+        has_vectors = not self.labels and not (sparse and sparse.log1p)
+        self.heads = {"score": bool(self.labels), "sparse": sparse is not None, "vector": has_vectors}
         self.has_prompts = any(self.checkpoint.prompts.values())
 
     def task_of_name(self, name: str | None) -> str | None:
@@ -160,12 +167,31 @@ class ServedModel:
 
     async def embed(self, given: str | list[Any], usage: Usage, **options: Any) -> Embeddings:
         """Embed a request's texts. options: those of `_run`."""
-        plan, results = await self._run(given, usage, **options)
+        plan, results = await self._run(given, usage, self.pipeline.plan, **options)
         return self.pipeline.collect(results, plan)
+
+    async def embed_chunks(self, documents: Sequence[Sequence[str]], usage: Usage, **options: Any) -> np.ndarray:
+        """Embed chunks of documents, joined with line breaks: [chunks, dimensions] fp32. options: those of `_run`."""
+        texts: list[SpannedText] = []
+        for chunks in documents:
+            ends = [end - 1 for end in accumulate(len(chunk) + 1 for chunk in chunks)]
+            spans = ((end - len(chunk), end) for chunk, end in zip(chunks, ends, strict=True))
+            texts.append(("\n".join(chunks), tuple(spans)))
+        plan, results = await self._run(texts, usage, partial(self.pipeline.span_plan, None), **options)
+        return self.pipeline.collect_spans(results, plan).vectors
+
+    async def embed_sparse(self, given: str | list[Any], usage: Usage, **options: Any) -> Sparse:
+        """Return the sparse weights of a request's texts. options: those of `_run`."""
+        make_plan = partial(self.pipeline.sparse_plan, task=None, prompt=None)
+        plan, results = await self._run(given, usage, make_plan, **options)
+        found, what = self.pipeline.sparse(results, plan), "the response would have too many weights"
+        check_maximum("too_many_inputs", what, len(found.ids), MAX_SPARSE_WEIGHTS, "weights", "send fewer texts")
+        return found
 
     async def embed_tokens(self, given: str | list[Any], usage: Usage, **options: Any) -> list[np.ndarray]:
         """Return the last hidden states of each text, [tokens, hidden]. options: those of `_run`."""
-        _, results = await self._run(given, usage, states=True, **options)
+        pipeline = self.pipeline
+        _, results = await self._run(given, usage, lambda **own: pipeline.states_plan(pipeline.plan(**own)), **options)
         return [rows[i] for window, rows in results for i in window.first_sequences]
 
     async def rank(
@@ -207,46 +233,43 @@ class ServedModel:
         self,
         given: str | list[Any],
         usage: Usage,
+        make_plan: Callable[..., Plan],
         *,
         model: str | None = None,
         task: str | None = None,
         truncate: bool | None = None,
         fallback_task: str | None = None,
-        states: bool = False,
         **options: Any,
     ) -> tuple[Plan, list[tuple[Window, Rows]]]:
         """Check a request's texts and run them.
 
         model: its name in the request, which may have a task. task, fallback_task: as in `task_options`. truncate: None
-        follows --long-input. options: those of `pipeline.plan`.
+        follows --long-input. options: those of `make_plan`.
         """
         named = self.task_of_name(model)
         texts = self.texts(given)
         self._check_token_ids(texts, foreign=(model or "").startswith(OPENAI_MODEL_PREFIX))
         if named is not None and task not in (None, named):
             raise HTTPError("invalid", f"the request has two tasks: {named!r} in model, {task!r} in task; send one")
-        plan = self.pipeline.plan(**options, **self.task_options(named or task, fallback_task))
-        plan = self.pipeline.states_plan(plan) if states else plan
+        plan = make_plan(**options, **self.task_options(named or task, fallback_task))
         return plan, await self._run_plan(texts, plan, usage, truncate)
 
     async def _run_plan(
-        self, texts: Sequence[Text | Pair], plan: Plan, usage: Usage, truncate: bool | None
+        self, texts: Sequence[Item], plan: Plan, usage: Usage, truncate: bool | None
     ) -> list[tuple[Window, Rows]]:
-        """Count texts or pairs and run them in batches shared with all requests.
-
-        OverloadedError if they would not be done in time.
-        """
-        usage.texts += len(texts)
+        """Count texts, pairs or chunks and run them in shared batches; OverloadedError if that would be too late."""
+        usage.texts += sum(map(_count, texts))
         usage.characters += sum(_size(text) for text in texts if isinstance(text, str | tuple))
         deadline = time.perf_counter() + self.options.deadline if self.options.deadline else math.inf
         limits, max_length = Limits(self.options.max_queued_tokens, deadline), self.checkpoint.max_length
         # Rejects most of what is too much before it is tokenized.
+        maximum = math.inf if plan.vector_options.rows == "span" else max_length  # sections are not truncated
         estimate = sum(
-            min(_size(text) // CHARACTERS_PER_TOKEN, max_length) if isinstance(text, str | tuple) else len(text)
+            int(min(_size(text) // CHARACTERS_PER_TOKEN, maximum)) if isinstance(text, str | tuple) else len(text)
             for text in texts
         )
         self.batcher.check(estimate, limits)
-        windows = self._counted(self.pipeline.reader.windows(texts, plan), usage, truncate, plan)
+        windows = self._counted(self.pipeline.reader.windows(cast(Any, texts), plan), usage, truncate, plan)
         work, size = self.work(plan), sum(map(_size, texts))
         return await run_windows(self.batcher, windows, work, size=size, limits=limits, timing=usage)
 
@@ -255,8 +278,8 @@ class ServedModel:
         work = self.pipeline.work(plan)
         return replace(work, key=(self, work.key))
 
-    def texts(self, given: str | list[Any]) -> list[Text]:
-        """Return the texts of a request's input: a string, strings, one sequence of token ids, or several.
+    def texts(self, given: str | list[Any]) -> list[Any]:
+        """Return the texts of a request's input: a string, one sequence of token ids, or several items.
 
         HTTPError for more texts or characters than a request may have.
         """
@@ -264,20 +287,21 @@ class ServedModel:
         if int in kinds and len(kinds) > 1:
             first = next(item for item in given if isinstance(item, int))
             raise OptionError(f"the input mixes token ids such as {first} with texts; put each text's ids in a list")
-        texts: list[Text] = [given] if isinstance(given, str) or kinds == {int} else given
+        texts: list[Any] = [given] if isinstance(given, str) or kinds == {int} else given
         self._check_sizes(texts)
         return texts
 
-    def _check_sizes(self, texts: Sequence[Text | Pair]) -> None:
-        """Raise HTTPError for more texts or pairs, or more characters of one, than a request may have."""
-        check_maximum("too_many_inputs", "too many texts", len(texts), self.options.max_inputs, "texts", "send fewer")
+    def _check_sizes(self, texts: Sequence[Item]) -> None:
+        """Raise HTTPError for more texts, pairs or chunks, or more characters of one, than a request may have."""
+        count = sum(map(_count, texts))
+        check_maximum("too_many_inputs", "too many texts", count, self.options.max_inputs, "texts", "send fewer")
         longest = max((_size(text) for text in texts if isinstance(text, str | tuple)), default=0)
         check_maximum("too_long", "a text is too long", longest, MAX_CHARACTERS, "characters", "split it")
 
-    def _check_token_ids(self, texts: Sequence[Text], *, foreign: bool) -> None:
+    def _check_token_ids(self, texts: Sequence[Text | SpannedText], *, foreign: bool) -> None:
         """Raise HTTPError for token ids that the tokenizer does not make: those of another vocabulary."""
         for index, text in enumerate(texts):
-            if not isinstance(text, str) and (foreign or not self.engine.tokenizer.could_return(text)):
+            if not isinstance(text, str | tuple) and (foreign or not self.engine.tokenizer.could_return(text)):
                 raise HTTPError(
                     "invalid",
                     f"text {index} is token ids that the served model's tokenizer does not make, special tokens "
@@ -297,12 +321,17 @@ class ServedModel:
                 raise HTTPError("too_long", message)
             usage.truncated += len(truncated)
             usage.tokens += int(window.token_counts.sum())
-            if plan.vector_options.rows == "token":
+            if plan.vector_options.head == "states":
                 what = "the response would have too many token vectors"
                 check_maximum("too_many_inputs", what, usage.tokens, MAX_TOKEN_VECTORS, "tokens", "send fewer")
             yield window
 
 
-def _size(text: Text | Pair) -> int:
+def _size(text: Item) -> int:
     """Return the characters of a text or of both texts of a pair, or the number of token ids."""
-    return len(text[0]) + len(text[1]) if isinstance(text, tuple) else len(text)
+    return sum(len(part) for part in text if isinstance(part, str)) if isinstance(text, tuple) else len(text)
+
+
+def _count(text: Item) -> int:
+    """Return the number of spans of a text, or 1 without spans."""
+    return len(text[1]) if isinstance(text, tuple) and isinstance(text[1], tuple) else 1

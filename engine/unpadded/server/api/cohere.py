@@ -1,10 +1,13 @@
-"""Cohere's API: /v1/embed and /v2/embed, and its and Jina's rerankers, /v1/rerank and /v2/rerank.
+"""Cohere's API: /v1/embed and /v2/embed, its and Jina's rerankers, /v1/rerank and /v2/rerank, and Voyage's chunks.
 
 The rerankers differ in the other fields of a response and in those of an error, so both have the fields of both APIs.
 """
 
+import base64
+from collections.abc import Iterable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
@@ -26,10 +29,19 @@ class EmbedTextsRequest(Request):
     truncation_direction: Direction | None = None
 
 
+class ChunksRequest(Request):
+    """Documents, each a list of its chunks, or queries, each in a list of its own."""
+
+    inputs: Annotated[list[Texts], Meta(min_length=1)]
+    task: Literal["query", "document"] | None = field(default=None, name="input_type")
+    dimensions: Dimensions | None = field(default=None, name="output_dimension")
+    output_dtype: Literal["float", "int8", "uint8", "binary", "ubinary"] | None = None
+    encoding_format: Literal["base64"] | None = None
+
+
 class RerankRequest(Request):
     """A query and the documents to rank for it: strings, or objects with a text."""
 
-    scores: ClassVar[bool] = True
     query: str
     documents: Annotated[list[str | dict[str, Any]], Meta(min_length=1)]
     top_n: Annotated[int, Meta(ge=1)] | None = None  # None: all
@@ -48,11 +60,15 @@ def _text(document: str | dict[str, Any], index: int) -> str:
     return text
 
 
-async def _embed(version: str, model: ServedModel, request: EmbedTextsRequest, context: RequestContext) -> Response:
+def _options(model: ServedModel, request: Request, context: RequestContext) -> dict[str, Any]:
     options = request.keywords() | {"normalize": True}
     if not model.has_prompts and options.pop("task", None):  # the clients require it
         context.ignored_fields.append("input_type")
-    vectors = (await model.embed(request.texts, context.usage, **options)).vectors
+    return options
+
+
+async def _embed(version: str, model: ServedModel, request: EmbedTextsRequest, context: RequestContext) -> Response:
+    vectors = (await model.embed(request.texts, context.usage, **_options(model, request, context))).vectors
     kinds = request.embedding_types or (["float"] if version == "2" else [])
 
     def to_json() -> dict[str, Any]:
@@ -62,6 +78,23 @@ async def _embed(version: str, model: ServedModel, request: EmbedTextsRequest, c
         return {"id": context.request_id, "response_type": f"embeddings_{'by_type' if kinds else 'floats'}", **rest}
 
     return json_response(to_json)
+
+
+async def _embed_chunks(model: ServedModel, request: ChunksRequest, context: RequestContext) -> Response:
+    vectors = await model.embed_chunks(request.inputs, context.usage, **_options(model, request, context))
+
+    def to_json() -> dict[str, Any]:
+        rows = vectors_as(request.output_dtype or "float", vectors)
+        values = iter([base64.b64encode(row).decode() for row in rows] if request.encoding_format else rows)
+        data = [_listed("embedding", "embedding", islice(values, len(chunks))) for chunks in request.inputs]
+        rest = {"model": request.model or model.name, "usage": {"total_tokens": context.usage.tokens}}
+        return {"object": "list", "data": _listed("list", "data", data), **rest}
+
+    return json_response(to_json)
+
+
+def _listed(kind: str, name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{"object": kind, name: value, "index": index} for index, value in enumerate(values)]
 
 
 async def _rerank(version: str, model: ServedModel, request: RerankRequest, context: RequestContext) -> Response:
@@ -84,6 +117,7 @@ async def _rerank(version: str, model: ServedModel, request: RerankRequest, cont
 ENDPOINTS = [
     Endpoint("cohere", "/v1/embed", "Embed texts", partial(_embed, "1"), EmbedTextsRequest),
     Endpoint("cohere", "/v2/embed", "Embed texts", partial(_embed, "2"), EmbedTextsRequest),
-    Endpoint("cohere", "/v1/rerank", "Documents by their score, best first", partial(_rerank, "1"), RerankRequest),
-    Endpoint("cohere", "/v2/rerank", "Documents by their score, best first", partial(_rerank, "2"), RerankRequest),
+    Endpoint("cohere", "/v1/contextualizedembeddings", "Embed chunks in context", _embed_chunks, ChunksRequest),
+    Endpoint("cohere", "/v1/rerank", "Rank documents for a query", partial(_rerank, "1"), RerankRequest, "score"),
+    Endpoint("cohere", "/v2/rerank", "Rank documents for a query", partial(_rerank, "2"), RerankRequest, "score"),
 ]

@@ -1,6 +1,6 @@
 """Types and fields that requests of several APIs have."""
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -17,7 +17,6 @@ KEYWORDS = ("model", "task", "truncate", "truncation_direction", "dimensions", "
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     """A request whose fields have the names in KEYWORDS, and in JSON those of its API: `field(name=...)`."""
 
-    scores: ClassVar[bool] = False  # whether it needs a model with scores
     model: str | None = None  # as in `Service.find`
 
     def keywords(self) -> dict[str, Any]:

@@ -19,10 +19,9 @@ class TextRequest(Request):
 
 
 async def _embed_text(model: ServedModel, request: TextRequest, context: RequestContext) -> Response:
-    if request.long_text_mode not in (None, "truncate"):
-        mode = request.long_text_mode
+    if (mode := request.long_text_mode) not in (None, "truncate"):
         raise HTTPError("invalid", f"long_text_mode is not supported: {mode!r}; use 'truncate', or split long texts")
-    options = request.keywords() | {"truncate": request.long_text_mode and True, "normalize": True}
+    options = request.keywords() | {"truncate": mode and True, "normalize": True}
     embeddings = await model.embed(request.texts, context.usage, **options, fallback_task="search_document")
     rest = {"usage": context.usage.as_json(), "model": request.model or model.name}
     return vectors_response(embeddings.vectors, context.headers, lambda: {"embeddings": embeddings.vectors, **rest})

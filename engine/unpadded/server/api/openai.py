@@ -21,6 +21,7 @@ class EmbeddingsRequest(Request):
     truncation_direction: Direction | None = None
     normalize: bool | None = None
     embedding_type: Literal["float", "base64", "binary", "ubinary"] | None = None
+    late_chunking: bool | None = None
 
 
 async def _embeddings(model: ServedModel, request: EmbeddingsRequest, context: RequestContext) -> Response:
@@ -29,7 +30,13 @@ async def _embeddings(model: ServedModel, request: EmbeddingsRequest, context: R
         raise HTTPError(
             "invalid", f"embedding_type is {request.embedding_type!r} with base64; send encoding_format 'float'"
         )
-    vectors = (await model.embed(request.input, context.usage, **request.keywords())).vectors
+    texts: Any = [request.input] if isinstance(request.input, str) else request.input
+    if not request.late_chunking:
+        vectors = (await model.embed(texts, context.usage, **request.keywords())).vectors
+    elif wrong := [item for item in texts if not isinstance(item, str)]:
+        raise HTTPError("invalid", f"late_chunking is not supported for token ids: {wrong[0]!r:.80}; send strings")
+    else:
+        vectors = await model.embed_chunks([texts], context.usage, **request.keywords())
 
     def to_json() -> dict[str, Any]:
         rows = vectors_as(formats[0], vectors)

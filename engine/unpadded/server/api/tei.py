@@ -1,8 +1,10 @@
 """The API of text-embeddings-inference (TEI)."""
 
 import asyncio
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
+import orjson
 from msgspec import Meta, Struct, field
 
 import unpadded
@@ -25,7 +27,7 @@ class CommonOptions(Request, kw_only=True):
 
 
 class EmbedAllRequest(CommonOptions, kw_only=True):
-    """Texts, or token ids that include the special tokens, for which token vectors are returned."""
+    """Texts, or token ids that include the special tokens, for which token vectors or sparse weights are returned."""
 
     inputs: Input
 
@@ -59,7 +61,6 @@ class RootRequest(EmbedRequest, kw_only=True):
 class ScoreOptions(Request, kw_only=True):
     """Options of the endpoints that score. Only the end of a pair can be truncated."""
 
-    scores: ClassVar[bool] = True
     truncate: bool | None = None  # None follows the server's --long-input
     truncation_direction: Literal["right", "Right"] | None = None
     raw_scores: bool = False  # logits
@@ -102,6 +103,17 @@ async def _embed(model: ServedModel, request: EmbedRequest, context: RequestCont
 
 async def _embed_all(model: ServedModel, request: EmbedAllRequest, context: RequestContext) -> Response:
     return json_response(await model.embed_tokens(request.inputs, context.usage, **request.keywords()))
+
+
+async def _embed_sparse(model: ServedModel, request: EmbedAllRequest, context: RequestContext) -> Response:
+    found = await model.embed_sparse(request.inputs, context.usage, **request.keywords())
+
+    def to_json(start: int, end: int) -> Any:  # of one text, since objects take several times the memory of their JSON
+        pairs = zip(found.ids[start:end], found.weights[start:end], strict=True)
+        objects = [{"index": index, "value": value} for index, value in pairs]
+        return orjson.Fragment(orjson.dumps(objects, option=orjson.OPT_SERIALIZE_NUMPY))
+
+    return json_response(lambda: [to_json(*bounds) for bounds in pairwise(found.indptr.tolist())])
 
 
 async def _similarity(model: ServedModel, request: SimilarityRequest, context: RequestContext) -> Response:
@@ -192,31 +204,19 @@ def _model_type(model: ServedModel) -> dict[str, object]:
 
 def _model_info(model: ServedModel) -> dict[str, object]:
     described = model.engine.describe()
-    return {
-        "model_id": model.name,
-        "model_sha": None,
-        "model_dtype": described["dtype"],
-        "device": described["device"],
-        "dimensions": described["dimensions"],
-        "model_type": _model_type(model),
-        "max_input_length": model.checkpoint.max_length,
-    }
+    info = {"model_id": model.name, "model_sha": None, "model_dtype": described["dtype"]}
+    info |= {name: described[name] for name in ("device", "dimensions")}
+    return info | {"model_type": _model_type(model), "max_input_length": model.checkpoint.max_length}
 
 
 async def _info(model: ServedModel, request: None, context: RequestContext) -> Response:
-    limits = {
-        "max_concurrent_requests": model.options.max_concurrent_requests,
-        "max_batch_tokens": model.batcher.token_budget,
-        "max_batch_requests": None,
-        "max_client_batch_size": model.options.max_inputs,
-        "auto_truncate": model.options.long_input == "truncate",
-        "tokenization_workers": MAX_READERS,
-        "version": unpadded.__version__,
-        "sha": None,
-        "docker_label": None,
-    }
+    options = model.options
+    limits = {"max_concurrent_requests": options.max_concurrent_requests, "max_client_batch_size": options.max_inputs}
+    limits |= {"max_batch_tokens": model.batcher.token_budget, "tokenization_workers": MAX_READERS}
+    rest = {"version": unpadded.__version__, "max_batch_requests": None, "sha": None, "docker_label": None}
+    limits["auto_truncate"] = options.long_input == "truncate"
     models = [_model_info(one) | {"names": one.names} for one in model.service.models]
-    return json_response(_model_info(model) | limits | {"models": models})
+    return json_response(_model_info(model) | limits | rest | {"models": models})
 
 
 async def _health(model: ServedModel, request: None, context: RequestContext) -> Response:
@@ -239,9 +239,10 @@ ENDPOINTS = [
     Endpoint("tei", "/", "The same as /embed or /similarity", _root, RootRequest),
     Endpoint("tei", "/embed", "One vector per text", _embed, EmbedRequest),
     Endpoint("tei", "/embed_all", "One vector per token", _embed_all, EmbedAllRequest),
+    Endpoint("tei", "/embed_sparse", "Weights of vocabulary entries", _embed_sparse, EmbedAllRequest, "sparse"),
     Endpoint("tei", "/similarity", "Cosine similarity of one sentence to others", _similarity, SimilarityRequest),
-    Endpoint("tei", "/rerank", "Texts by their score for a query, best first", _rerank, RerankTextsRequest),
-    Endpoint("tei", "/predict", "The score of each label of texts or pairs", _predict, PredictRequest),
+    Endpoint("tei", "/rerank", "Rank texts for a query", _rerank, RerankTextsRequest, "score"),
+    Endpoint("tei", "/predict", "The score of each label", _predict, PredictRequest, "score"),
     Endpoint("tei", "/tokenize", "The tokens of texts", _tokenize, TokenizeRequest),
     Endpoint("tei", "/decode", "The texts of token ids", _decode, DecodeRequest),
     Endpoint("tei", "/info", "The served models and the limits", _info),
