@@ -287,12 +287,11 @@ def _embed(
                 output.reject(row)
                 skipped += 1
 
-    empty, stream = stream_results(engine, job.columns.result, options)
     estimated = EstimatedTexts(texts(), progress)
     with periodic_reports(estimated) if show is None else nullcontext(show) as shown:
-        for results in stream(estimated, shown):
+        for results in stream_results(engine, job.columns.result, estimated, shown, options):
             block = Block([pending.popleft() for _ in results[1]], *results)
-            output.write(block)
+            (output.write if block.rows else output.write_empty)(block)
             padding.add(block.token_counts)
             count += len(block.rows)
             tokens += int(block.token_counts.sum())
@@ -300,8 +299,6 @@ def _embed(
             if not first_block[1]:
                 first_block = tokens, time.perf_counter()
     assert not pending, len(pending)
-    if count == 0:
-        output.write_empty(Block([], *empty))
     ended = time.perf_counter()
     later_tokens = tokens - first_block[0]
     return Totals(

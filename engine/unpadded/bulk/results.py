@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from unpadded.engine import Engine
     from unpadded.execution.batcher import Rows
+    from unpadded.execution.pipeline import Advance
     from unpadded.tokenization.windows import Window
 
 RESULT_COLUMNS = {  # of a Parquet output, by the kind of result
@@ -39,22 +40,21 @@ Results: TypeAlias = tuple[Any, np.ndarray, np.ndarray]
 
 
 def stream_results(
-    engine: Engine, kind: str, options: dict[str, Any]
-) -> tuple[Results, Callable[[Iterable[str], Any], Iterator[Results]]]:
-    """Check the options of `Engine.stream`, `encode_spans`, `encode_sparse` or `encode_tokens`.
+    engine: Engine, kind: str, texts: Iterable[str], show: bool | Advance | None, options: dict[str, Any]
+) -> Iterator[Results]:
+    """Yield the results of consecutive texts; those of no text if there are none.
 
-    Return the results of no text, and a function from texts and show_progress, as in `stream`, to results.
+    options: those of `Engine.stream`, `encode_spans`, `encode_sparse` or `encode_tokens`. show: as in `stream`.
     """
+    pipeline, rest, found = engine._pipeline, dict(options), False
     if kind == "vectors":
-        empty = engine.embed([], show_progress=False, **options)
-
-        def stream(texts: Iterable[str], show: Any) -> Iterator[Results]:
-            for block in engine.stream(texts, show_progress=show, **options):
-                yield block.vectors, block.token_counts, block.truncated
-
-        return (empty.vectors, empty.token_counts, empty.truncated), stream
-
-    pipeline, rest = engine._pipeline, dict(options)
+        for block in engine.stream(texts, show_progress=show, **options):
+            found = True
+            yield block.vectors, block.token_counts, block.truncated
+        if not found:
+            empty = engine.embed([], show_progress=False, **options)
+            yield empty.vectors, empty.token_counts, empty.truncated
+        return
     if kind == "spans":
         plan = pipeline.span_plan((rest.pop("span_tokens"), rest.pop("overlap")), **rest)
     elif kind == "sparse":
@@ -75,12 +75,12 @@ def stream_results(
         tokens = pipeline.collect_tokens(done, plan, reduce)
         return Ragged((tokens.vectors,), tokens.offsets)
 
-    def stream_windows(texts: Iterable[str], show: Any) -> Iterator[Results]:
-        for window, rows in engine._windows(texts, plan, show):
-            values = collect([(window, rows)], window.first_index, len(window.token_counts))
-            yield values, window.token_counts, window.truncated
-
-    return (collect([]), np.zeros(0, np.int64), np.zeros(0, bool)), stream_windows
+    for window, rows in engine._windows(texts, plan, show):
+        found = True
+        values = collect([(window, rows)], window.first_index, len(window.token_counts))
+        yield values, window.token_counts, window.truncated
+    if not found:
+        yield collect([]), np.zeros(0, np.int64), np.zeros(0, bool)
 
 
 def arrow_columns(

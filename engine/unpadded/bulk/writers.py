@@ -27,12 +27,7 @@ class Block(NamedTuple):
     truncated: np.ndarray  # [rows]
 
     def slice(self, start: int, stop: int) -> Block:
-        return Block(
-            self.rows[start:stop],
-            self.values[start:stop],
-            self.token_counts[start:stop],
-            self.truncated[start:stop],
-        )
+        return Block._make(part[start:stop] for part in self)
 
 
 class Writer(Protocol):
