@@ -81,7 +81,7 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(unpadded, "load", fake.load, raising=False)
-    monkeypatch.setattr("unpadded.bulk.job.describe_vectors", lambda engine, options: {"model": "fake"})
+    monkeypatch.setattr("unpadded.bulk.job.describe_vectors", lambda *arguments: {"model": "fake"})
     return fake
 
 

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from unpadded.checkpoint.reader import Checkpoint
 from unpadded.errors import DeadlineError, InputError, OptionError
-from unpadded.execution.batcher import Batcher, run_windows
-from unpadded.execution.pipeline import Advance, EmbeddingPipeline
+from unpadded.execution.batcher import Batcher, Rows, run_windows
+from unpadded.execution.pipeline import MIN_GROUP_TOKENS, WINDOW_BATCHES, Advance, EmbeddingPipeline
 from unpadded.execution.results import Embeddings, Ranked, Spans, Sparse, TokenVectors, join, ranked
 from unpadded.execution.token_vectors import TokenKeywords
 from unpadded.options import EmbedKeywords, EncodeKeywords, Plan, ScoreKeywords, Truncation, check_choice
 from unpadded.quantization import quantize
 from unpadded.tokenization.tokenizer import Pair, Tokenizer
-from unpadded.tokenization.windows import Text, iterate
+from unpadded.tokenization.windows import Text, Window, iterate
 
 Output = Literal["numpy", "torch", "list"]
 NARROW_COLUMNS = 70
@@ -215,6 +215,13 @@ class Engine:
         with _progress_bar(texts, show_progress) as advance:
             return pipeline.collect_spans(pipeline.rows(items, plan, advance), plan)
 
+    def _windows(self, texts: Iterable[str], plan: Plan, show: bool | Advance | None) -> Iterator[tuple[Window, Rows]]:
+        """Yield windows and their rows in bounded memory, for bulk jobs."""
+        items: Iterable[Any] = ((text, ()) for text in texts) if plan.vector_options.rows == "span" else texts
+        tokens = max(WINDOW_BATCHES * self._pipeline.token_budget, MIN_GROUP_TOKENS)
+        with _progress_bar(texts, show) as advance:
+            yield from self._pipeline.rows(items, plan, advance, window_tokens=tokens)
+
     def score(
         self, pairs: Iterable[Pair | str], *, show_progress: bool | None = None, **options: Unpack[ScoreKeywords]
     ) -> np.ndarray:
@@ -272,8 +279,9 @@ class Engine:
         prompt: put before every text instead of the checkpoint's. truncation: "right", or "error", which raises.
         Raises OptionError for a model without token vectors, and InputError, with the index, for a text.
         """
+        plan, reduce = self._pipeline.token_plan(**options)
         with _progress_bar(texts, show_progress) as advance:
-            return self._pipeline.token_vectors(_as_texts(texts), advance, **options)
+            return self._pipeline.collect_tokens(self._pipeline.rows(_as_texts(texts), plan, advance), plan, reduce)
 
     def encode_all(self, texts: Texts, *, show_progress: bool | None = None) -> tuple[Embeddings, Sparse, TokenVectors]:
         """Return vectors, sparse weights and token vectors of texts from one pass, of a model such as bge-m3.

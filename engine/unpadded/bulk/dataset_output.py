@@ -80,12 +80,12 @@ class DatasetOutput:
         return sum(part["rows"] for part in self._manifest["parts"])
 
     def write(self, block: Block) -> None:
-        while len(block.vectors):
+        while len(block.token_counts):
             missing = self._part_rows - self._rows
             self._append(block.slice(0, missing))
             if self._rows == self._part_rows:
                 self._finish_part()
-            block = block.slice(missing, len(block.vectors))
+            block = block.slice(missing, len(block.token_counts))
 
     def write_empty(self, block: Block) -> None:
         """Write a part without rows, unless there are parts, so that an empty dataset can be opened."""
@@ -152,7 +152,7 @@ class DatasetOutput:
             self._part = AtomicFile(part, self._folder / TEMPORARY, self._name)
             self._writer = ParquetWriter(self._part.file, self._columns)
         self._writer.write(block)
-        self._rows += len(block.vectors)
+        self._rows += len(block.token_counts)
         self._tokens += int(block.token_counts.sum())
         self._truncated += int(block.truncated.sum())
         if block.rows:

@@ -28,8 +28,9 @@ from unpadded.bulk.formats import STDIN, TABLE_EXTENSIONS, compression, expand_i
 from unpadded.bulk.manifest import describe_input, describe_run, describe_vectors
 from unpadded.bulk.progress import EstimatedTexts, ReadProgress, periodic_reports
 from unpadded.bulk.readers import column_types, read_rows
+from unpadded.bulk.results import RESULT_COLUMNS, stream_results
 from unpadded.bulk.rows import DEFAULT_COLUMN, ReadPosition, Row, check_columns, text_file_columns
-from unpadded.bulk.writers import RESULT_COLUMNS, Block, OutputColumns
+from unpadded.bulk.writers import Block, OutputColumns
 from unpadded.errors import InputError, OptionError
 
 if TYPE_CHECKING:
@@ -99,16 +100,18 @@ def make_job(
     part_rows: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    result: str = "vectors",
 ) -> Job:
     """Return a job whose options are consistent with each other and with its inputs. The output - is stdout.
 
+    result: "vectors", or with a Parquet output "spans", "sparse" or "tokens".
     Raises OptionError or InputError, before a model is loaded.
     """
     job = Job(
         inputs=tuple(expand_inputs(inputs)),
         output=None if output == STDIN else output,
         column=column or DEFAULT_COLUMN,
-        columns=OutputColumns(id_column, tuple(carried_columns)),
+        columns=OutputColumns(id_column, tuple(carried_columns), result=result),
         on_error=on_error,
         part_rows=PART_ROWS if part_rows is None else part_rows,
         resume=resume,
@@ -190,6 +193,10 @@ def _check_options(job: Job, column: str | None, part_rows: int | None) -> None:
             f"--on-error skip cannot write rejected rows to {job.output_name!r}; pass an output with -o",
         ),
         (
+            job.columns.result != "vectors" and not job.writes_parquet,
+            f"--{job.columns.result} needs a Parquet output: {job.output_name!r}; pass -o vectors/ or vectors.parquet",
+        ),
+        (
             column not in (None, DEFAULT_COLUMN) and not tables,
             f"--column {column!r} applies to {', '.join(TABLE_EXTENSIONS)}, and no input is one of these; omit it",
         ),
@@ -216,20 +223,20 @@ def _check_columns(job: Job) -> None:
     for name in job.inputs:
         if extension(name) not in TABLE_EXTENSIONS:
             check_columns(name, job.columns.extra_columns, text_file_columns(job.column))
-    check_carried_columns(job.columns.carried_columns)
+    check_carried_columns(job.columns.carried_columns, job.columns.result)
 
 
-def check_carried_columns(names: Sequence[str]) -> None:
+def check_carried_columns(names: Sequence[str], result: str = "vectors") -> None:
     """Raise OptionError for a column that the output would have twice, and for a name that is not UTF-8."""
     for name in names:
         if name.encode(errors="replace").decode() != name:
             raise OptionError(f"a column's name is not UTF-8: {name!r}; rename it")
-        if name in RESULT_COLUMNS or names.count(name) > 1:
+        if name in RESULT_COLUMNS[result] or names.count(name) > 1:
             raise OptionError(f"the output would have a column twice: {name!r}; omit it from --carry")
 
 
 def run_job(job: Job, load: Callable[[], Engine], *, show_progress: bool | None = None, **options: Any) -> Totals:
-    """Load the engine and run the job; `options` are those of `Engine.stream`.
+    """Load the engine and run the job; `options` are those of `Engine.stream`, or of the method for `result`.
 
     show_progress: draw a bar; None draws it on a terminal and in a notebook, and logs a line every 30 s elsewhere.
     """
@@ -237,7 +244,7 @@ def run_job(job: Job, load: Callable[[], Engine], *, show_progress: bool | None 
     with _open_output(job, columns) as output:
         engine = load()
         if job.writes_parquet or job.writes_npy:
-            columns.description.update(describe_vectors(engine, options), column=job.column)
+            columns.description.update(describe_vectors(engine, options, columns.result), column=job.column)
         if job.writes_npy and STDIN not in job.inputs:  # where a search finds the texts
             columns.description["inputs"] = [describe_input(name) for name in job.inputs]
         start, resumed = ReadPosition(), 0
@@ -282,19 +289,16 @@ def _embed(
 
     estimated = EstimatedTexts(texts(), progress)
     with periodic_reports(estimated) if show is None else nullcontext(show) as shown:
-        for block in engine.stream(estimated, show_progress=shown, **options):
-            rows = [pending.popleft() for _ in block.vectors]
-            output.write(Block(rows, block.vectors, block.token_counts, block.truncated))
+        for results in stream_results(engine, job.columns.result, estimated, shown, options):
+            block = Block([pending.popleft() for _ in results[1]], *results)
+            (output.write if block.rows else output.write_empty)(block)
             padding.add(block.token_counts)
-            count += len(rows)
+            count += len(block.rows)
             tokens += int(block.token_counts.sum())
             truncated += int(block.truncated.sum())
             if not first_block[1]:
                 first_block = tokens, time.perf_counter()
     assert not pending, len(pending)
-    if count == 0:
-        empty = engine.embed([], show_progress=False, **options)
-        output.write_empty(Block([], empty.vectors, empty.token_counts, empty.truncated))
     ended = time.perf_counter()
     later_tokens = tokens - first_block[0]
     return Totals(

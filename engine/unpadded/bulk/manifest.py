@@ -53,6 +53,7 @@ def describe_run(
         "model_files": _model_files(engine.checkpoint),
         "settings": options | {"ranges": None if ranges is None else np.asarray(ranges).tolist()},
         "layout": {
+            "result": columns.result,
             "part_rows": part_rows,
             "column": column,
             "id_column": columns.id_column,
@@ -65,24 +66,28 @@ def describe_run(
     return as_json
 
 
-def describe_vectors(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
+def describe_vectors(engine: Engine, options: dict[str, Any], result: str = "vectors") -> dict[str, Any]:
     """Return what a search must know to embed a question as the texts were embedded, as JSON values."""
     files = json.dumps(_model_files(engine.checkpoint), sort_keys=True)
     settings = {name: value for name, value in options.items() if name != "ranges"}
-    dimensions = options.get("dimensions") or engine.dimensions
+    if result in ("vectors", "spans"):
+        settings["dimensions"] = options.get("dimensions") or engine.dimensions
     return {
+        "result": result,
         "model": engine.checkpoint.name,
         "model_sha256_of_samples": hashlib.sha256(files.encode()).hexdigest(),
-        "settings": settings | {"dimensions": dimensions},
+        "settings": settings,
         "unpadded": unpadded.__version__,
     }
 
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a fingerprint of each file of a model that determines its vectors."""
-    weights = [*checkpoint.weight_files, *(file for dense in checkpoint.dense for file in dense.weight_files)]
+    heads = [head.dense for head in (checkpoint.sparse, checkpoint.tokens) if head is not None]
+    layers = [layer for dense in (checkpoint.dense, *heads) for layer in dense]
+    weights = [*checkpoint.weight_files, *(file for layer in layers for file in layer.weight_files)]
     small = [path for pattern in SMALL_MODEL_FILES for path in checkpoint.folder.glob(pattern)]
-    return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in [*weights, *small]}
+    return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in dict.fromkeys([*weights, *small])}
 
 
 def check_same_run(previous: dict[str, Any], current: dict[str, Any], display_name: str) -> None:

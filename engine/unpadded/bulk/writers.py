@@ -9,29 +9,25 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from unpadded.bulk.atomic_files import write_error
+from unpadded.bulk.results import arrow_columns
 from unpadded.bulk.rows import RejectedRow, Row
 from unpadded.errors import OptionError
 
-GROUP_ROWS = 4096  # rows per Parquet row group: small groups make files slow to read
+GROUP_ROWS = 4096  # texts per Parquet row group: small groups make files slow to read
+LARGE_GROUP_ROWS = 256  # of spans and token vectors, of which a text has many
 DESCRIPTION_KEY = "unpadded"  # in the metadata of a Parquet schema
-RESULT_COLUMNS = ("id", "embedding", "tokens", "truncated")
 
 
 class Block(NamedTuple):
     """Consecutive rows and their results."""
 
     rows: Sequence[Row]
-    vectors: np.ndarray  # [rows, dimensions]
+    values: Any  # np.ndarray [rows, dimensions] or Ragged
     token_counts: np.ndarray  # [rows]
     truncated: np.ndarray  # [rows]
 
     def slice(self, start: int, stop: int) -> Block:
-        return Block(
-            self.rows[start:stop],
-            self.vectors[start:stop],
-            self.token_counts[start:stop],
-            self.truncated[start:stop],
-        )
+        return Block._make(part[start:stop] for part in self)
 
 
 class Writer(Protocol):
@@ -43,13 +39,14 @@ class Writer(Protocol):
 
 
 class OutputColumns(NamedTuple):
-    """The columns of an output that are copied from the inputs, and the precision of its vectors."""
+    """The columns of an output that are copied from the inputs, and what its results are."""
 
     id_column: str | None = None  # None: the id is the row's number among all inputs
     carried_columns: tuple[str, ...] = ()
     types: tuple[Any, ...] = ()  # Arrow types of `extra_columns`
     precision: str = "float32"
-    description: Any = None  # of the vectors, for a search: a dict that run_job fills when the model is loaded
+    result: str = "vectors"  # a key of RESULT_COLUMNS
+    description: Any = None  # of the results, for a search: a dict that run_job fills when the model is loaded
 
     @property
     def extra_columns(self) -> list[str]:
@@ -66,7 +63,7 @@ class NpyWriter:
         self._rows = 0
 
     def write(self, block: Block) -> None:
-        vectors = np.ascontiguousarray(block.vectors)
+        vectors = np.ascontiguousarray(block.values)
         if not self._header:
             descr = np.lib.format.dtype_to_descr(vectors.dtype)
             self._header = {"descr": descr, "fortran_order": False, "shape": (0, *vectors.shape[1:])}
@@ -103,22 +100,23 @@ class JsonlWriter:
 
 
 class ParquetWriter:
-    """Writes id, embedding (a fixed-size list), tokens, truncated and the carried columns, in equal row groups."""
+    """Writes the columns of the results and the carried ones, in row groups of equally many texts."""
 
     def __init__(self, file: BinaryIO, columns: OutputColumns) -> None:
         self._file = file
         self._columns = columns
+        self._group_rows = LARGE_GROUP_ROWS if columns.result in ("spans", "tokens") else GROUP_ROWS
         self._parquet: Any = None
         self._blocks: list[Block] = []
         self._buffered_rows = 0  # in _blocks
 
     def write(self, block: Block) -> None:
-        while len(block.vectors) >= (missing := GROUP_ROWS - self._buffered_rows):
+        while len(block.token_counts) >= (missing := self._group_rows - self._buffered_rows):
             self._blocks.append(block.slice(0, missing))
             self._write_group()
-            block = block.slice(missing, len(block.vectors))
+            block = block.slice(missing, len(block.token_counts))
         self._blocks.append(block)
-        self._buffered_rows += len(block.vectors)
+        self._buffered_rows += len(block.token_counts)
 
     def finish(self) -> None:
         if self._buffered_rows or self._parquet is None:
@@ -131,7 +129,6 @@ class ParquetWriter:
 
         columns = self._columns
         rows = [row for block in self._blocks for row in block.rows]
-        vectors = np.concatenate([block.vectors for block in self._blocks])
         try:
             extra = [pa.array([row.extra_values[i] for row in rows], kind) for i, kind in enumerate(columns.types)]
         except pa.ArrowException as error:
@@ -139,18 +136,15 @@ class ParquetWriter:
                 f"a column cannot be copied to the output: {columns.extra_columns!r} ({error}); omit it"
             ) from error
         ids = pa.array([row.number for row in rows], pa.int64()) if columns.id_column is None else extra.pop(0)
-        table = pa.table(
-            {
-                "id": ids,
-                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
-                "tokens": pa.array(np.concatenate([block.token_counts for block in self._blocks]), pa.int32()),
-                "truncated": pa.array(np.concatenate([block.truncated for block in self._blocks])),
-                **dict(zip(columns.carried_columns, extra, strict=True)),
-            }
-        )
-        # The Arrow type does not tell packed bits from int8 and uint8.
-        field = table.schema.field("embedding").with_metadata({"precision": columns.precision})
-        schema = table.schema.set(table.schema.names.index("embedding"), field)
+        _, values, counts, truncated = zip(*self._blocks, strict=True)
+        results, sources = arrow_columns(columns.result, values, np.concatenate(counts), np.concatenate(truncated))
+        if sources is not None:
+            ids, *extra = (column.take(pa.array(sources)) for column in (ids, *extra))
+        table = pa.table({"id": ids, **results, **dict(zip(columns.carried_columns, extra, strict=True))})
+        schema = table.schema
+        if "embedding" in results:  # the Arrow type does not tell packed bits from int8 and uint8
+            field = schema.field("embedding").with_metadata({"precision": columns.precision})
+            schema = schema.set(schema.names.index("embedding"), field)
         table = table.cast(schema.with_metadata({DESCRIPTION_KEY: json.dumps(columns.description)}))
         if self._parquet is None:
             # A dictionary for the embedding column would store every vector twice.
@@ -162,7 +156,7 @@ class ParquetWriter:
                 use_dictionary=dictionary,
                 write_page_checksum=True,
             )
-        self._parquet.write_table(table, row_group_size=GROUP_ROWS)
+        self._parquet.write_table(table, row_group_size=max(1, len(table)))
         self._blocks.clear()
         self._buffered_rows = 0
 

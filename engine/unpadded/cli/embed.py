@@ -13,6 +13,14 @@ from unpadded.options import EncodeOptions, LoadOptions, describe
 if TYPE_CHECKING:
     from unpadded.bulk import Totals
 
+# Flags of the results that are not one vector per text -> the options of encoding that they accept, and their own ones
+# with defaults.
+RESULTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "spans": (("task", "prompt", "dimensions", "normalize"), {"span_tokens": 256, "overlap": 0}),
+    "sparse": (("task", "prompt", "truncation"), {"top_k": None}),
+    "tokens": (("prompt", "truncation"), {"kind": "document", "pool_factor": 1.0}),
+}
+
 WORTH_MENTIONING = 1.05  # times the work of padded batches
 
 DESCRIPTION = """\
@@ -23,13 +31,15 @@ folder or a pattern of these, or - for lines on standard input. All formats exce
 .xz, .zst). Several inputs are read in order. Blank lines are not rows, in any format. Text is UTF-8.
 
 OUT is an .npy, .jsonl or .parquet file, or a folder (vectors/) of Parquet parts, which --resume can continue after an
-interruption. Without it, or with -, JSON lines are written to stdout.
+interruption. Without it, or with -, JSON lines are written to stdout. --spans, --sparse and --tokens need
+a Parquet output.
 """
 EPILOG = """\
 examples:
   unpadded embed notes.txt -m nomic-ai/nomic-embed-text-v1.5 -t search_document -o notes.npy
   unpadded embed a.jsonl b.jsonl --column body -m ./model --dimensions 256 -o vectors.parquet
   unpadded embed corpus/ -m ./model --id-column doc --carry title,year --on-error skip -o vectors/ --resume
+  unpadded embed corpus/ -m ./model --spans --span-tokens 200 --carry title -o spans/
   echo "What is a vector?" | unpadded embed - -m ./model -t search_query
 """
 
@@ -76,6 +86,24 @@ def add_command(commands: Commands) -> None:
     )
     add_model_arguments(embed)
     add_flags(embed.add_argument_group("embedding the texts"), describe(EncodeOptions))
+    group = embed.add_argument_group("other results than one vector per text, in Parquet")
+    results = group.add_mutually_exclusive_group()
+    for flag, text in (
+        ("--spans", "one vector per span of a text, computed with the whole text as context, in a row of its own"),
+        ("--sparse", "weights of vocabulary entries (SPLADE, bge-m3)"),
+        ("--tokens", "one vector per token, for late interaction (ColBERT)"),
+    ):
+        results.add_argument(flag, action="store_const", const=flag[2:], dest="result", help=text)
+    for flag, kind, metavar, text in (
+        ("--span-tokens", int, "N", "with --spans: maximum number of tokens of a span (default: 256)"),
+        ("--overlap", int, "N", "with --spans: maximum number of tokens that consecutive spans share (default: 0)"),
+        ("--top-k", int, "N", "with --sparse: keep the N heaviest weights of each text"),
+        ("--pool-factor", float, "X", "with --tokens: keep about one vector in X of a document, means of clusters"),
+    ):
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--kind", choices=["document", "query"], help="with --tokens: what the texts are (default: document)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     from unpadded import bulk
     from unpadded.bulk.formats import STDIN
 
-    options = flag_values(args, describe(EncodeOptions))
+    options = _options(args)
     if args.ranges is not None:
         options["ranges"] = bulk.read_ranges(args.ranges)
     if args.ray is not None:
@@ -100,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         part_rows=args.part_rows,
         resume=args.resume,
         overwrite=args.overwrite,
+        result=args.result or "vectors",
     )
     try:
         totals = bulk.run_job(job, lambda: load(args), show_progress=False if args.quiet else None, **options)
@@ -108,6 +137,29 @@ def run(args: argparse.Namespace) -> None:
             error.add_note("finished parts are kept; run the same command with --resume to continue")
         raise
     say(_summary(totals, job.output_name))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the result. OptionError for a flag that does not apply to it."""
+    options = flag_values(args, describe(EncodeOptions))
+    for result, (_, own) in RESULTS.items():
+        for name in own:
+            if result != args.result and (value := getattr(args, name)) is not None:
+                raise OptionError(f"{_flag(name)} needs --{result}: {value!r}; add it, or omit {_flag(name)}")
+    if args.result is None:
+        return options
+    accepted, own = RESULTS[args.result]
+    for option in describe(EncodeOptions):
+        if option.name not in accepted and (value := options.pop(option.name)) != option.default:
+            raise OptionError(f"{_flag(option.name)} is not supported with --{args.result}: {value!r}; omit it")
+    if args.top_k is not None and args.top_k < 1:
+        raise OptionError(f"--top-k is not positive: {args.top_k}; pass the maximum number of weights per text")
+    given = {name: getattr(args, name) for name in own}
+    return options | {name: own[name] if value is None else value for name, value in given.items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _summary(totals: Totals, output: str) -> str:
@@ -137,6 +189,7 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any]) -> Totals:
         "--overwrite": args.overwrite,
         "--part-rows": args.part_rows is not None,
         "--on-error skip": args.on_error == "skip",
+        f"--{args.result}": args.result is not None,
     }
     for flag, is_set in single_machine_flags.items():
         if is_set:

@@ -144,6 +144,8 @@ def _description(file: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or not found.keys() >= FIELDS:
         raise InputError(f"the vectors do not say which model made them: {file!r}; embed the texts again")
+    if (result := found.get("result", "vectors")) != "vectors":
+        raise InputError(f"a search needs one vector per text: {file!r} has {result}; embed without --{result}")
     return found
 
 

@@ -186,16 +186,17 @@ class EmbeddingPipeline:
         return lambda: next(self._blocks_of(iter([window]), plan, lambda texts, tokens: None))
 
     def rows(
-        self, texts: Iterable[Text], plan: Plan, advance: Advance, reduce: Callable[[np.ndarray], Any] | None = None
-    ) -> Iterator[tuple[Window, list[Any]]]:
-        """Yield one window of texts after another, and reduce(rows) of each sequence: [rows, dimensions] fp32.
+        self, texts: Iterable[Text], plan: Plan, advance: Advance, window_tokens: float = math.inf
+    ) -> Iterator[tuple[Window, Rows]]:
+        """Yield one window of texts after another, and the rows of each sequence: [rows, dimensions] fp32.
 
         The next window is tokenized while the device computes.
         """
         found: dict[int, Any] = {}
-        for window, batch, rows, last in self._batches(self.reader.windows_ahead(texts, plan, math.inf), plan, advance):
+        windows = self.reader.windows_ahead(texts, plan, window_tokens)
+        for window, batch, rows, last in self._batches(windows, plan, advance):
             parts = split(rows, [window.sequences[i] for i in batch], plan.vector_options)
-            found |= zip(batch, map(reduce, parts) if reduce else parts, strict=True)
+            found |= zip(batch, parts, strict=True)
             if last:
                 yield window, [found[i] for i in range(len(found))]
                 found = {}
@@ -205,17 +206,16 @@ class EmbeddingPipeline:
         windows = self.rows(texts, self.states_plan(plan), advance)
         return [rows[i] for window, rows in windows for i in window.first_sequences]
 
-    def token_vectors(self, texts: Iterable[Text], advance: Advance, **options: Unpack[TokenKeywords]) -> TokenVectors:
-        """Return the token vectors of each text."""
-        plan, reduce = make_token_plan(self.checkpoint, self.tokenizer, **options)
-        return self._collect_tokens(self.rows(texts, plan, advance), plan, reduce)
+    def token_plan(self, **options: Unpack[TokenKeywords]) -> tuple[Plan, Callable[[Any, np.ndarray], np.ndarray]]:
+        """Check options against the model; return the plan and the function that `collect_tokens` takes."""
+        return make_token_plan(self.checkpoint, self.tokenizer, **options)
 
     def all(self, texts: Iterable[Text], advance: Advance) -> tuple[Embeddings, Sparse, TokenVectors]:
         """Return the vector, the sparse weights and the token vectors of each text, from one head (see `loading`)."""
         checkpoint = self.checkpoint
         if not checkpoint.has_all or checkpoint.tokens is None:
             raise OptionError(f"{checkpoint.name} does not give all results in one pass; call encode and the others")
-        hidden, token_plan = checkpoint.spec.hidden, make_token_plan(checkpoint, self.tokenizer)
+        hidden, token_plan = checkpoint.spec.hidden, self.token_plan()
         done: list[list[tuple[Window, Any]]] = [[], [], []]
         plans = self.plan(), self.sparse_plan(None, None, "right")
         options = replace(token_plan[0].vector_options, dimensions=hidden + 1 + checkpoint.tokens.dimensions)
@@ -226,12 +226,13 @@ class EmbeddingPipeline:
             done[1].append((window, [row[:, hidden : hidden + 1].clip(0) for row in rows]))
             vectors = (torch.from_numpy(row[:, hidden + 1 :]) for row in rows)
             done[2].append((window, [matryoshka(one, False, one.shape[1], True).numpy() for one in vectors]))
-        tokens = self._collect_tokens(done[2], *token_plan)
+        tokens = self.collect_tokens(done[2], *token_plan)
         return self.collect(done[0], plans[0]), self.sparse(done[1], plans[1]), tokens
 
-    def _collect_tokens(
+    def collect_tokens(
         self, done: Iterable[tuple[Window, Rows]], plan: Plan, reduce: Callable[[Any, np.ndarray], np.ndarray]
     ) -> TokenVectors:
+        """Return the token vectors of windows and their rows."""
         empty = np.zeros((0, plan.vector_options.dimensions), np.float32)
         vectors, counts, truncated = [empty], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
         for window, rows in done:

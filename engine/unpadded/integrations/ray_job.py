@@ -20,8 +20,9 @@ from unpadded.bulk.dataset_output import PART_ROWS
 from unpadded.bulk.file_output import OUTPUT_EXTENSIONS, output_extension
 from unpadded.bulk.formats import STDIN, TABLE_EXTENSIONS, extension
 from unpadded.bulk.job import Totals, check_carried_columns
+from unpadded.bulk.results import RESULT_COLUMNS
 from unpadded.bulk.rows import DEFAULT_COLUMN
-from unpadded.bulk.writers import GROUP_ROWS, RESULT_COLUMNS
+from unpadded.bulk.writers import GROUP_ROWS
 from unpadded.errors import InputError, OptionError, OutputError, UnpaddedError
 from unpadded.integrations.ray_data import embed
 
@@ -59,7 +60,7 @@ def run_on_ray(
 
     def arrange(table: pa.Table) -> pa.Table:
         """Select and name the columns as a dataset has them."""
-        names = list(RESULT_COLUMNS)
+        names = list(RESULT_COLUMNS["vectors"])
         return table.select([id_column, *names[1:], *carried]).rename_columns([*names, *carried])
 
     def run() -> tuple[int, int, int]:
