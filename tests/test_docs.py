@@ -23,6 +23,7 @@ from support.checkpoints import (
     TOKENIZER_FILES,
     add_sentence_transformers_files,
     change_json,
+    write_bert_mlm,
     write_bert_reranker,
     write_nomic,
 )
@@ -70,6 +71,7 @@ def write_hub(folder: Path) -> None:
     stars = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
     write_bert_reranker(snapshot("nlptown/bert-base-multilingual-uncased-sentiment"), labels=stars)
     snapshot("nomic-ai/nomic-embed-text-v1-unsupervised").symlink_to(nomic)
+    write_bert_mlm(snapshot("naver/splade-v3"))
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,14 @@ def test_example_rerank(site: Site, tmp_path: Path) -> None:
         site, tmp_path, "rerank.py", "cross-encoder/ms-marco-MiniLM-L6-v2", "a.txt", "What is a tide?"
     )
     found = re.findall(r"^(\d\.\d{3})  (.*)$", printed, re.MULTILINE)
+    assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
+
+
+def test_example_sparse(site: Site, tmp_path: Path) -> None:
+    texts = ["The sea rises and falls twice a day.", "Bread is made of flour.", "A piston moves up and down."]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    printed = run_example(site, tmp_path, "sparse.py", "naver/splade-v3", "a.txt", "What is a tide?")
+    found = re.findall(r"^(\d+\.\d{3})  (.*)  \(.+\)$", printed, re.MULTILINE)
     assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
 
 
