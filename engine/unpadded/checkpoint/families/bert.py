@@ -1,6 +1,6 @@
 """BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1).
 
-XLM-RoBERTa and RoBERTa, a family of their own, differ in positions: bge-m3 (dense, sparse), multilingual-e5, arctic-embed-l-v2.
+XLM-RoBERTa and RoBERTa, a family of their own, differ in positions: bge-m3, multilingual-e5, arctic-embed-l-v2.
 """
 
 from collections.abc import Mapping
