@@ -50,5 +50,5 @@ CHECKPOINTS = {
     "mpnet": "all-mpnet-base-v2, multi-qa-mpnet-base, paraphrase-mpnet-base-v2",
     "nomic_bert": "nomic-embed-text-v1 and v1.5, nomic-bert-2048, CodeRankEmbed, snowflake-arctic-embed-m-long",
     "nomic_bert with experts": "nomic-embed-text-v2-moe",
-    "xlm_roberta": "bge-m3 (dense), multilingual-e5, snowflake-arctic-embed-l-v2.0, bge-reranker",
+    "xlm_roberta": "bge-m3 (dense, sparse), multilingual-e5, snowflake-arctic-embed-l-v2.0, bge-reranker",
 }

@@ -313,6 +313,19 @@ def test_token_vectors_are_compared_on_documents_of_20_to_300_tokens(tmp_path):
     assert 14 <= counts.min() <= 30 and 290 <= counts.max() <= 300 and 140 <= counts.mean() <= 180
 
 
+def test_sparse_weights_are_compared_on_texts_of_20_to_300_tokens(tmp_path):
+    head, device = heads.HEADS["sparse"], torch.device("cpu")
+    head.models["cuda"]["splade-v3"](tmp_path, True)
+    own, peer = heads.measure(head, tmp_path, device, "float32", 1e15, SimpleNamespace(inputs=4, rounds=1, seconds=1.0))
+    assert own["relative_error"] <= own["maximum_error"] == 1e-5 and peer["relative_error"] == 0
+    assert own["speedup"] > 0 and own["inputs"] == 4 and own["unit"] == "texts"
+    engine = unpadded.load(tmp_path, device="cpu")
+    texts = head.inputs(TextSampler(engine), np.random.default_rng(0), 200)
+    counts = head.token_counts(engine, texts)
+    assert 20 <= counts.min() <= 30 and 290 <= counts.max() <= 300
+    assert 10 <= np.diff(engine.encode_sparse(texts[:8]).indptr).mean() <= 1000
+
+
 class Stub(BaseHTTPRequestHandler):
     """A server that returns vector i for text "i", a wrong vector for "7", and 429 for every third request."""
 

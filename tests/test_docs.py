@@ -23,6 +23,7 @@ from support.checkpoints import (
     TOKENIZER_FILES,
     add_sentence_transformers_files,
     change_json,
+    write_bert_mlm,
     write_bert_reranker,
     write_colbert,
     write_nomic,
@@ -74,6 +75,7 @@ def write_hub(folder: Path) -> None:
     write_bert_reranker(snapshot("nlptown/bert-base-multilingual-uncased-sentiment"), labels=stars)
     write_colbert(snapshot("colbert-ir/colbertv2.0"), dimensions=128, metadata={"doc_maxlen": 180})
     snapshot("nomic-ai/nomic-embed-text-v1-unsupervised").symlink_to(nomic)
+    write_bert_mlm(snapshot("naver/splade-v3"))
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,14 @@ def test_example_late_chunking(site: Site, tmp_path: Path) -> None:
     found = re.findall(r"^-?\d\.\d{3}  ([ab])\.md, from character (\d+): (.*)$", printed, re.MULTILINE)
     assert len(found) == 3 and {start for _, start, _ in found} > {"0"}
     assert all(documents[name][int(start) :].startswith(passage) for name, start, passage in found)
+
+
+def test_example_sparse(site: Site, tmp_path: Path) -> None:
+    texts = ["The sea rises and falls twice a day.", "Bread is made of flour.", "A piston moves up and down."]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    printed = run_example(site, tmp_path, "sparse.py", "naver/splade-v3", "a.txt", "What is a tide?")
+    found = re.findall(r"^(\d+\.\d{3})  (.*)  \(.+\)$", printed, re.MULTILINE)
+    assert sorted(text for _, text in found) == sorted(texts) and found == sorted(found, key=lambda one: -float(one[0]))
 
 
 def test_example_duckdb(site: Site, tmp_path: Path) -> None:

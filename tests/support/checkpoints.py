@@ -147,6 +147,21 @@ def write_bert(
     )
 
 
+def write_bert_mlm(folder: Path, *, seed: int = 0, **shape: int) -> Path:
+    """Write a BertForMaskedLM, whose logits are mostly below zero, as SPLADE's."""
+    write_bert(folder, prefix="bert.", seed=seed, **shape)
+    tensors = load_file(folder / "model.safetensors")
+    vocabulary, width = tensors["bert.embeddings.word_embeddings.weight"].shape
+    random, head = RandomWeights(width, seed + 1), "cls.predictions"
+    tensors |= random.linear(f"{head}.transform.dense", width, width) | random.norm(f"{head}.transform.LayerNorm")
+    tensors[f"{head}.bias"] = torch.full(
+        (vocabulary,), -4 * tensors["bert.embeddings.word_embeddings.weight"].std().item() * width**0.5
+    )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_json(folder / "config.json", architectures=["BertForMaskedLM"])
+    return folder
+
+
 def write_bert_reranker(
     folder: Path,
     *,

@@ -1,6 +1,6 @@
 """BERT with absolute positions: all-MiniLM, bge, e5, gte (v1), arctic-embed (v1); and families that resemble it.
 
-XLM-RoBERTa and RoBERTa differ in positions: bge-m3 (dense), multilingual-e5, arctic-embed-l-v2. MPNet also has a bias
+XLM-RoBERTa and RoBERTa differ in positions: bge-m3, multilingual-e5, arctic-embed-l-v2. MPNet also has a bias
 by distance in attention: all-mpnet-base-v2, multi-qa-mpnet, paraphrase-mpnet. DistilBERT has other names and no token
 types: msmarco-distilbert, multi-qa-distilbert.
 """
