@@ -99,8 +99,7 @@ def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: sli
 def _softmax(scores: Tensor) -> Tensor:
     """Return the softmax over the last dimension: of long rows in bf16 by oneDNN.
 
-    torch's takes 0.5 to 0.9 ns per score, oneDNN's 0.35 with the copies around it (EPYC, one core, 2026-11). In shorter
-    rows the kernels that oneDNN makes for each shape take longer than that saves.
+    oneDNN's is faster, but the kernels that it makes for each shape cost more than that in shorter rows.
     """
     if scores.dtype == torch.bfloat16 and scores.shape[-1] >= _ONEDNN_SOFTMAX and onednn_supports(scores.dtype):
         return torch.softmax(scores.to_mkldnn(), -1).to_dense()

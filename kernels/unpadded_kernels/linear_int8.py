@@ -5,9 +5,8 @@
     y[i, j]   = x_scale[i] * weight_scale[j] * sum(q[i] * p[j]) + middle[i] * sum(weight[j]) + bias[j]
 
 The sums are exact in int32, so a row's bits do not depend on the number of rows. An offset per row keeps the precision
-of rows that are not centered, such as those after a GELU or with an outlier: of all-MiniLM-L6-v2's ten nearest
-paragraphs 0.956 stay the same as in fp32, without it 0.934 (2026-11). Bound by arithmetic: VNNI and AMX compute twice
-the flops of bf16.
+of rows that are not centered, such as those after a GELU or with an outlier (bench/NOTES.md). Bound by arithmetic: VNNI
+and AMX compute twice the flops of bf16.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """Threads that compute the parts of a batch on a CPU, each on one core.
 
-Cores that share every operation wait for each other at its end. While another process keeps one of two cores busy, a
-core for each part gives 2 to 3 times the tokens per second, and up to 1.1 times on an idle machine (EPYC, 2026-11). On
-many cores the threads would wait for Python's global lock instead, so each part must have more tokens.
+Cores that share every operation wait for each other at its end, above all on a busy machine (bench/NOTES.md). On many
+cores the threads would wait for Python's global lock instead, so each part must have more tokens.
 """
 
 import os

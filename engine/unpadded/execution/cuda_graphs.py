@@ -2,8 +2,7 @@
 
 A graph is captured once per bucket of tokens and texts and replayed on new contents: all tensors of a batch are views
 of one buffer, which each replay overwrites. A batch is padded to its bucket with tokens that belong to no text and with
-texts that have no tokens. The hidden states of the former are computed and never read; the programs that attention and
-pooling start for the latter return at once, and the buckets of few texts save a single query most of them.
+texts that have no tokens. The hidden states of the former are never read, and programs for the latter return at once.
 """
 
 import threading

@@ -1,7 +1,6 @@
 """The largest batch that fits a device's memory: the peak activation bytes per token, and the free bytes.
 
-A layer needs most memory in the MLP, between its two linear layers, or in attention, if a library takes q, k and v as
-separate tensors:
+A layer needs most memory in the MLP, or in attention, if a library takes q, k and v as separate tensors:
 
     held  = attended, its projection, x, residual; with pre-norm also the x and the residual of the previous block
     bytes = itemsize * max(held + up_rows + intermediate, x + qkv + its copy + attended + its copy) + rotary tables

@@ -1,7 +1,6 @@
 """One device's process: reads texts or batches from stdin and writes vectors to stdout, as pickled messages.
 
-`worker_pool` starts it. It exits when it receives None, and when the parent exits; it ignores the signals that stop the
-parent.
+It exits when it receives None and when its parent exits, and ignores the signals that stop the parent.
 """
 
 import contextlib

@@ -3,8 +3,7 @@
 >>> from unpadded.integrations.sentence_transformers import CrossEncoder
 >>> CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2").predict([("What is TSNE?", "A method to visualize data.")])
 
-The classes take the same arguments and return the same results; `batch_size` and `trust_remote_code` are ignored. See
-`engine_inference` for what runs where.
+The classes take the same arguments and return the same results, see `engine_inference`; `batch_size` is ignored.
 
 Written for sentence-transformers >= 6.2, < 7, because it overrides `_inference` and `_load_modules`, private there.
 """

@@ -1,9 +1,7 @@
 """LoRA: the weights for one task, W + scale * B A.
 
-The first task allocates a second copy of the weights that LoRA changes, and every change of task recomputes it from W:
-a batch of a task costs as much as one without LoRA, and memory does not grow with the number of tasks. A change is one
-pass over the weights, so calls that alternate between tasks pay for it. The copy never moves, so captured CUDA graphs
-remain valid.
+The first task allocates a copy of the weights that LoRA changes, and every change of task recomputes it in one pass.
+Memory does not grow with the number of tasks. The copy never moves, so captured CUDA graphs remain valid.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Tokenize only as much of a long text as its kept tokens need.
 
-A slice at the start or the end of the text is tokenized, and only its stable tokens are used: those which the rest of
-the text cannot change. A cut changes the word that it falls into; it can also split an added token such as "[SEP]" into
-as many words as that has characters. If too few tokens are stable, the slice is doubled, up to the whole text.
+A slice at the start or the end of the text is tokenized, and only tokens which the rest of the text cannot change are
+used. A cut changes the word that it falls into; it can also split an added token such as "[SEP]" into as many words as
+that has characters. If too few tokens are stable, the slice is doubled, up to the whole text.
 
 This holds for normalizers and pre-tokenizers for which a word depends on adjacent characters only (`LOCAL`). With any
 other one, the whole text is tokenized.

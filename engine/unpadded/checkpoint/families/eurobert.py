@@ -1,7 +1,6 @@
 """EuroBERT: EuroBERT-210m, -610m, -2.1B and models trained from them. Pre-norm with RMSNorm, grouped-query attention.
 
-Loading the weights copies each shared key and value head once per query head, so that every kernel sees as many keys as
-queries. With three query heads per key the qkv linear then has 1.8 times the rows it needs, a tenth of a layer's work.
+Loading copies each shared key and value head once per query head, so that kernels see as many keys as queries.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """NomicBERT: nomic-embed-text v1, v1.5 and v2-moe, nomic-bert-2048, CodeRankEmbed, arctic-embed-m-long.
 
-Checkpoints use the keys and tensor names of the published code ("legacy"), those of transformers 5, or both; where both
-are present, they must agree. In a configuration with a legacy key, an absent key has the default of the published
-configuration class; without any legacy key, that of transformers' NomicBertConfig.
+Checkpoints use the keys and tensor names of the published code ("legacy"), those of transformers 5, or both, which must
+then agree. With a legacy key, an absent key has the default of the published configuration class, else that of
+transformers' NomicBertConfig.
 """
 
 from collections.abc import Mapping
