@@ -67,6 +67,9 @@ def test_the_published_configuration():
     assert (spec.layers, spec.hidden, spec.heads, spec.head_dim, spec.intermediate) == (6, 768, 12, 64, 3072)
     assert (spec.vocabulary, spec.token_types, spec.position_rows, spec.rotary) == (30522, 0, 512, None)
     assert (spec.activation, spec.norm_eps) == ("gelu", 1e-12)
+    assert bert.read_distilbert_config(DISTILBERT_BASE | {"activation": "gelu_new"}).activation == "gelu_tanh"
+    # transformers' model reads neither of these keys
+    assert bert.read_distilbert_config(DISTILBERT_BASE | {"hidden_act": "relu", "layer_norm_eps": 1e-5}) == spec
     renamed = {bert.DISTIL_SIZES.get(key, key): value for key, value in DISTILBERT_BASE.items()}
     assert bert.read_distilbert_config(renamed) == spec  # transformers reads these keys, too
 
