@@ -83,8 +83,7 @@ def describe_vectors(engine: Engine, options: dict[str, Any], result: str = "vec
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a fingerprint of each file of a model that determines its vectors."""
-    heads = [head.dense for head in (checkpoint.sparse, checkpoint.tokens) if head is not None]
-    layers = [layer for dense in (checkpoint.dense, *heads) for layer in dense]
+    layers = [layer for part in (checkpoint, checkpoint.sparse, checkpoint.tokens) if part for layer in part.dense]
     weights = [*checkpoint.weight_files, *(file for layer in layers for file in layer.weight_files)]
     small = [path for pattern in SMALL_MODEL_FILES for path in checkpoint.folder.glob(pattern)]
     return {os.path.relpath(path, checkpoint.folder): _fingerprint(path) for path in dict.fromkeys([*weights, *small])}

@@ -46,7 +46,7 @@ def stream_results(
 
     options: those of `Engine.stream`, `encode_spans`, `encode_sparse` or `encode_tokens`. show: as in `stream`.
     """
-    pipeline, rest, found = engine._pipeline, dict(options), False
+    found = False
     if kind == "vectors":
         for block in engine.stream(texts, show_progress=show, **options):
             found = True
@@ -55,6 +55,7 @@ def stream_results(
             empty = engine.embed([], show_progress=False, **options)
             yield empty.vectors, empty.token_counts, empty.truncated
         return
+    pipeline, rest = engine._pipeline, dict(options)
     if kind == "spans":
         plan = pipeline.span_plan((rest.pop("span_tokens"), rest.pop("overlap")), **rest)
     elif kind == "sparse":
