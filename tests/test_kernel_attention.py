@@ -1,6 +1,7 @@
 """Variable-length attention: the Triton kernel, through pointers and descriptors, against the reference."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_tokens_that_are_no_keys_do_not_matter_to_others(kernel):
     assert torch.equal(clean[:33], alone)
     qkv[33:] = float("nan")
     assert torch.equal(attention_triton(qkv, *rest, None, None, None, None, key_lengths([33]))[:33], clean[:33])
+
+
+def test_the_kernel_in_gluon_computes_full_attention_only(monkeypatch):
+    hopper = pytest.importorskip("unpadded_kernels.hopper.attention")
+    calls = []
+    monkeypatch.setattr(hopper, "attention_hopper", lambda *arguments: calls.append(arguments))
+    module = sys.modules["unpadded_kernels.attention"]
+    for name, value in (("generation", 90), ("chosen", "hopper"), ("is_supported", True)):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    arguments = *inputs([40], 2, 32, torch.float16), None, None, None
+    assert attention_triton(*arguments) is None and len(calls) == 1
+    keys = key_lengths([7])
+    assert_matches(attention_triton(*arguments, keys), expected(*arguments, keys))
 
 
 def test_a_tile_map_with_keys(kernel):

@@ -164,6 +164,17 @@ def test_cuda(models: dict[str, Path], loaded: Callable[[str], unpadded.Engine],
     assert {key[2] for key in engine._pipeline.runner.graphs.by_key} == {False, True}
 
 
+def test_graphs_of_other_numbers_of_texts_on_cuda(models: dict[str, Path], cuda: str) -> None:
+    """One query of four tokens, of which one is appended, and two of them are padded to the same size."""
+    engines = [
+        unpadded.load(models["stanford"], device=device, dtype="float32", max_length=4) for device in (cuda, "cpu")
+    ]
+    for texts in (["", "a"], [""], ["", "a"]):
+        found, wanted = (engine.encode_tokens(texts, kind="query") for engine in engines)
+        assert_close(found, wanted)
+    assert len(engines[0]._pipeline.runner.graphs.by_key) == 1
+
+
 def test_windows_without_a_key_on_cuda(models: dict[str, Path], loaded: Any, cuda: str) -> None:
     engine = unpadded.load(models["modernbert"], device=cuda, dtype="float32")
     assert_close(engine.encode_tokens("a", kind="query"), loaded("modernbert").encode_tokens("a", kind="query"))

@@ -112,7 +112,12 @@ def write_late_interaction(root: Path) -> dict[str, Path]:
         "stanford, attended": write_stanford(root / "stanford-2", attend_to_mask_tokens=True, mask_punctuation=False),
         "pylate": write_pylate(root / "pylate", bert(), skiplist_words=["of", "the", "not-in-the-vocabulary"]),
         "pylate, attended": write_pylate(
-            root / "pylate-2", bert(), dense=(24, DIMENSIONS), attend_to_expansion_tokens=True, model_type=...
+            root / "pylate-2",
+            bert(),
+            dense=(24, DIMENSIONS),
+            attend_to_expansion_tokens=True,
+            model_type=...,
+            prompts={"query": "[Q] ask: "},
         ),
         "pylate, not expanded": write_pylate(root / "pylate-3", bert(), do_query_expansion=False),
         "modernbert": write_pylate(root / "modernbert", modernbert(), query_length=30),

@@ -61,21 +61,17 @@ class TokenHead:
 
 
 def read_token_head(
-    modules: Modules,
-    config: Config,
-    spec: EncoderSpec,
-    weight_files: tuple[Path, ...],
-    max_length: int,
-    requested: int | None,
+    modules: Modules, config: Config, spec: EncoderSpec, files: tuple[Path, ...], max_length: int, requested: int | None
 ) -> TokenHead | None:
     """Return the head of a late-interaction model or of bge-m3; None without one.
 
-    max_length: tokens of a text if no file states another number for its kind; requested: those that a caller wants.
+    files: the encoder's weights. max_length: tokens per text if no file states another number for its kind; requested:
+    the number that a caller wants.
     """
     folder, dense, settings = modules.transformer, modules.token_dense, modules.model_config
     bge_file = folder / f"{BGE_LINEAR}.safetensors"
     if dense is None and "HF_ColBERT" in str(config.get("architectures")):
-        dense = (read_linear(weight_files, "linear"),)
+        dense = (read_linear(files, "linear"),)
         settings = _stanford_settings(folder / "artifact.metadata", dense[0].shape[0])
     elif dense is None and bge_file.exists():
         dense, settings = (read_linear((bge_file,)),), {}
