@@ -484,7 +484,7 @@ def test_cors_allows_the_configured_origin_only(nomic_server):
 
 
 def test_concurrent_clients_get_exactly_their_own_vectors(server, engine):
-    calls = [PARAGRAPHS[start : start + size] for start, size in zip(range(0, 128, 2), [1, 1, 2, 5] * 16, strict=True)]
+    calls = [PARAGRAPHS[start : start + size] for start, size in zip(range(0, 64, 2), [1, 1, 2, 5] * 8, strict=True)]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda texts: server.post("/embed", {"inputs": texts}), calls))
     for texts, answer in zip(calls, answers, strict=True):

@@ -16,7 +16,7 @@ from support.serving import HANG_SECONDS, serving, wait_until
 import unpadded
 
 TICKS = os.sysconf("SC_CLK_TCK")
-PAUSE = 0.05  # seconds between a client's requests, which leave a worker time to start
+PAUSE = 0.5  # seconds between a client's requests while a worker restarts, to leave it the cores
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def start_clients(server, expected, stop):
-    """Send requests from six threads until `stop` is set, and check every response.
+def start_clients(server, expected, stop, killed):
+    """Send requests from six threads until `stop` is set, fewer once `killed` is set, and check every response.
 
     Returns one future per thread, of its number of responses.
     """
@@ -59,7 +59,7 @@ def start_clients(server, expected, stop):
             assert status == 200, body
             assert np.array_equal(np.array(json.loads(body), np.float32), expected[start : start + size])
             responses += 1
-            stop.wait(PAUSE)
+            stop.wait(PAUSE if killed.is_set() else 0)
         return responses
 
     pool = ThreadPoolExecutor(6)
@@ -80,10 +80,11 @@ def test_one_request_runs_on_both_devices(server, expected):
 
 
 def test_no_request_is_lost_when_one_worker_is_killed(server, expected):
-    stop = threading.Event()
-    clients = start_clients(server, expected, stop)
+    stop, killed = threading.Event(), threading.Event()
+    clients = start_clients(server, expected, stop, killed)
     wait_until(lambda: server.metric("unpadded_active_requests") > 1)  # that of /metrics is one
     os.kill(worker_pids(server)[0], signal.SIGKILL)
+    killed.set()
     wait_until(lambda: server.metric("unpadded_devices") == 1)
     assert server.request("GET", "/health")[0] == 200
     wait_until(lambda: server.metric("unpadded_devices") == 2)
@@ -95,11 +96,12 @@ def test_no_request_is_lost_when_one_worker_is_killed(server, expected):
 
 @pytest.mark.slow
 def test_requests_wait_while_all_workers_restart(server, expected):
-    stop = threading.Event()
-    clients = start_clients(server, expected, stop)
+    stop, killed = threading.Event(), threading.Event()
+    clients = start_clients(server, expected, stop, killed)
     wait_until(lambda: server.metric("unpadded_active_requests") > 1)  # that of /metrics is one
     for pid in worker_pids(server):
         os.kill(pid, signal.SIGKILL)
+    killed.set()
     wait_until(lambda: server.request("GET", "/health")[0] == 503)
     wait_until(lambda: server.metric("unpadded_devices") == 2)
     stop.set()
