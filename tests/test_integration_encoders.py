@@ -1,4 +1,4 @@
-"""sentence-transformers' SparseEncoder and MultiVectorEncoder with a packed forward pass, beside the originals."""
+"""sentence-transformers' SparseEncoder and MultiVectorEncoder with a packed forward pass, compared with the originals."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from support.sparse import draw_texts, write_models
 from unpadded.integrations.sentence_transformers import MultiVectorEncoder, SparseEncoder
 
 TEXTS = ["The sea rises, twice a day.", "Bread!", "", "A piston moves up and down in its cylinder. " * 8]
-Models = Callable[[str], tuple[Any, Any]]  # ours and the original
+Models = Callable[[str], tuple[Any, Any]]  # that of this project and the original
 
 
 @pytest.fixture(scope="module")

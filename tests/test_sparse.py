@@ -159,7 +159,7 @@ def test_the_result(engine: unpadded.Engine, monkeypatch: pytest.MonkeyPatch) ->
     assert weights == sorted(weights, reverse=True) and set(weights) == set(parts(found, 0)[1].tolist())
     ids = [engine.tokenizer.backend.token_to_id(token) for token, _ in tokens]
     assert sorted(ids) == parts(found, 0)[0].tolist()
-    assert tokens(-1) == found.tokens(2) != found.tokens(1)
+    assert found.tokens(-1) == found.tokens(2) != found.tokens(1)
     with pytest.raises(IndexError):
         found.tokens(3)
     again = pickle.loads(pickle.dumps(found))

@@ -42,7 +42,7 @@ class EngineInference(BaseModel):
 
     head: ClassVar[str]  # field of a Checkpoint, None for one without the head
     results: ClassVar[str]  # of the head, in errors
-    keywords: ClassVar[frozenset[str]]  # of `_inference` that `_run` honors, besides KEYWORDS
+    keywords: ClassVar[frozenset[str]]  # of `_inference` that `_run` honors, in addition to KEYWORDS
     _run: Callable[[Engine, list[Any], dict[str, Any], torch.device, dict[str, Any]], Any]
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
