@@ -1,4 +1,4 @@
-"""sentence-transformers' SparseEncoder and MultiVectorEncoder with a packed forward pass, compared with the originals."""
+"""sentence-transformers' SparseEncoder and MultiVectorEncoder with a packed forward pass, and the originals."""
 
 import copy
 import pickle

@@ -28,6 +28,7 @@ from support.checkpoints import (
 )
 from support.corpus import PARAGRAPHS
 from support.serving import HANG_SECONDS, serving, wait_until
+from support.sparse import write_models
 
 import unpadded
 
@@ -162,9 +163,10 @@ def test_fuzzed_requests_never_break_the_server(tmp_path, request):
     count = request.config.getoption("fuzz")
     folder = write_bert_reranker(tmp_path / "model", prompts={"search_document": "", "clustering": ""})
     expected = unpadded.load(folder, device="cpu").encode(CANARY, prompt="", normalize=True)
+    sparse = write_models(tmp_path / "sparse")["bert"]
     measured = count >= MIN_REQUESTS_FOR_MEMORY
     process = {"fork": False, "env": SMALL_CACHES} if measured else {}
-    with serving(folder, "--max-body", "400000", "--max-inputs", "64", **process) as server:
+    with serving([folder, sparse], "--max-body", "400000", "--max-inputs", "64", **process) as server:
         document = json.loads(server.request("GET", "/openapi.json")[2])
         operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
         assert {operation.path for operation in operations if operation.method == "post"} == VALID.keys()
