@@ -111,7 +111,7 @@ def test_an_adapter_is_rejected_and_left_to_the_original(
 ) -> None:
     """Also one without its base model's files in the folder."""
     loaded: list[str] = []
-    monkeypatch.setattr(sentence_transformers.models.Transformer, "load", lambda name, **_: loaded.append(name))
+    monkeypatch.setattr(Transformer.__base__, "load", lambda name, **_: loaded.append(name))
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "owner/name"})
     for complete in (True, False):
         if not complete:
