@@ -116,7 +116,7 @@ def test_an_adapter_is_rejected_and_left_to_the_original(
     for complete in (True, False):
         if not complete:
             (folder / "config.json").unlink()
-        with pytest.raises(ConfigError, match=r"adapters .*adapter_config\.json; merge .* with peft's merge_and"):
+        with pytest.raises(ConfigError, match=r"PEFT adapters .*adapter_config\.json; call PEFT's merge_and_unload"):
             open_checkpoint(folder)
     Transformer.load(str(folder), token=None, cache_folder=None, revision=None, local_files_only=True)
     assert loaded == [str(folder)] and "runs as sentence-transformers loads it" in caplog.text

@@ -261,6 +261,8 @@ def test_left_truncation_keeps_the_prompt(tmp_path):
 
 def test_matryoshka_is_layer_norm_cut_l2(nomic):
     full = nomic.encode(["x y z"], task="clustering").astype(np.float64)
+    (hidden,) = nomic.token_embeddings(["x y z"], task="clustering")
+    np.testing.assert_allclose(full[0], hidden.mean(0), atol=1e-5)
     assert abs(np.linalg.norm(full) - 1) > 0.01  # v1.5 has no Normalize module
     normed = (full - full.mean()) / np.sqrt(full.var() + 1e-5)
     cut = nomic.encode(["x y z"], task="clustering", dimensions=64)

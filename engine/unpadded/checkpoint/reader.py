@@ -91,11 +91,8 @@ def open_checkpoint(
     root, name = _locate(model, revision)
     modules = read_modules(root)
     folder = modules.transformer
-    if os.path.lexists(adapter := folder / "adapter_config.json"):
-        raise ConfigError(
-            f"adapters in files are not supported: {adapter}; merge this one with peft's merge_and_unload and save the "
-            "model"
-        )
+    if os.path.lexists(path := folder / "adapter_config.json"):
+        raise ConfigError(f"PEFT adapters are not supported: {path}; call PEFT's merge_and_unload and save the model")
     config = read_object(folder / "config.json")
     allow_only(config, {"quantization_config": None})
     weight_files = _weight_files(folder)

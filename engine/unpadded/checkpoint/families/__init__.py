@@ -27,10 +27,7 @@ def find_family(config: Mapping[str, Any], names: Collection[str]) -> Family:
     """Return the family of a model, from config.json and the stored tensors' names; ConfigError if none fits."""
     model_type = config.get("model_type")
     if model_type == "jina_embeddings_v3":
-        raise ConfigError(
-            f"model_type = {model_type!r}, with one adapter folder per task, is not supported; use "
-            "jinaai/jina-embeddings-v3"
-        )
+        raise ConfigError(f"model_type = {model_type!r} is not supported; use jinaai/jina-embeddings-v3")
     norm = "attention.self.layer_norm_q.weight"
     if "jina-bert-v2-qk-post-norm" in str(config.get("auto_map")) or any(name.endswith(norm) for name in names):
         raise ConfigError(
