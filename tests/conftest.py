@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -175,3 +175,15 @@ def checkpoint(pytestconfig: pytest.Config) -> Callable[[str], Path]:
         return folder or pytest.skip(f"{name} is not in {root or 'DIR'}; pass --checkpoints DIR")
 
     return find
+
+
+@pytest.fixture
+def cohere() -> Any:
+    return pytest.importorskip("cohere")
+
+
+@pytest.fixture
+def connection() -> Iterator[dict[str, Any]]:
+    """Arguments of Cohere's clients, which do not close connections that they make themselves."""
+    with pytest.importorskip("httpx").Client(timeout=600) as client:
+        yield {"api_key": "none", "httpx_client": client}

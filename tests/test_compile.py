@@ -66,7 +66,7 @@ def compile_jobs(folder, jobs):
 @pytest.fixture(
     scope="module",
     params=[
-        # 125 seconds of CPU time
+        # 16 seconds of CPU time
         pytest.param(("", ["fp16:90"]), id="fp16 on sm_90"),
         pytest.param(("", JOBS), id="all", marks=pytest.mark.slow),
         pytest.param(

@@ -3,7 +3,6 @@
 import base64
 import json
 
-import httpx
 import numpy as np
 import pytest
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert_reranker, write_nomic
@@ -49,18 +48,6 @@ def server(folder, sparse, tmp_path_factory):
         [folder, plain, sparse["bert"], sparse["bge-m3"]], "--alias", "embed-v4.0", "--long-input", "reject"
     ) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def cohere():
-    return pytest.importorskip("cohere")
-
-
-@pytest.fixture
-def connection():
-    """Arguments of Cohere's clients, which do not close connections that they make themselves."""
-    with httpx.Client(timeout=600) as client:
-        yield {"api_key": "none", "httpx_client": client}
 
 
 def encode(engine, texts, task, **options):

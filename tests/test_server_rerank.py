@@ -4,7 +4,6 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import huggingface_hub
 import numpy as np
 import pytest
@@ -264,18 +263,6 @@ def test_a_model_without_scores(embedder_server, classifier_server):
         assert status == 400 and error["message"] == "the model gives 3 scores per pair, not one; use /predict"
     status, error = error_of(classifier_server, "/rerank", {"query": "a", "texts": ["b"]})
     assert status == 424 and "3 scores per pair" in error["error"]
-
-
-@pytest.fixture(scope="module")
-def cohere():
-    return pytest.importorskip("cohere")
-
-
-@pytest.fixture
-def connection():
-    """Arguments of Cohere's clients, which do not close connections that they make themselves."""
-    with httpx.Client(timeout=600) as client:
-        yield {"api_key": "none", "httpx_client": client}
 
 
 def test_cohere_client(server, engine, cohere, connection):

@@ -245,6 +245,8 @@ def test_a_device_with_graphs_matches_the_cpu(tmp_path: Path, cuda: str) -> None
         for _ in range(2):
             found = engine.encode_sparse(texts)
             assert np.array_equal(found.ids, expected.ids) and np.abs(found.weights - expected.weights).max() <= 1e-5
+        assert not engine._pipeline.runner.graphs.by_key  # each would keep its rows
+        assert len(engine.encode(texts)) == 4 and engine._pipeline.runner.graphs.by_key
 
 
 def test_weights_that_are_not_finite_raise(models: dict[str, Path]) -> None:
@@ -258,12 +260,19 @@ def test_weights_that_are_not_finite_raise(models: dict[str, Path]) -> None:
             engine.encode_sparse(["tide", "bread"])
 
 
-def test_a_model_without_the_head_raises(minilm: Path, rerankers: dict[str, Path], models: dict[str, Path]) -> None:
+def test_a_model_without_the_head_raises(
+    minilm: Path, rerankers: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
     for folder in (minilm, rerankers["bert"]):
         engine = unpadded.load(folder, device="cpu")
         with pytest.raises(OptionError, match="has no head for sparse weights; load a model such as SPLADE"):
             engine.encode_sparse(["tide"])
         assert engine.describe()["sparse"] is None
+    masked, classifier = (shutil.copytree(models[name], tmp_path / name) for name in ("bert", "gte"))
+    add_sentence_transformers_files(masked, normalize=False, max_seq_length=48)
+    change_json(classifier / "config.json", id2label={"0": "A", "1": "B"}, label2id={"A": 0, "B": 1})
+    for folder in (masked, classifier):
+        assert unpadded.load(folder, device="cpu").describe()["sparse"] is None
     kinds = {name: unpadded.load(models[name], device="cpu").describe()["sparse"] for name in ("saved", "gte")}
     assert kinds == {"saved": "masked-LM logits", "gte": "token weights"}
 
@@ -330,11 +339,15 @@ def unsupported(folder: Path) -> Iterator[tuple[str, str]]:
     yield "model_type", "SentenceTransformer"
 
 
-def test_unsupported_settings_raise_by_name(copy: Path) -> None:
+def test_unsupported_settings_raise_by_name(models: dict[str, Path], copy: Path) -> None:
     for key, value in unsupported(copy):
         with pytest.raises(ConfigError) as raised:
             unpadded.load(copy, device="cpu")
         assert key in str(raised.value) and value in str(raised.value), str(raised.value)
+    modern = shutil.copytree(models["modernbert"], copy / "modernbert")
+    change_json(modern / "config.json", decoder_bias=False)
+    with pytest.raises(ConfigError, match="decoder_bias = False is not implemented"):
+        unpadded.load(modern, device="cpu")
     write_modules(copy, "Router")
     with pytest.raises(ConfigError, match="of a Router, pass a folder with the modules for documents"):
         unpadded.load(copy, device="cpu")

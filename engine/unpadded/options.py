@@ -201,9 +201,9 @@ class ScoreKeywords(TypedDict, total=False):
 class VectorOptions:
     """Options for turning hidden states into rows of a head. Sequences with equal ones can share a batch."""
 
-    layer_norm: bool
     dimensions: int
-    normalize: bool
+    layer_norm: bool = False
+    normalize: bool = False
     adapter: str | None = None  # the task whose LoRA adapter is applied
     head: str = "vector"  # a name in the runner's heads
     rows: Literal["text", "token", "span"] = "text"  # what has a row
@@ -288,7 +288,7 @@ def make_score_plan(
     check_choice("activation", activation, get_args(ScoreActivation))
     check_choice("truncation", truncation, ("right", "error"))
     options = EncodeOptions(prompt=prompt, truncation=truncation)
-    rows = VectorOptions(layer_norm=False, dimensions=len(head.labels), normalize=False, head="score")
+    rows = VectorOptions(dimensions=len(head.labels), head="score")
     resolved = vars(options) | {"prompt": _prompt(checkpoint, options, has_adapter=False)}
     if activation == "auto":
         activation = "sigmoid" if head.sigmoid else "none"

@@ -6,10 +6,10 @@ from typing import Any, cast
 from unpadded.errors import CheckpointError
 
 _FILES = """
-    *.model adapter_config.json added_tokens.json config.json merges.txt modules.json
-    config_sentence_transformers.json model.safetensors model.safetensors.index.json model-*-of-*.safetensors
-    sentence_*_config.json sparse_linear.safetensors special_tokens_map.json tokenizer.json tokenizer_config.json
-    vocab.json vocab.txt
+    *.model adapter_config.json added_tokens.json artifact.metadata colbert_linear.safetensors config.json
+    config_sentence_transformers.json merges.txt model-*-of-*.safetensors model.safetensors
+    model.safetensors.index.json modules.json sentence_*_config.json sparse_linear.safetensors special_tokens_map.json
+    tokenizer.json tokenizer_config.json vocab.json vocab.txt
 """
 FILES = _FILES.split()  # in the root or in the folder of a module
 PATTERNS = [*FILES, *(f"[0-9]_*/{name}" for name in FILES)]

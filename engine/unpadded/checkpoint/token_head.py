@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unpadded.checkpoint import json_config
-from unpadded.checkpoint.json_config import Config, allow_only, not_implemented, optional, read_object
+from unpadded.checkpoint.json_config import (
+    Config,
+    allow_only,
+    contradiction,
+    not_implemented,
+    optional,
+    read_object,
+    required,
+    section,
+)
 from unpadded.checkpoint.modules import (
     COLBERT,
     MULTI_VECTOR,
@@ -141,14 +149,14 @@ def _lengths(settings: Config, modules: Modules, max_length: int) -> tuple[dict[
         found["query_expansion"] = {"strategy": "fixed", "attend": attend, "length": length}
     found |= {key: modules.transformer_config[key] for key in TOKEN_KEYS if key in modules.transformer_config}
     lengths = {kind: optional(found, f"{kind}_length", max_length) for kind in KINDS}
-    if not (config := json_config.section(found, "query_expansion")):
+    if not (config := section(found, "query_expansion")):
         return lengths, None
     allow_only(config, dict.fromkeys(config.keys() - {"strategy", "attend", "token", "length"}), "query_expansion")
-    length, strategy = json_config.required(config, ("length",), int, "query_expansion"), config.get("strategy")
+    length, strategy = required(config, ("length",), int, "query_expansion"), config.get("strategy")
     if strategy not in ("fixed", "min"):
         raise not_implemented("the strategy of query_expansion", strategy, "fixed, min")
     if optional(found, "query_length", length) < length:
-        raise json_config.contradiction(found)
+        raise contradiction(found)
     lengths["query"] = length if strategy == "fixed" else max(lengths["query"], length)
     files = (modules.transformer / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
     tokenizer = {key: value for file in files for key, value in read_object(file, optional=True).items()}

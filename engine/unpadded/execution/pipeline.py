@@ -77,9 +77,7 @@ class EmbeddingPipeline:
     def states_plan(self, plan: Plan) -> Plan:
         """Return a plan for the last hidden states of all tokens instead of vectors."""
         hidden, adapter = self.checkpoint.spec.hidden, plan.vector_options.adapter
-        states = VectorOptions(
-            layer_norm=False, dimensions=hidden, normalize=False, adapter=adapter, head="states", rows="token"
-        )
+        states = VectorOptions(dimensions=hidden, adapter=adapter, head="states", rows="token")
         return replace(plan, vector_options=states)
 
     def span_plan(self, cut: tuple[int, int] | None, **options: Any) -> Plan:
@@ -94,9 +92,12 @@ class EmbeddingPipeline:
         head, plan = self.checkpoint.sparse, self.plan(task=task, prompt=prompt, truncation=truncation)
         if head is None:
             reject_pickle(self.checkpoint.folder, SPARSE_LINEAR)
-            raise OptionError(f"{self.checkpoint.name} has no head for sparse weights; load a model such as SPLADE")
+            raise OptionError(
+                f"{self.checkpoint.name} has no head for sparse weights; load a model such as SPLADE, or convert "
+                f"bge-m3's {SPARSE_LINEAR}.pt to safetensors"
+            )
         adapter, size = plan.vector_options.adapter, self.checkpoint.spec.vocabulary if head.log1p else 1
-        rows = VectorOptions(layer_norm=False, dimensions=size, normalize=False, adapter=adapter, head="sparse")
+        rows = VectorOptions(dimensions=size, adapter=adapter, head="sparse")
         return replace(plan, vector_options=rows if head.log1p else replace(rows, rows="token"))
 
     def sparse(self, done: Iterable[tuple[Window, Rows]], plan: Plan, top_k: int | None = None) -> Sparse:

@@ -41,8 +41,8 @@ def make_token_plan(
     if head is None:
         reject_pickle(checkpoint.folder, BGE_LINEAR)
         raise OptionError(
-            f"{checkpoint.name} has no head for token vectors; load a late-interaction model such as ColBERT, or use "
-            "token_embeddings for hidden states"
+            f"{checkpoint.name} has no head for token vectors; load a late-interaction model such as ColBERT, convert "
+            f"bge-m3's {BGE_LINEAR}.pt to safetensors, or use token_embeddings for hidden states"
         )
     check_choice("kind", kind, get_args(Kind))
     check_choice("truncation", truncation, ("right", "error"))
@@ -59,9 +59,7 @@ def make_token_plan(
             raise ConfigError(f"queries are expanded by {' or '.join(tokens)}, which the tokenizer lacks; add it")
         expansion = min(length, head.max_lengths[kind]), ids[0] + (0 if attend else UNATTENDED)
     prompt = checkpoint.prompts.get(kind, "") if prompt is None else prompt
-    rows = VectorOptions(
-        layer_norm=False, dimensions=head.dimensions, normalize=head.normalize, head="tokens", rows="token"
-    )
+    rows = VectorOptions(dimensions=head.dimensions, normalize=head.normalize, head="tokens", rows="token")
     options = vars(EncodeOptions(truncation=truncation)) | {"prompt": prompt}
     plan = Plan(**options, vector_options=rows, max_length=head.max_lengths[kind], expansion=expansion)
     pooling = [head.pooling[kind]] if kind in head.pooling else []
