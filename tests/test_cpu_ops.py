@@ -10,7 +10,7 @@ from unpadded_kernels import attention, linear, linear_activation, mean_pool, ro
 from unpadded_kernels.activation import KINDS, activation_reference
 from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
-from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, pad_rows, prepack, unpack
+from unpadded_kernels.linear_cpu import bits_follow_threads, can_prepack, linear_prepacked, pad_rows, prepack, unpack
 from unpadded_kernels.linear_int8 import (
     int8_is_supported,
     linear_int8,
@@ -245,14 +245,14 @@ def test_short_texts_in_bf16_are_computed_in_fp32():
 def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
     """Only the requested queries are computed, and with oneDNN their bits are those of the whole text."""
     module, requested = sys.modules["unpadded_kernels.attention_cpu"], []
-    attend = module._attend_head_by_head
+    attend = module._attend_long
     monkeypatch.setitem(module._LONG, torch.float32, 320)
     lengths, scale = (900, 900, 7, 1000), 0.125
     qkv, cu_seqlens = draw(sum(lengths), 3, 2, head_dim, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
     whole = attention(qkv, cu_seqlens, 1000, scale)
     monkeypatch.setattr(
         module,
-        "_attend_head_by_head",
+        "_attend_long",
         lambda *rest, queries: requested.append(queries) or attend(*rest, queries=queries),
     )
     block = attention_block_m(dtype, head_dim, qkv.device)
@@ -261,7 +261,7 @@ def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
     assert requested == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
     for first, count in ((896, 4), (900, block), (1800, 7), (1807, block), (2063, block)):
         rows = slice(first, first + count)
-        if sys.modules["unpadded_kernels.linear_cpu"].onednn_supports(dtype):
+        if sys.modules["unpadded_kernels.linear_cpu"].onednn_supports(dtype) and not bits_follow_threads(dtype):
             assert torch.equal(partial[rows], whole[rows])
         assert_close(partial[rows], whole[rows].double(), dtype)
 
@@ -277,6 +277,23 @@ def test_attention_in_a_window_and_with_slopes(dtype):
         scores = q @ k.transpose(1, 2) * 0.25 - slopes.double()[:, None, None] * distance
         weights = scores.masked_fill(distance > 8, float("-inf")).softmax(-1)
         assert_close(actual[start:end], (weights @ v).transpose(0, 1).flatten(1), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize(("window", "lengths"), [(None, (162, 171, 80)), (16, (196, 129)), (None, (300, 1000))])
+def test_attention_with_many_threads_does_not_depend_on_the_batch(dtype, window, lengths, monkeypatch):
+    """With AMX, torch lays out the keys by the number of queries per thread."""
+    module, threads = sys.modules["unpadded_kernels.attention_cpu"], torch.get_num_threads()
+    monkeypatch.setattr(module, "_MIN_QUERIES", 4 * 64 if module._MIN_QUERIES else 0)
+    slopes = torch.rand(12) if window is None and max(lengths) < 1000 else None
+    torch.set_num_threads(64)
+    try:
+        for length in lengths:
+            qkv, cu_seqlens = draw(7 * length, 3, 12, 32, dtype=dtype), length * torch.arange(8, dtype=torch.int32)
+            actual = attention(qkv, cu_seqlens, length, 0.25, window, slopes)
+            assert torch.equal(attention(qkv[:length], cu_seqlens[:2], length, 0.25, window, slopes), actual[:length])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_mean_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64():

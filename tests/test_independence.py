@@ -27,6 +27,16 @@ def assert_independent_of_batches(engine, lengths, batches):
     assert np.array_equal(engine.encode(texts[:1]), alone[:1])
 
 
+@pytest.fixture
+def three_threads():
+    """As many for torch, which then may compute parts of a batch on one core each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [2, 4])  # head_dim 64 and 32
 def test_nomic_bert(tmp_path, dtype, heads):

@@ -32,28 +32,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BusyError",
-    "CheckpointError",
-    "ConfigError",
-    "DeadlineError",
-    "Embeddings",
-    "Engine",
-    "InputError",
-    "OptionError",
-    "OutputError",
-    "OverloadedError",
-    "Spans",
-    "Sparse",
-    "TokenVectors",
-    "TooLargeError",
-    "UnpaddedError",
-    "WeightsError",
-    "WorkerError",
-    "__version__",
-    "embed",
-    "load",
-    "maxsim",
-]
+    "BusyError", "CheckpointError", "ConfigError", "DeadlineError", "Embeddings", "Engine", "InputError",
+    "OptionError", "OutputError", "OverloadedError", "Spans", "Sparse", "TokenVectors", "TooLargeError",
+    "UnpaddedError", "WeightsError", "WorkerError", "__version__", "embed", "load", "maxsim",
+]  # fmt: skip
 
 # Names that are imported when first used, so that `unpadded --help` does not wait for torch.
 _LAZY = dict.fromkeys(("Embeddings", "Spans", "Sparse", "TokenVectors", "maxsim"), "unpadded.execution.results")

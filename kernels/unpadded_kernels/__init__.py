@@ -16,20 +16,7 @@ from unpadded_kernels.rotary import rotary_, rotary_cos_sin
 from unpadded_kernels.vocabulary_max import vocabulary_max
 
 __all__ = [
-    "activation",
-    "add_layer_norm",
-    "attention",
-    "embedding",
-    "expert_mlp",
-    "linear",
-    "linear_activation",
-    "linear_invariant",
-    "masked_mean_pool",
-    "matryoshka",
-    "mean_pool",
-    "pre_layer_norm",
-    "rms_norm",
-    "rotary_",
-    "rotary_cos_sin",
-    "vocabulary_max",
-]
+    "activation", "add_layer_norm", "attention", "embedding", "expert_mlp", "linear", "linear_activation",
+    "linear_invariant", "masked_mean_pool", "matryoshka", "mean_pool", "pre_layer_norm", "rms_norm", "rotary_",
+    "rotary_cos_sin", "vocabulary_max",
+]  # fmt: skip

@@ -5,16 +5,23 @@ costs 4 * heads * head_dim * (block + 2 * window) flops per token, whatever the 
 """
 
 import itertools
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels.linear_cpu import linear_cpu, onednn_supports
+from unpadded_kernels.linear_cpu import bits_follow_threads, linear_cpu, onednn_supports
 from unpadded_kernels.tiles import attention_block_m
 
-# Texts longer than this go head by head through oneDNN, where that is faster (measured: bench/NOTES.md).
-_LONG = {torch.bfloat16: 768} | ({torch.float32: 320} if "AVX512" in torch.backends.cpu.get_cpu_capability() else {})
+_AMX = bits_follow_threads(torch.bfloat16)
+# Texts longer than this go through `_attend_long`, where that is faster (measured: bench/NOTES.md).
+_LONG = {torch.bfloat16: 191 if _AMX else 768}
+if "AVX512" in torch.backends.cpu.get_cpu_capability():
+    _LONG[torch.float32] = 320
+# Fewer queries go through torch's fused kernel in fp32: in bf16 with AMX its bits follow the number of threads when
+# there are fewer than 4 queries per thread (measured: bench/NOTES.md).
+_MIN_QUERIES = 4 * (os.cpu_count() or 1) if _AMX else 0
 # Shorter texts are computed in fp32 even in bf16: oneDNN takes 0.8 ms to make a kernel for each number and length.
 _SHORT = 64
 # Queries per block there: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
@@ -61,12 +68,12 @@ def attention_cpu(
             firsts = range(rows.start, rows.stop, length)
             for first, text, out_text in zip(firsts, group, out_group, strict=True):
                 for queries in [slice(0, length)] if tile_map is None else queries_by_text.get(first, []):
-                    _attend_head_by_head(text, out_text, scale, queries=queries)
+                    _attend_long(text, out_text, scale, queries=queries)
         elif qkv.dtype == torch.bfloat16 and length >= _SHORT:
             _attend_batched(group, out_group, scale)
         else:
             q, k, v = (group.float() if qkv.dtype == torch.bfloat16 else group).permute(2, 0, 3, 1, 4)
-            out_group.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+            out_group.copy_(_attend_fused(q, k, v, None, scale).transpose(1, 2))
     return out.view(total_tokens, heads * head_dim)
 
 
@@ -81,13 +88,23 @@ def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
     out.copy_(attended.view(texts, heads, length, head_dim).transpose(1, 2))
 
 
-def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
-    """Attend from some queries of one text, a block of one head at a time, by oneDNN's linear.
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend by torch's fused kernel. q, k, v: [texts, heads, length, head_dim]. Returns a tensor like q."""
+    if q.dtype == torch.bfloat16 and q.shape[2] < _MIN_QUERIES:
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _attend_long(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
+    """Attend from some queries of one text: fused with AMX, else a block of one head at a time by oneDNN's linear.
 
     qkv: [length, 3, heads, head_dim]; writes out: [length, heads, head_dim].
     """
-    # Contiguous copies: the bits of a matmul follow the layout of its operands, which must not depend on the batch.
     q, k, v = qkv.permute(1, 2, 0, 3)
+    if _AMX and qkv.dtype == torch.bfloat16:
+        out[queries] = _attend_fused(q[None, :, queries], k[None], v[None], None, scale)[0].transpose(0, 1)
+        return
+    # Contiguous copies: the bits of a matmul follow the layout of its operands, which must not depend on the batch.
     q, k, v_transposed = (q[:, queries] * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
     out = out[queries]
     for head in range(q.shape[0]):
@@ -138,5 +155,5 @@ def _attend_biased(
         if key_lengths is not None:  # [texts, 1, 1, keys]: texts of equal length differ in their number of keys
             mask = torch.where(torch.arange(first, last) < key_lengths[:, None, None, None], mask, float("-inf"))
         queries = q[:, :, start:stop].flip(2)
-        attended = F.scaled_dot_product_attention(queries, k[:, :, first:last], v[:, :, first:last], mask, scale=scale)
+        attended = _attend_fused(queries, k[:, :, first:last], v[:, :, first:last], mask, scale)
         out[:, start:stop] = attended.flip(2).transpose(1, 2)

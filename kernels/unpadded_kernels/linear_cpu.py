@@ -24,7 +24,7 @@ _ONEDNN_ACTIVATION = {
 # Rows from which bits do not depend on their number: oneDNN runs other kernels for few rows (measured: bench/NOTES.md).
 _MIN_ROWS = 128 if torch.__version__.startswith("2.11.") else 2
 
-# Rows of every bf16 linear on processors with AMX, whose sums depend on the number of rows (measured: bench/NOTES.md).
+# Rows of every linear whose sums depend on the number of rows, too (measured: bench/NOTES.md).
 _AMX_ROWS = 128
 
 
@@ -33,6 +33,11 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def bits_follow_threads(dtype: torch.dtype) -> bool:
+    """Whether the sums of a linear depend on the number of threads, as oneDNN's do in bf16 on processors with AMX."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
@@ -69,12 +74,10 @@ def linear_prepacked(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, ki
 
     oneDNN applies the activation and the multiplication by up inside its matmuls: nothing is written unactivated.
     """
-    if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+    if not bits_follow_threads(x.dtype):
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
-    y = x.new_empty(x.shape[0], len(parts[0]))
-    for rows, y_rows in zip(x.split(_AMX_ROWS), y.split(_AMX_ROWS), strict=True):
-        y_rows.copy_(_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind)[: rows.shape[0]])
-    return y
+    blocks = (_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind) for rows in x.split(_AMX_ROWS))
+    return torch.cat(list(blocks))[: x.shape[0]]
 
 
 def _onednn_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:

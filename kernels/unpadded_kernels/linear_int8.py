@@ -70,12 +70,7 @@ def linear_int8(
     x: Tensor, parts: Sequence[Int8Weight], bias: Tensor | None, kind: str | None, dtype: torch.dtype
 ) -> Tensor:
     """x: [total_tokens, in_features]; parts: see `prepack_int8`. Returns [total_tokens, out_features] in dtype."""
-    if x.shape[0] <= INT8_BLOCK:
-        return _linear_of_block(x, parts, bias, kind).to(dtype)
-    y = x.new_empty(x.shape[0], len(parts[0].scale), dtype=dtype)
-    for rows, y_rows in zip(x.split(INT8_BLOCK), y.split(INT8_BLOCK), strict=True):
-        y_rows.copy_(_linear_of_block(rows, parts, bias, kind))
-    return y
+    return torch.cat([_linear_of_block(rows, parts, bias, kind).to(dtype) for rows in x.split(INT8_BLOCK)])
 
 
 def _linear_of_block(x: Tensor, parts: Sequence[Int8Weight], bias: Tensor | None, kind: str | None) -> Tensor:

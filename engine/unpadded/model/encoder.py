@@ -23,6 +23,7 @@ from unpadded.model.linear import Int8Linear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
+from unpadded_kernels.linear_cpu import bits_follow_threads
 
 
 class Encoder:
@@ -53,8 +54,8 @@ class Encoder:
         self.attention = attention
         self.row_block = row_block
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
-        # several threads may run it at the same time: no task overwrites weights, and there is no stream
-        self.is_concurrent = not weights.word.is_cuda and self._tasks is None
+        # several threads may run it at the same time: no task overwrites weights, no stream is used, and bits are equal
+        self.is_concurrent = not (weights.word.is_cuda or self._tasks or bits_follow_threads(weights.word.dtype))
         self._scale = spec.head_dim**-0.5
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
