@@ -253,6 +253,12 @@ def test_the_site_builds_and_loads_nothing_from_the_network(tmp_path: Path) -> N
     assert 'id="unpadded.engine.Engine.encode"' in pages["api.html"]
 
 
+def test_every_code_block_is_closed() -> None:
+    for path in PAGES:
+        fences = [line.lstrip() for line in path.read_text().splitlines() if line.lstrip().startswith("```")]
+        assert all(fence == "```" for fence in fences[1::2]) and len(fences) % 2 == 0, path
+
+
 def test_llms_txt_has_every_page() -> None:
     listed = re.findall(r"\]\((\S+\.md)\)", (ROOT / "docs/llms.txt").read_text())
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
