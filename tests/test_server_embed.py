@@ -235,7 +235,8 @@ def test_fields_of_jina_that_cannot_be_honored_are_errors(server):
         ({"task": "retrieval.query", "model": "embedder:clustering"}, "two tasks: 'clustering' in model"),
     ]:
         status, _, body = server.request("POST", "/v1/embeddings", {"input": "a", "model": "embedder"} | fields)
-        assert status == 400 and message in json.loads(body)["error"]["message"], body
+        error = json.loads(body)
+        assert status == 400 and message in error["error"]["message"] and error["detail"] == error["error"]["message"]
 
 
 def encode_chunks(engine, documents, **options):
