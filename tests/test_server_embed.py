@@ -120,7 +120,7 @@ def test_cohere_client_of_version_1(server, engine, cohere, connection):
     client = cohere.Client(base_url=server.url, **connection)
     found = client.embed(texts=texts, model="embed-v4.0", input_type="search_document")
     assert np.array_equal(np.float32(found.embeddings), expected) and found.response_type == "embeddings_floats"
-    assert found.texts == texts and found.meta.api_version.version == "1"
+    assert found.texts == texts and found.meta.api_version.version == "1" and found.meta.billed_units.input_tokens > 0
     found = client.embed(texts=texts, model="embedder", input_type="search_document", embedding_types=["float", "int8"])
     assert np.array_equal(np.float32(found.embeddings.float_), expected) and len(found.embeddings.int8) == 100
 
