@@ -6,7 +6,7 @@ import orjson
 
 from unpadded.errors import OutputError, OverloadedError, UnpaddedError
 
-Api = Literal["openai", "tei", "nomic", "cohere"]  # cohere: also Jina's rerankers and Voyage
+Api = Literal["openai", "tei", "nomic", "cohere"]  # cohere: also the rerankers of Jina and Voyage, and its chunks
 
 STATUS_CODES = {
     "malformed": 400,

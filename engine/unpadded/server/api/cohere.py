@@ -1,6 +1,6 @@
-"""Cohere's API: /v1/embed and /v2/embed, its and Jina's rerankers, /v1/rerank and /v2/rerank, and Voyage's chunks.
+"""Cohere's API: /v1/embed and /v2/embed, the rerankers, /v1/rerank and /v2/rerank, and Voyage's chunks.
 
-The rerankers differ in the other fields of a response and in those of an error, so both have the fields of both APIs.
+The rerankers of Cohere, Jina and Voyage differ in the fields of a response and of an error, so all fields are sent.
 """
 
 import base64
@@ -110,7 +110,7 @@ async def _rerank(version: str, model: ServedModel, request: RerankRequest, cont
         results = [result | {"document": documents[result["index"]]} for result in results]
     meta = {"api_version": {"version": version}, "tokens": {"input_tokens": usage.tokens, "output_tokens": 0}}
     rest = {"model": request.model or model.name, "usage": usage.as_json(), "meta": meta}
-    return json_response({"id": context.request_id, "results": results, **rest})
+    return json_response({"id": context.request_id, "results": results, "object": "list", "data": results, **rest})
 
 
 ENDPOINTS = [
