@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert_reranker, write_nomic
 from support.corpus import PARAGRAPHS
-from support.serving import serving
+from support.serving import encode_chunks, serving
 from support.sparse import draw_texts, write_models
 
 import unpadded
@@ -237,16 +237,6 @@ def test_fields_of_jina_that_cannot_be_honored_are_errors(server):
         status, _, body = server.request("POST", "/v1/embeddings", {"input": "a", "model": "embedder"} | fields)
         error = json.loads(body)
         assert status == 400 and message in error["error"]["message"] and error["detail"] == error["error"]["message"]
-
-
-def encode_chunks(engine, documents, **options):
-    """Return the vectors of `encode_spans`, in which the chunks of a document are found by their text."""
-    texts = ["\n".join(chunks) for chunks in documents]
-    spans = [
-        [(start := text.index(chunk), start + len(chunk)) for chunk in chunks]
-        for text, chunks in zip(texts, documents, strict=True)
-    ]
-    return engine.encode_spans(texts, spans=spans, **options).vectors
 
 
 def test_jina_late_chunking(server, engine):
