@@ -114,7 +114,7 @@ def test_cohere_client_raises_its_own_errors(server, cohere, connection, fields,
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the client
 def test_cohere_client_of_version_1(server, engine, cohere, connection):
-    """It sends 96 texts per request; LangChain's and LlamaIndex's integrations use it."""
+    """It sends 96 texts per request."""
     texts = [f"text {index}" for index in range(100)]
     expected = encode(engine, texts, "search_document")
     client = cohere.Client(base_url=server.url, **connection)
@@ -123,14 +123,6 @@ def test_cohere_client_of_version_1(server, engine, cohere, connection):
     assert found.texts == texts and found.meta.api_version.version == "1" and found.meta.billed_units.input_tokens > 0
     found = client.embed(texts=texts, model="embedder", input_type="search_document", embedding_types=["float", "int8"])
     assert np.array_equal(np.float32(found.embeddings.float_), expected) and len(found.embeddings.int8) == 100
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by both packages
-def test_langchain_cohere(server, engine, cohere, connection):
-    embeddings = pytest.importorskip("langchain_cohere").CohereEmbeddings(model="embedder", cohere_api_key="none")
-    embeddings.client = cohere.Client(base_url=server.url, **connection)
-    assert np.array_equal(np.float32(embeddings.embed_documents(TEXTS)), encode(engine, TEXTS, "search_document"))
-    assert np.array_equal(np.float32(embeddings.embed_query("a")), encode(engine, "a", "search_query"))
 
 
 def test_quantized_vectors_depend_on_their_text_alone(server):

@@ -290,17 +290,6 @@ def test_cohere_client_raises_its_own_errors(server, cohere, connection):
         cohere.Client(base_url=server.url, **connection).rerank(query="a", documents=["b"], rank_fields=["title"])
 
 
-def test_langchain_cohere(server, engine, cohere, connection):
-    rerankers = pytest.importorskip("langchain_cohere")
-    documents = pytest.importorskip("langchain_core.documents")
-    client = cohere.ClientV2(base_url=server.url, **connection)
-    compressor = rerankers.CohereRerank(client=client, model="rerank-v3.5", top_n=4)
-    found = compressor.compress_documents([documents.Document(text) for text in DOCUMENTS], QUERY)
-    expected = ranking(engine)[:4]
-    assert [one.metadata["relevance_score"] for one in found] == [score for _, score in expected]
-    assert [one.page_content for one in found] == [DOCUMENTS[index] for index, _ in expected]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the client
 def test_voyage_client(server, engine):
     client = pytest.importorskip("voyageai").Client(api_key="none", base_url=f"{server.url}/v1")
