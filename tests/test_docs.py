@@ -224,7 +224,7 @@ def test_example_mteb(site: Site, tmp_path: Path) -> None:
     [("langchain_client.py", "langchain_openai"), ("llama_index_client.py", "llama_index.embeddings.openai_like")],
 )
 def test_example_clients(name: str, package: str, site: Site, tmp_path: Path) -> None:
-    pytest.importorskip(package.split(".")[0])
+    pytest.importorskip(package)
     assert SERVE in (ROOT / "examples" / name).read_text()
     printed = run_example(site, tmp_path, name, f"{site.url}/v1")
     assert len(re.findall(r"^-?\d\.\d{3}  (?:The tide|Bread)", printed, re.MULTILINE)) == 2
@@ -251,6 +251,12 @@ def test_the_site_builds_and_loads_nothing_from_the_network(tmp_path: Path) -> N
         loaded = re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=\"?(https?://[^\s\">]+)", page)
         assert loaded == [], name
     assert 'id="unpadded.engine.Engine.encode"' in pages["api.html"]
+
+
+def test_every_code_block_is_closed() -> None:
+    for path in PAGES:
+        fences = [line.lstrip() for line in path.read_text().splitlines() if line.lstrip().startswith("```")]
+        assert all(fence == "```" for fence in fences[1::2]) and len(fences) % 2 == 0, path
 
 
 def test_llms_txt_has_every_page() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.checkpoints import add_sentence_transformers_files, change_json, write_bert_reranker, write_nomic
 from support.corpus import PARAGRAPHS
-from support.serving import serving
+from support.serving import encode_chunks, serving
 from support.sparse import draw_texts, write_models
 
 import unpadded
@@ -114,23 +114,15 @@ def test_cohere_client_raises_its_own_errors(server, cohere, connection, fields,
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the client
 def test_cohere_client_of_version_1(server, engine, cohere, connection):
-    """It sends 96 texts per request; LangChain's and LlamaIndex's integrations use it."""
+    """It sends 96 texts per request."""
     texts = [f"text {index}" for index in range(100)]
     expected = encode(engine, texts, "search_document")
     client = cohere.Client(base_url=server.url, **connection)
     found = client.embed(texts=texts, model="embed-v4.0", input_type="search_document")
     assert np.array_equal(np.float32(found.embeddings), expected) and found.response_type == "embeddings_floats"
-    assert found.texts == texts and found.meta.api_version.version == "1"
+    assert found.texts == texts and found.meta.api_version.version == "1" and found.meta.billed_units.input_tokens > 0
     found = client.embed(texts=texts, model="embedder", input_type="search_document", embedding_types=["float", "int8"])
     assert np.array_equal(np.float32(found.embeddings.float_), expected) and len(found.embeddings.int8) == 100
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by both packages
-def test_langchain_cohere(server, engine, cohere, connection):
-    embeddings = pytest.importorskip("langchain_cohere").CohereEmbeddings(model="embedder", cohere_api_key="none")
-    embeddings.client = cohere.Client(base_url=server.url, **connection)
-    assert np.array_equal(np.float32(embeddings.embed_documents(TEXTS)), encode(engine, TEXTS, "search_document"))
-    assert np.array_equal(np.float32(embeddings.embed_query("a")), encode(engine, "a", "search_query"))
 
 
 def test_quantized_vectors_depend_on_their_text_alone(server):
@@ -235,17 +227,8 @@ def test_fields_of_jina_that_cannot_be_honored_are_errors(server):
         ({"task": "retrieval.query", "model": "embedder:clustering"}, "two tasks: 'clustering' in model"),
     ]:
         status, _, body = server.request("POST", "/v1/embeddings", {"input": "a", "model": "embedder"} | fields)
-        assert status == 400 and message in json.loads(body)["error"]["message"], body
-
-
-def encode_chunks(engine, documents, **options):
-    """Return the vectors of `encode_spans`, in which the chunks of a document are found by their text."""
-    texts = ["\n".join(chunks) for chunks in documents]
-    spans = [
-        [(start := text.index(chunk), start + len(chunk)) for chunk in chunks]
-        for text, chunks in zip(texts, documents, strict=True)
-    ]
-    return engine.encode_spans(texts, spans=spans, **options).vectors
+        error = json.loads(body)
+        assert status == 400 and message in error["error"]["message"] and error["detail"] == error["error"]["message"]
 
 
 def test_jina_late_chunking(server, engine):

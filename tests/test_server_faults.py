@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.corpus import PARAGRAPHS
 from support.forks import run_cli
-from support.serving import HANG_SECONDS, serving, wait_until
+from support.serving import HANG_SECONDS, encode_chunks, serving, wait_until
 
 import unpadded
 from unpadded.server.options import ServerOptions
@@ -81,25 +81,59 @@ def test_a_slow_head_closes_the_connection(impatient):
         assert kept.sock.recv(1) == b""
 
 
-def test_overload_gets_429_and_the_server_recovers(limited, engine):
+def embed(texts):
+    return "/embed", {"inputs": texts}
+
+
+def embeddings(texts):
+    return "/v1/embeddings", {"input": texts}
+
+
+def late_chunking(texts):
+    return "/v1/embeddings", {"input": texts, "late_chunking": True}
+
+
+def contextualized(texts):
+    return "/v1/contextualizedembeddings", {"inputs": [texts[start : start + 20] for start in range(0, len(texts), 20)]}
+
+
+def vectors_of(answer):
+    """Return the vectors in an answer of one of these routes."""
+    if isinstance(answer, list):
+        return answer
+    return [row["embedding"] for item in answer["data"] for row in item.get("data", [item])]
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (embed, b'"error_type":"Overloaded"'),
+        (late_chunking, b'"code":"rate_limit_exceeded"'),
+        (contextualized, b'"message":"the '),
+    ],
+)
+def test_overload_gets_429_and_the_server_recovers(limited, engine, make, error):
     texts = [" ".join(PARAGRAPHS[i : i + 2])[:300] for i in range(0, 80, 2)]
-    expected = engine.encode(texts)
-    statuses = []
+    path, body = make(texts)
+    expected = engine.encode(texts) if make is embed else encode_chunks(engine, body.get("inputs", [texts]))
+    statuses, errors = [], []
 
     def flood(_):
         for _ in range(2):
-            status, headers, body = limited.request("POST", "/embed", {"inputs": texts})
+            status, headers, content = limited.request("POST", path, body)
             statuses.append(status)
             if status == 200:
-                assert np.array_equal(np.array(json.loads(body), np.float32), expected)
+                assert np.array_equal(np.float32(vectors_of(json.loads(content))), expected)
             elif status == 429:
-                assert int(headers["retry-after"]) >= 1 and json.loads(body)["error_type"] == "Overloaded"
+                assert int(headers["retry-after"]) >= 1 and error in content
+                errors.append(content)
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(flood, range(12)))
     assert set(statuses) == {200, 429}
+    assert any(b"the queue is full" in content for content in errors)
     assert limited.metric("unpadded_queued_tokens") == 0  # nothing is computed before the next request
-    assert limited.request("POST", "/embed", {"inputs": "after"})[0] == 200
+    assert limited.request("POST", *make(["after"]))[0] == 200
 
 
 def computed_tokens(server):
@@ -125,12 +159,13 @@ def test_a_disconnect_drops_the_work(minilm, engine, pipelined):
         assert computed_tokens(server) - before < count_tokens(engine, texts) / 2
 
 
-def test_a_deadline_drops_the_work(minilm, engine):
-    texts = PARAGRAPHS[:1500]
+@pytest.mark.parametrize("make", [embeddings, late_chunking, contextualized])
+def test_a_deadline_drops_the_work(minilm, engine, make):
+    texts = [text[:500] for text in PARAGRAPHS[:1500]]  # a chunk must fit into the model's maximum
     with serving(minilm, "--deadline", "0.05") as server:
         before = computed_tokens(server)
-        status, _, body = server.request("POST", "/v1/embeddings", {"input": texts})
-        assert status == 504 and json.loads(body)["error"]["message"].startswith("the deadline passed: 0.05 s")
+        status, _, body = server.request("POST", *make(texts))
+        assert status == 504 and json.loads(body)["detail"].startswith("the deadline passed: 0.05 s"), body
         wait_until(lambda: not server.metric("unpadded_queued_tokens"))
         assert computed_tokens(server) - before < count_tokens(engine, texts) / 2
 

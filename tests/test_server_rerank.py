@@ -1,4 +1,4 @@
-"""Scores over HTTP: /rerank and /predict of TEI, and /v1/rerank and /v2/rerank of Jina and Cohere."""
+"""Scores over HTTP: /rerank and /predict of TEI, and /v1/rerank and /v2/rerank of Jina, Cohere and Voyage."""
 
 import json
 import random
@@ -165,7 +165,7 @@ def test_info_has_the_kind_of_the_model(server, classifier_server):
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_rerank_of_jina_and_cohere(server, engine, path):
+def test_rerank_of_jina_cohere_and_voyage(server, engine, path):
     documents = [*DOCUMENTS[:10], *({"text": text, "id": index} for index, text in enumerate(DOCUMENTS[10:]))]
     request = {"model": "rerank-v3.5", "query": QUERY, "documents": documents}
     status, headers, content = server.request("POST", path, request, x_request_id="abc-1")
@@ -173,6 +173,7 @@ def test_rerank_of_jina_and_cohere(server, engine, path):
     assert status == 200 and [(one["index"], one["relevance_score"]) for one in answer["results"]] == expected
     assert all(one.keys() == {"index", "relevance_score"} for one in answer["results"])
     assert answer["id"] == "abc-1" and answer["model"] == "rerank-v3.5"
+    assert answer["object"] == "list" and answer["data"] == answer["results"]
     tokens = int(headers["x-compute-tokens"])
     assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_texts": 0}
     assert answer["meta"] == {
@@ -289,15 +290,13 @@ def test_cohere_client_raises_its_own_errors(server, cohere, connection):
         cohere.Client(base_url=server.url, **connection).rerank(query="a", documents=["b"], rank_fields=["title"])
 
 
-def test_langchain_cohere(server, engine, cohere, connection):
-    rerankers = pytest.importorskip("langchain_cohere")
-    documents = pytest.importorskip("langchain_core.documents")
-    client = cohere.ClientV2(base_url=server.url, **connection)
-    compressor = rerankers.CohereRerank(client=client, model="rerank-v3.5", top_n=4)
-    found = compressor.compress_documents([documents.Document(text) for text in DOCUMENTS], QUERY)
-    expected = ranking(engine)[:4]
-    assert [one.metadata["relevance_score"] for one in found] == [score for _, score in expected]
-    assert [one.page_content for one in found] == [DOCUMENTS[index] for index, _ in expected]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the client
+def test_voyage_client(server, engine):
+    client = pytest.importorskip("voyageai").Client(api_key="none", base_url=f"{server.url}/v1")
+    for top_k in (None, 5):
+        found = client.rerank(QUERY, DOCUMENTS, "rerank-v3.5", top_k=top_k)
+        assert [(one.index, one.relevance_score) for one in found.results] == ranking(engine)[:top_k]
+        assert found.total_tokens > 0 and found.results[0].document == DOCUMENTS[found.results[0].index]
 
 
 def test_huggingface_client_classifies(classifier_server, classifier, monkeypatch):

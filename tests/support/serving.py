@@ -1,4 +1,4 @@
-"""Running `unpadded serve`, and plain HTTP requests to it."""
+"""Running `unpadded serve`, plain HTTP requests to it, and the vectors that it returns for chunks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from support.forks import ENVIRONMENT, ROOT, ForkedProcess
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import unpadded
 
 HANG_SECONDS = 600  # after which a wait fails; on a busy machine, everything takes many times as long
 
@@ -103,6 +110,16 @@ def serving(
         yield server
     finally:
         server.stop(signal.SIGKILL)
+
+
+def encode_chunks(engine: unpadded.Engine, documents: Sequence[Sequence[str]], **options: Any) -> np.ndarray:
+    """Return the vectors of `encode_spans` for the chunks of documents, joined with line breaks."""
+    ends = [[end - 1 for end in accumulate(len(chunk) + 1 for chunk in chunks)] for chunks in documents]
+    spans = [
+        [(end - len(chunk), end) for chunk, end in zip(chunks, places, strict=True)]
+        for chunks, places in zip(documents, ends, strict=True)
+    ]
+    return engine.encode_spans(["\n".join(chunks) for chunks in documents], spans=spans, **options).vectors
 
 
 def wait_until(condition: Callable[[], object]) -> None:

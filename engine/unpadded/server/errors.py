@@ -6,7 +6,7 @@ import orjson
 
 from unpadded.errors import OutputError, OverloadedError, UnpaddedError
 
-Api = Literal["openai", "tei", "nomic", "cohere"]  # cohere: also Jina's rerankers and Voyage
+Api = Literal["openai", "tei", "nomic", "cohere"]  # cohere: also the rerankers of Jina and Voyage, and its chunks
 
 STATUS_CODES = {
     "malformed": 400,
@@ -65,14 +65,14 @@ class HTTPError(Exception):
     def encode(self, api: Api) -> tuple[int, bytes]:
         """Return the status code, and the JSON body as the API defines it."""
         code, message = STATUS_CODES[self.kind], str(self)
-        body: dict[str, Any] = {"detail": message}
+        body: dict[str, Any] = {"detail": message}  # as nomic, and Jina, whose embeddings have OpenAI's route
         if api in ("openai", "cohere") and self.kind in BAD_REQUESTS:
             code = 400
         if api == "cohere":
-            body["message"] = message  # Cohere's name; Jina has nomic's
+            body["message"] = message
         elif api == "openai":
             type_ = OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error")
-            body = {"error": {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}}
+            body["error"] = {"message": message, "type": type_, "param": None, "code": OPENAI_CODES.get(self.kind)}
         elif api == "tei":
             body = {"error": message, "error_type": TEI_TYPES.get(code, "Backend" if code >= 500 else "Validation")}
         return code, orjson.dumps(body)

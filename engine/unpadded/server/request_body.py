@@ -27,6 +27,7 @@ SYNONYMS = (
     ("truncate", "truncation"),
     ("normalize", "normalized"),
     ("embedding_type", "output_dtype", "encoding_type"),
+    ("top_n", "top_k"),
 )
 TRUNCATE_WORDS: dict[str, dict[str, Any]] = {
     "NONE": {"truncate": False},

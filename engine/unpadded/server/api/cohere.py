@@ -1,6 +1,6 @@
-"""Cohere's API: /v1/embed and /v2/embed, its and Jina's rerankers, /v1/rerank and /v2/rerank, and Voyage's chunks.
+"""Cohere's API: /v1/embed and /v2/embed, the rerankers, /v1/rerank and /v2/rerank, and Voyage's chunks.
 
-The rerankers differ in the other fields of a response and in those of an error, so both have the fields of both APIs.
+The rerankers of Cohere, Jina and Voyage differ in the fields of a response and of an error, so all fields are sent.
 """
 
 import base64
@@ -53,8 +53,8 @@ class RerankRequest(Request):
     max_tokens_per_doc: int | None = None
 
 
-def _text(document: str | dict[str, Any], index: int) -> str:
-    text = document if isinstance(document, str) else document.get("text")
+def _text(document: dict[str, Any], index: int) -> str:
+    text = document.get("text")
     if not isinstance(text, str):
         raise HTTPError("invalid", f"document {index} has no text: {document!r:.80}; send a string or object with it")
     return text
@@ -73,7 +73,8 @@ async def _embed(version: str, model: ServedModel, request: EmbedTextsRequest, c
 
     def to_json() -> dict[str, Any]:
         found: Any = {kind: vectors_as(kind, vectors) for kind in kinds}
-        meta = {"api_version": {"version": version}, "tokens": {"input_tokens": context.usage.tokens}}
+        tokens = {"input_tokens": context.usage.tokens}
+        meta = {"api_version": {"version": version}, "tokens": tokens, "billed_units": tokens}
         rest = {"embeddings": found or vectors, "texts": request.texts, "meta": meta}
         return {"id": context.request_id, "response_type": f"embeddings_{'by_type' if kinds else 'floats'}", **rest}
 
@@ -98,20 +99,18 @@ def _listed(kind: str, name: str, values: Iterable[Any]) -> list[dict[str, Any]]
 
 
 async def _rerank(version: str, model: ServedModel, request: RerankRequest, context: RequestContext) -> Response:
-    limit, max_length = request.max_tokens_per_doc, model.checkpoint.max_length
+    usage, limit, max_length = context.usage, request.max_tokens_per_doc, model.checkpoint.max_length
     if limit is not None and limit < max_length:
         raise HTTPError("invalid", f"max_tokens_per_doc is not supported below {max_length}: {limit}; omit it")
-    documents, usage = request.documents, context.usage
+    documents = [{"text": document} if isinstance(document, str) else document for document in request.documents]
     texts = [_text(document, index) for index, document in enumerate(documents)]
     found = await model.rank(request.query, texts, usage, top_n=request.top_n, **request.keywords())
     results: list[dict[str, Any]] = [{"index": one.index, "relevance_score": one.score} for one in found]
     if request.return_documents:
-        for result in results:
-            document = documents[result["index"]]
-            result["document"] = {"text": document} if isinstance(document, str) else document
+        results = [result | {"document": documents[result["index"]]} for result in results]
     meta = {"api_version": {"version": version}, "tokens": {"input_tokens": usage.tokens, "output_tokens": 0}}
     rest = {"model": request.model or model.name, "usage": usage.as_json(), "meta": meta}
-    return json_response({"id": context.request_id, "results": results, **rest})
+    return json_response({"id": context.request_id, "results": results, "object": "list", "data": results, **rest})
 
 
 ENDPOINTS = [
