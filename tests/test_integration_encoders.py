@@ -11,12 +11,14 @@ import pytest
 import sentence_transformers
 import torch
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
-from support.late_interaction import write_late_interaction
+from support.checkpoints import change_json
+from support.late_interaction import write_bge, write_late_interaction
 from support.sparse import draw_texts, write_models
 
 from unpadded.integrations.sentence_transformers import MultiVectorEncoder, SparseEncoder
 
 TEXTS = ["The sea rises, twice a day.", "Bread!", "", "A piston moves up and down in its cylinder. " * 8]
+LIMIT = {"processing_kwargs": {"text": {"max_length": 4, "truncation": True}}}  # the engine does not support it
 Models = Callable[[str], tuple[Any, Any]]  # that of this project and the original
 
 
@@ -74,6 +76,46 @@ def test_queries_documents_and_single_texts(sparse: Models) -> None:
         assert_close(getattr(own, method)(TEXTS[0]), getattr(original, method)(TEXTS[0]))
         assert_close(getattr(own, method)(TEXTS), getattr(original, method)(TEXTS))
     assert own.encode([]).shape == original.encode([]).shape
+
+
+@pytest.mark.parametrize("options", [{}, LIMIT], ids=["engine", "modules"])
+def test_sparse_vectors_are_usable_outside_inference_mode(sparse: Models, options: dict[str, Any]) -> None:
+    found, expected = (model.decode(model.encode(TEXTS, **options), top_k=3) for model in sparse("xlm_roberta"))
+    assert [[token for token, _ in text] for text in found] == [[token for token, _ in text] for text in expected]
+
+
+def test_the_dimension_is_set_by_the_first_call_and_is_not_a_change(sparse: Models) -> None:
+    own, original = (copy.deepcopy(model) for model in sparse("bert"))
+    for model in (own, original):
+        model.encode(TEXTS)
+        assert model.get_embedding_dimension() == 30522
+    again = copy.deepcopy(own)
+    again[-1].embedding_dimension = None
+    again.encode(TEXTS, **LIMIT)  # in the modules
+    again.encode(TEXTS)
+    assert again._engine is not None and len(again._logged_reasons) == 1
+
+
+def test_a_saved_maximum_of_active_dimensions_can_be_removed(sparse: Models, tmp_path: Path) -> None:
+    sentence_transformers.SparseEncoder.save_pretrained(sparse("saved")[1], str(tmp_path))
+    change_json(tmp_path / "config_sentence_transformers.json", max_active_dims=3)
+    own, original = pair(SparseEncoder, tmp_path)
+    assert_close(own.encode(TEXTS), original.encode(TEXTS))
+    own.max_active_dims = original.max_active_dims = None
+    assert_close(own.encode(TEXTS), original.encode(TEXTS))
+    assert runs_in_the_engine(own)
+
+
+def test_heads_that_sentence_transformers_does_not_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = {MultiVectorEncoder: write_bge(tmp_path), SparseEncoder: write_models(tmp_path / "sparse")["bge-m3"]}
+    for own, folder in folders.items():
+        options = {"max_active_dims": 4} if own is SparseEncoder else {}
+        models = []
+        for model in (own, getattr(sentence_transformers, own.__name__)):
+            torch.manual_seed(0)  # of the head that sentence-transformers adds
+            models.append(model(str(folder), device="cpu", **options))
+        assert_close(*(model.encode_document(TEXTS) for model in models))
+    assert "that sentence-transformers loads" in caplog.text and "or are not supported" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["stanford", "pylate", "saved, pooled"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import sentence_transformers
 import torch
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
 from unpadded.checkpoint.reader import Checkpoint
@@ -38,20 +39,18 @@ class CrossEncoder(EngineInference, sentence_transformers.CrossEncoder):
             scores = scores.squeeze(-1)
         return nn.functional.softmax(scores, dim=1) if options["apply_softmax"] and scores.ndim > 1 else scores
 
-    def _are_supported(self, inputs: list[Any]) -> bool:
-        return super()._are_supported(inputs) or all(map(_is_pair, inputs))
-
 
 class SparseEncoder(EngineInference, sentence_transformers.SparseEncoder):
-    head, results = "sparse", "sparse vectors"
+    head, results, last = "sparse", "sparse vectors", SpladePooling
     keywords = frozenset({"convert_to_sparse_tensor", "max_active_dims", "save_to_cpu", "task"})
 
     def _run(
         self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
     ) -> Tensor:
-        found = engine.encode_sparse(inputs, top_k=options["max_active_dims"], **shared)
-        text = np.repeat(np.arange(len(inputs)), np.diff(found.indptr))
-        size = len(inputs), found.vocabulary
+        pooling: Any = self[-1]
+        pooling.embedding_dimension = width = pooling.embedding_dimension or engine.checkpoint.spec.vocabulary
+        found = engine.encode_sparse(inputs, top_k=options["max_active_dims"] or width, **shared)
+        text, size = np.repeat(np.arange(len(inputs)), np.diff(found.indptr)), (len(inputs), found.vocabulary)
         indices, weights = torch.from_numpy(np.stack([text, found.ids])), torch.from_numpy(found.weights).to(self.dtype)
         vectors = torch.sparse_coo_tensor(indices, weights, size, check_invariants=True, is_coalesced=True)
         vectors = vectors if options["save_to_cpu"] else vectors.to(target)
@@ -80,7 +79,3 @@ class MultiVectorEncoder(EngineInference, sentence_transformers.MultiVectorEncod
 
     def _settings(self) -> tuple[object, ...]:
         return *super()._settings(), self.max_seq_length
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.model import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
 from unpadded.engine import Engine
@@ -43,6 +43,7 @@ class EngineInference(BaseModel):
     head: ClassVar[str]  # field of a Checkpoint, None for one without the head
     results: ClassVar[str]  # of the head, in errors
     keywords: ClassVar[frozenset[str]]  # of `_inference` that `_run` honors, in addition to KEYWORDS
+    last: ClassVar[type[nn.Module]] = nn.Module  # class of the last module
     _run: Callable[[Engine, list[Any], dict[str, Any], torch.device, dict[str, Any]], Any]
     _checkpoint: Checkpoint | None = None  # that the engine loads; set by _load_modules
     _engine: Engine | None = None  # set by the first call that it supports
@@ -70,8 +71,9 @@ class EngineInference(BaseModel):
         if self.backend != "torch":
             raise OptionError(f"backend = {self.backend!r} is not supported; omit it")
         checkpoint = open_checkpoint(find_folder(model, **options))
-        if getattr(checkpoint, self.head) is None:
-            raise OptionError(f"{model} has no head for {self.results}; train one first")
+        head = getattr(checkpoint, self.head)
+        if head is None or getattr(head, "skip_first", False):  # bge-m3's, which sentence-transformers does not load
+            raise OptionError(f"{model} has no head for {self.results} that sentence-transformers loads; train one")
         keywords = without_hub_keywords(config_kwargs)
         if checkpoint.score is not None and keywords.get("num_labels") == len(checkpoint.score.labels):
             del keywords["num_labels"]
@@ -81,7 +83,6 @@ class EngineInference(BaseModel):
             raise OptionError(f"the engine does not support {', '.join(keywords)}; omit it")
         return checkpoint
 
-    @torch.inference_mode()
     def _inference(self, inputs: list[Any], **options: Any) -> Any:
         """Run the engine if it computes what the modules would compute, else the modules."""
         target = self._resolve_inference_device(options.get("device"))
@@ -113,7 +114,8 @@ class EngineInference(BaseModel):
         unsupported = options.keys() - KEYWORDS - self.keywords
         if unsupported := {name for name in unsupported if options[name] is not None}:
             return f"{', '.join(sorted(unsupported))} is not supported"
-        if not self._are_supported(inputs):
+        texts = all(isinstance(one, str) for one in inputs)
+        if not texts and (self.head != "score" or not all(map(_is_pair, inputs))):
             return "the inputs are not texts"
         if torch.is_autocast_enabled(self.device.type):
             return "autocast is enabled"
@@ -125,14 +127,10 @@ class EngineInference(BaseModel):
             return f"its parameters were cast from {sample.dtype} to {current.dtype}"
         if not torch.equal(sample.to(current), current):
             return "its parameters have changed"
-        if settings != self._settings() or not tokenizes_as_engine(
-            self[0], checkpoint.spec, preprocessing=self.head == "tokens"
-        ):
+        tokenizes = tokenizes_as_engine(self[0], checkpoint.spec, preprocessing=self.head == "tokens")
+        if settings != self._settings() or not tokenizes or not isinstance(self[-1], self.last):
             return "its modules or its tokenizer have changed, or are not supported"
         return None
-
-    def _are_supported(self, inputs: list[Any]) -> bool:
-        return all(isinstance(text, str) for text in inputs)
 
     def _sample(self) -> Tensor:
         """Return values of every parameter. All of them would take longer to read than the forward pass of a pair."""
@@ -144,7 +142,8 @@ class EngineInference(BaseModel):
         transformer: Any = self[0]
         return (
             [(type(module), module.extra_repr()) for module in self.modules()],
-            [module.get_config_dict() for module in (*self,)[1:]],
+            # The first forward pass sets the dimension of a SpladePooling.
+            [module.get_config_dict() | {"embedding_dimension": None} for module in (*self,)[1:]],
             transformer.model.config.to_dict(),
             tokenizer_state(transformer.tokenizer),
             transformer.tokenizer.model_input_names,
@@ -181,3 +180,7 @@ def _file_states(checkpoint: Checkpoint) -> list[object]:
     files = [*checkpoint.weight_files, *(file for layer in layers for file in layer.weight_files)]
     states = (file.exists() and file.stat() for file in files)
     return [state and (state.st_mtime_ns, state.st_size) for state in states]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
