@@ -15,16 +15,14 @@ from unpadded_kernels.linear_cpu import bits_follow_threads, linear_cpu, onednn_
 from unpadded_kernels.tiles import attention_block_m
 
 _AMX = bits_follow_threads(torch.bfloat16)
-# Texts longer than this go through `_attend_long`, where that is faster (measured: bench/NOTES.md).
-_LONG = {torch.bfloat16: 191 if _AMX else 768}
-if "AVX512" in torch.backends.cpu.get_cpu_capability():
+# Texts longer than this go head by head through oneDNN, where that is faster (measured: bench/NOTES.md).
+_LONG: dict[torch.dtype, int] = {} if _AMX else {torch.bfloat16: 768}
+if "AVX512" in torch.backends.cpu.get_cpu_capability() and not _AMX:
     _LONG[torch.float32] = 320
-# Fewer queries go through torch's fused kernel in fp32: in bf16 with AMX its bits follow the number of threads when
-# there are fewer than 4 queries per thread (measured: bench/NOTES.md).
-_MIN_QUERIES = 4 * (os.cpu_count() or 1) if _AMX else 0
-# Shorter texts are computed in fp32 even in bf16: oneDNN takes 0.8 ms to make a kernel for each number and length.
-_SHORT = 64
-# Queries per block there: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
+# Fewer queries are computed in fp32 even in bf16: with AMX the bits of torch's fused kernel follow the number of threads
+# if a thread has less than 4; otherwise oneDNN takes 0.8 ms to make a kernel for each number and length.
+_FP32_BELOW = 4 * (os.cpu_count() or 1) if _AMX else 64
+# Queries per block of one head: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
 _BLOCK_Q = 512
 _ONEDNN_SOFTMAX = 128  # scores per row
 _MAX_SCORES = 2**19  # per batched matmul: 1 MiB in bf16, which a core's cache holds
@@ -68,12 +66,11 @@ def attention_cpu(
             firsts = range(rows.start, rows.stop, length)
             for first, text, out_text in zip(firsts, group, out_group, strict=True):
                 for queries in [slice(0, length)] if tile_map is None else queries_by_text.get(first, []):
-                    _attend_long(text, out_text, scale, queries=queries)
-        elif qkv.dtype == torch.bfloat16 and length >= _SHORT:
+                    _attend_head_by_head(text, out_text, scale, queries=queries)
+        elif qkv.dtype == torch.bfloat16 and length >= _FP32_BELOW and not _AMX:
             _attend_batched(group, out_group, scale)
         else:
-            q, k, v = (group.float() if qkv.dtype == torch.bfloat16 else group).permute(2, 0, 3, 1, 4)
-            out_group.copy_(_attend_fused(q, k, v, None, scale).transpose(1, 2))
+            out_group.copy_(_attend_fused(*group.permute(2, 0, 3, 1, 4), None, scale).transpose(1, 2))
     return out.view(total_tokens, heads * head_dim)
 
 
@@ -90,21 +87,18 @@ def _attend_batched(qkv: Tensor, out: Tensor, scale: float) -> None:
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend by torch's fused kernel. q, k, v: [texts, heads, length, head_dim]. Returns a tensor like q."""
-    if q.dtype == torch.bfloat16 and q.shape[2] < _MIN_QUERIES:
+    if q.dtype == torch.bfloat16 and q.shape[2] < _FP32_BELOW:
         q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
-def _attend_long(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
-    """Attend from some queries of one text: fused with AMX, else a block of one head at a time by oneDNN's linear.
+def _attend_head_by_head(qkv: Tensor, out: Tensor, scale: float, *, queries: slice) -> None:
+    """Attend from some queries of one text, a block of one head at a time, by oneDNN's linear.
 
     qkv: [length, 3, heads, head_dim]; writes out: [length, heads, head_dim].
     """
-    q, k, v = qkv.permute(1, 2, 0, 3)
-    if _AMX and qkv.dtype == torch.bfloat16:
-        out[queries] = _attend_fused(q[None, :, queries], k[None], v[None], None, scale)[0].transpose(0, 1)
-        return
     # Contiguous copies: the bits of a matmul follow the layout of its operands, which must not depend on the batch.
+    q, k, v = qkv.permute(1, 2, 0, 3)
     q, k, v_transposed = (q[:, queries] * scale).contiguous(), k.contiguous(), v.transpose(1, 2).contiguous()
     out = out[queries]
     for head in range(q.shape[0]):
