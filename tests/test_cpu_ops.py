@@ -83,7 +83,7 @@ def test_linear_activation(dtype, bias, kind, rows):
 def test_matmuls_in_blocks_of_rows(monkeypatch, kind, rows):
     """As on a processor with AMX."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    x, weight, bias = (draw(*shape, dtype=torch.bfloat16) for shape in ((300, 96), (128, 96), (128,)))
+    x, weight, bias = (draw(*shape, dtype=torch.bfloat16) for shape in ((300, 400), (128, 400), (128,)))
 
     def run(x):
         return linear(x, weight, bias) if kind is None else linear_activation(x, weight, bias, kind)
