@@ -70,7 +70,8 @@ def attention_cpu(
         elif qkv.dtype == torch.bfloat16 and length >= _FP32_BELOW and not _AMX:
             _attend_batched(group, out_group, scale)
         else:
-            out_group.copy_(_attend_fused(*group.permute(2, 0, 3, 1, 4), None, scale).transpose(1, 2))
+            q, k, v = group.permute(2, 0, 3, 1, 4)
+            out_group.copy_(_attend_fused(q, k, v, None, scale).transpose(1, 2))
     return out.view(total_tokens, heads * head_dim)
 
 
