@@ -27,19 +27,27 @@ def assert_independent_of_batches(engine, lengths, batches):
     assert np.array_equal(engine.encode(texts[:1]), alone[:1])
 
 
-@pytest.fixture
-def three_threads():
-    """As many for torch, which then may compute parts of a batch on one core each."""
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    """Torch's number of threads; parts of a batch may then be computed on one core each."""
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wide_layers_in_several_threads(tmp_path, dtype):
+    shape = {"layers": 1, "hidden": 768, "heads": 12, "intermediate": 3072}
+    engine = unpadded.load(nomic(tmp_path, **shape), device="cpu", dtype=dtype)
+    assert_independent_of_batches(engine, (150, 140, 9, 150, 130, 40, 60), batches=6)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [2, 4])  # head_dim 64 and 32
-def test_nomic_bert(tmp_path, dtype, heads):
+def test_nomic_bert(tmp_path, dtype, heads, threads):
     engine = unpadded.load(nomic(tmp_path, heads=heads), device="cpu", dtype=dtype, max_length=8192)
     assert_independent_of_batches(engine, LENGTHS, batches=10)
 
