@@ -20,11 +20,7 @@ import numpy as np
 import pytest
 import schemathesis
 from schemathesis import GenerationMode
-from support.checkpoints import (
-    add_sentence_transformers_files,
-    write_bert_reranker,
-    write_nomic,
-)
+from support.checkpoints import add_sentence_transformers_files, write_bert_reranker, write_nomic
 from support.corpus import PARAGRAPHS
 from support.serving import HANG_SECONDS, serving, wait_until
 from support.sparse import write_models
@@ -173,7 +169,7 @@ def test_fuzzed_requests_never_break_the_server(tmp_path, request):
         cases = [generate_cases(operation, 1 + count // 10) for operation in operations]
 
         for path, body in VALID.items():
-            server.post(path, body)
+            server.post(path, body)  # fails unless the status is 200
 
         sizes, statuses = [], {operation.label: set() for operation in operations}
         for seed, part in enumerate(PARTS):

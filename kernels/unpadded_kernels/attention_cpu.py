@@ -19,8 +19,8 @@ _AMX = bits_follow_threads(torch.bfloat16)
 _LONG: dict[torch.dtype, int] = {} if _AMX else {torch.bfloat16: 768}
 if "AVX512" in torch.backends.cpu.get_cpu_capability() and not _AMX:
     _LONG[torch.float32] = 320
-# Fewer queries are computed in fp32 even in bf16: with AMX since the bits of torch's fused kernel follow the number of
-# threads if one has fewer than 4, otherwise since oneDNN takes 0.8 ms to make a kernel for each number and length.
+# With fewer queries bf16 is computed in fp32. With AMX: bits of torch's fused kernel depend on the number of threads
+# when there are fewer than 4 queries per thread. Without: oneDNN takes 0.8 ms to make a kernel for each shape.
 _FP32_BELOW = 4 * (os.cpu_count() or 1) if _AMX else 64
 # Queries per block of one head: 512 x 8192 fp32 scores are 16 MiB, which a last-level cache holds.
 _BLOCK_Q = 512
@@ -39,7 +39,7 @@ def attention_cpu(
     position_bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Compute `attention_reference`. The queries of long texts that tile_map leaves out are skipped."""
+    """Compute `attention_reference`. The queries that tile_map leaves out are skipped in texts that go head by head."""
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads, head_dim)
     block_m = attention_block_m(qkv.dtype, head_dim, qkv.device)

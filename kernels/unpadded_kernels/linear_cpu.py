@@ -24,9 +24,10 @@ _ONEDNN_ACTIVATION = {
 # Rows from which bits do not depend on their number: oneDNN runs other kernels for few rows (measured: bench/NOTES.md).
 _MIN_ROWS = 128 if torch.__version__.startswith("2.11.") else 2
 
-# Rows of every linear whose sums depend on the number of rows, too (measured: bench/NOTES.md).
+# Rows per matmul in bf16 with AMX, whose sums depend on the number of rows if in_features exceeds this number: oneDNN
+# then may add up parts (measured: bench/NOTES.md).
 _AMX_ROWS = 128
-_ONE_SUM = 384  # in_features that they never split, so that nothing depends on the rows
+_AMX_WHOLE_SUM = 384
 
 
 def onednn_supports(dtype: torch.dtype) -> bool:
@@ -75,7 +76,7 @@ def linear_prepacked(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, ki
 
     oneDNN applies the activation and the multiplication by up inside its matmuls: nothing is written unactivated.
     """
-    if not bits_follow_threads(x.dtype) or x.shape[1] <= _ONE_SUM:
+    if not bits_follow_threads(x.dtype) or x.shape[1] <= _AMX_WHOLE_SUM:
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
     parts = [part if part.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(part) for part in parts]
     blocks = (_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind) for rows in x.split(_AMX_ROWS))

@@ -48,6 +48,7 @@ class SparseEncoder(EngineInference, sentence_transformers.SparseEncoder):
         self, engine: Engine, inputs: list[Any], shared: dict[str, Any], target: torch.device, options: dict[str, Any]
     ) -> Tensor:
         pooling: Any = self[-1]
+        # as the modules' first call does; for None all weights are kept, not the checkpoint's own top_k
         pooling.embedding_dimension = width = pooling.embedding_dimension or engine.checkpoint.spec.vocabulary
         found = engine.encode_sparse(inputs, top_k=options["max_active_dims"] or width, **shared)
         text, size = np.repeat(np.arange(len(inputs)), np.diff(found.indptr)), (len(inputs), found.vocabulary)
