@@ -10,15 +10,16 @@
 
 ARG DEVICE=cpu
 
+# gcc compiles the kernels for CPUs, and Triton's launchers.
 FROM python:3.12-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 FROM base AS cpu
 RUN pip install torch --index-url https://download.pytorch.org/whl/cpu
 
-# torch from PyPI includes CUDA; the driver is the host's. Triton compiles its launchers with gcc.
+# torch from PyPI includes CUDA; the driver is the host's.
 FROM base AS cuda
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install torch
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

@@ -6,34 +6,42 @@ import sys
 import pytest
 import torch
 
-from unpadded_kernels import attention, linear, linear_activation, mean_pool, rotary_, rotary_cos_sin
-from unpadded_kernels.activation import KINDS, activation_reference
+from unpadded_kernels import (
+    add_layer_norm,
+    attention,
+    avx512,
+    linear,
+    linear_activation,
+    mean_pool,
+    pre_layer_norm,
+    rms_norm,
+    rotary_,
+    rotary_cos_sin,
+)
+from unpadded_kernels.activation import KINDS
 from unpadded_kernels.attention import attention_reference
+from unpadded_kernels.layer_norm import pre_layer_norm_reference, rms_norm_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
 from unpadded_kernels.linear_cpu import can_prepack, linear_prepacked, pad_rows, prepack, unpack
-from unpadded_kernels.linear_int8 import (
-    int8_is_supported,
-    linear_int8,
-    prepack_int8,
-    quantize_rows_int8,
-    quantize_weight,
-)
 from unpadded_kernels.pooling import mean_pool_reference
 from unpadded_kernels.tiles import attention_block_m
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
-INT8_ERROR = 3e-7  # of the formulas in fp32; the sums of products are exact
-INT8 = pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
 BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
 
 
-@pytest.fixture(params=["onednn", "without"], autouse=True)
-def onednn(request, monkeypatch):
-    """Run with oneDNN, and as on a processor or build without it."""
+@pytest.fixture(params=["avx512", "onednn", "torch"], autouse=True)
+def library(request, monkeypatch):
+    """Run the kernels for AVX-512 as far as the processor has them, and as on one without them, or without oneDNN."""
     torch.manual_seed(0)
-    if request.param == "without":
-        for name in ("linear_cpu", "attention_cpu"):
-            monkeypatch.setattr(sys.modules[f"unpadded_kernels.{name}"], "onednn_supports", lambda dtype: False)
+    if request.param == "avx512":
+        if not avx512.supports(torch.float32):
+            pytest.skip("needs AVX-512 and a C compiler")
+    else:
+        monkeypatch.setattr(avx512, "supports", lambda dtype: False)
+    if request.param == "torch":
+        monkeypatch.setattr(sys.modules["unpadded_kernels.linear_cpu"], "onednn_supports", lambda dtype: False)
+    return request.param
 
 
 def assert_close(actual, expected, dtype):
@@ -98,10 +106,10 @@ def test_matmuls_in_blocks_of_rows(monkeypatch, kind, rows):
 @BOTH
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind):
+def test_a_prepacked_weight_gives_the_same_bits(dtype, bias, kind, library):
     weight, added = draw(200, 96, dtype=dtype), draw(200, dtype=dtype) if bias else None
-    if not can_prepack(weight):
-        pytest.skip("oneDNN does not run")
+    if library == "avx512" or not can_prepack(weight):
+        pytest.skip("of oneDNN's layout; test_avx512 tests the other one")
     parts = prepack(weight, kind)
     assert torch.equal(unpack(parts), weight)
     for rows in (0, 1, 2, 9, 128, 129, 300):
@@ -114,86 +122,6 @@ def test_few_numbers_of_rows_are_computed():
     found = [len(pad_rows(torch.empty(rows, 1))) for rows in range(1, 1025)]
     assert all(rows <= up < rows + 32 and up % 8 == 0 for rows, up in enumerate(found, 1))
     assert len(set(found)) == 16 + 28  # up to 128 and from there
-
-
-def relative(actual, expected):
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-def linear_int8_reference(x, weight, bias, kind):
-    """Return y in fp32 of a weight that is not quantized yet, by the formulas of `linear_int8`."""
-    (q, scale, middle), (p, weight_scale) = quantize_rows_int8(x), quantize_weight(weight)
-    y = (q.double() - 128) @ p.double().T * scale * weight_scale + middle * (p.double().sum(1) * weight_scale)
-    y = (y if bias is None else y + bias).float()
-    return y if kind is None else activation_reference(y, kind)
-
-
-@INT8
-@BOTH
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_linear_int8(dtype, bias, kind):
-    x, weight, added = draw(600, 96, dtype=dtype), draw(128, 96, dtype=dtype) / 10, torch.randn(128) if bias else None
-    x[3:5], x[7] = 0, 2.5  # rows of equal values
-    parts = prepack_int8(weight, kind)
-    whole = linear_int8(x, parts, added, kind, torch.float32)
-    expected = linear_int8_reference(x, weight, added, kind)
-    assert whole.dtype == torch.float32 and relative(whole, expected) <= INT8_ERROR
-    assert relative(whole[[3, 4]] + 1, expected[[3, 4]] + 1) <= INT8_ERROR
-    assert relative(whole[7], expected[7]) <= INT8_ERROR
-    for rows in (0, 1, 2, 9, 127, 129, 255, 256, 257):
-        assert torch.equal(linear_int8(x[:rows], parts, added, kind, torch.float32), whole[:rows])
-    for row in (0, 7, 255, 256, 599):
-        assert torch.equal(linear_int8(x[row : row + 1], parts, added, kind, torch.float32)[0], whole[row])
-    for rows in (9, 600):
-        half = linear_int8(x[:rows], parts, added, kind, torch.bfloat16)
-        assert torch.equal(half, whole[:rows].bfloat16())
-
-
-@INT8
-def test_int8_rows_of_many_features_have_exact_sums():
-    """The extremes of both factors: each sum is beyond 2**24, where fp32 is not exact, and within int32."""
-    x, weight = torch.ones(2, 8192), torch.ones(16, 8192)
-    x[:, ::2] = -1
-    weight[:, ::2] = -1
-    actual = linear_int8(x, prepack_int8(weight), None, None, torch.float32)
-    torch.testing.assert_close(actual, torch.full((2, 16), 8192.0), rtol=1e-6, atol=0)
-
-
-@INT8
-@pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_int8_rows_that_are_not_finite_change_no_other_row(kind, value):
-    x, parts, bias = torch.randn(300, 96), prepack_int8(torch.randn(128, 96) / 10, kind), torch.randn(128)
-    expected = linear_int8(x, parts, bias, kind, torch.float32)
-    spoiled = [0, 5, 255, 256, 299]
-    others = [row for row in range(300) if row not in spoiled]
-    x[spoiled, 17] = value
-    actual = linear_int8(x, parts, bias, kind, torch.float32)
-    assert torch.equal(actual[others], expected[others])
-    assert not actual[spoiled].isfinite().any()
-
-
-@INT8
-@pytest.mark.parametrize(("mean", "gain"), [(0, 1), (3, 1.8), (30, 10)])
-def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
-    """The error without an offset per row is `gain` times as large, or more."""
-    x, weight = torch.randn(64, 384) + mean, torch.randn(128, 384)
-    weight = torch.round(weight * 30).clamp(-127, 127)
-    weight[:, 0] = 127  # exact in int8, so that only the error of x counts
-    expected = x.double() @ weight.double().T
-    scale = x.abs().amax(1, keepdim=True) / 127
-    symmetric = (x / scale).round().double() @ weight.double().T * scale
-    error = (linear_int8(x, prepack_int8(weight), None, None, torch.float32) - expected).norm()
-    assert (symmetric - expected).norm() >= gain * error
-
-
-@INT8
-def test_int8_weights_of_zeros_give_the_bias():
-    weight, bias = torch.zeros(128, 96), torch.randn(128)
-    weight[64:] = torch.randn(64, 96)
-    y = linear_int8(torch.randn(5, 96), prepack_int8(weight), bias, None, torch.float32)
-    assert torch.equal(y[:, :64], bias[:64].expand(5, 64))
 
 
 def test_an_unknown_activation_raises():
@@ -217,11 +145,7 @@ def test_attention(dtype, head_dim):
 
 
 @BOTH
-@pytest.mark.parametrize("scores", [None, 2**13])  # one batched matmul for each text of 64 tokens
-def test_attention_of_groups_of_short_texts(dtype, scores, monkeypatch):
-    """On both sides of the limit for fp32, and of the number of texts per matmul."""
-    if scores is not None:
-        monkeypatch.setattr(sys.modules["unpadded_kernels.attention_cpu"], "_MAX_SCORES", scores)
+def test_attention_of_groups_of_short_texts(dtype):
     lengths = [62] * 3 + [63] * 9 + [64] * 9 + [65] * 10 + [128] * 5 + [1] * 3 + [64] * 2
     qkv, cu_seqlens = draw(sum(lengths), 3, 2, 32, dtype=dtype), torch.tensor([0, *lengths]).cumsum(0).int()
     actual = attention(qkv, cu_seqlens, 128, 32**-0.5)
@@ -231,40 +155,35 @@ def test_attention_of_groups_of_short_texts(dtype, scores, monkeypatch):
         assert_close(actual[start:end], attention_reference(own.double(), one, end - start, 32**-0.5), dtype)
 
 
-def test_short_texts_in_bf16_are_computed_in_fp32():
+def test_short_texts_in_bf16_are_computed_in_fp32_with_amx(library, monkeypatch):
     """Only the result is rounded to bf16; in longer ones the weights are, too."""
-    limit = sys.modules["unpadded_kernels.attention_cpu"]._FP32_BELOW
-    for length in (limit - 1, limit):
+    if library == "avx512":
+        pytest.skip("of torch's kernel")
+    monkeypatch.setattr(sys.modules["unpadded_kernels.attention_cpu"], "_FP32_BELOW", 64)
+    for length in (63, 64):
         qkv, cu_seqlens = draw(length, 3, 2, 32, dtype=torch.bfloat16), torch.tensor([0, length], dtype=torch.int32)
         exact = attention_reference(qkv.float(), cu_seqlens, length, 32**-0.5).bfloat16()
         same = (attention(qkv, cu_seqlens, length, 32**-0.5) == exact).float().mean()
-        assert same >= 0.99 if length < limit else same < 0.99, length
+        assert same >= 0.99 if length < 64 else same < 0.99, length
 
 
 @BOTH
 @pytest.mark.parametrize("head_dim", [64, 256])  # 256 exceeds what the Triton kernel supports
-def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, monkeypatch):
-    """Only the requested queries are computed, and with oneDNN their bits are those of the whole text."""
-    module, requested = sys.modules["unpadded_kernels.attention_cpu"], []
-    attend = module._attend_head_by_head
-    monkeypatch.setattr(module, "_LONG", {torch.float32: 320, torch.bfloat16: 768})
-    lengths, scale = (900, 900, 7, 1000), 0.125
-    qkv, cu_seqlens = draw(sum(lengths), 3, 2, head_dim, dtype=dtype), torch.tensor((0, *itertools.accumulate(lengths)))
+def test_attention_of_some_blocks_of_a_long_text(dtype, head_dim, library, monkeypatch):
+    """The bits of the requested queries are those of the whole text, and with AVX-512 no block without them is run."""
+    lengths, scale = (900, 900, 7, 0, 1000, 0), 0.125
+    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+    qkv = draw(sum(lengths), 3, 2, head_dim, dtype=dtype)
     whole = attention(qkv, cu_seqlens, 1000, scale)
-    monkeypatch.setattr(
-        module,
-        "_attend_head_by_head",
-        lambda *rest, queries: requested.append(queries) or attend(*rest, queries=queries),
-    )
     block = attention_block_m(dtype, head_dim, qkv.device)
-    tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [1807, 1000, 0]]
-    partial = attention(qkv, cu_seqlens, 1000, scale, tile_map=torch.tensor(tile_map))
-    assert requested == [slice(896, 896 + block), slice(0, block), slice(256, 256 + block), slice(0, block)]
-    for first, count in ((896, 4), (900, block), (1800, 7), (1807, block), (2063, block)):
-        rows = slice(first, first + count)
-        if sys.modules["unpadded_kernels.linear_cpu"].onednn_supports(dtype):
-            assert torch.equal(partial[rows], whole[rows])
-        assert_close(partial[rows], whole[rows].double(), dtype)
+    tile_map = [[0, 900, 896 // block], [900, 900, 0], [1800, 7, 0], [1807, 1000, 256 // block], [2807, 0, 0]]
+    tile_map = torch.tensor(tile_map, dtype=torch.int32)
+    partial = attention(qkv, cu_seqlens, 1000, scale, tile_map=tile_map)
+    for first, count in ((896, 4), (900, block), (1800, 7), (2063, block)):
+        assert torch.equal(partial[first : first + count], whole[first : first + count])
+    if library == "avx512":
+        skipped = avx512.skipped_blocks(cu_seqlens, tile_map, block)
+        assert skipped.tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1]
 
 
 @BOTH
@@ -282,10 +201,9 @@ def test_attention_in_a_window_and_with_slopes(dtype):
 
 @BOTH
 @pytest.mark.parametrize(("window", "lengths"), [(None, (162, 171, 80)), (16, (196, 129)), (None, (300, 1000))])
-def test_attention_with_many_threads_does_not_depend_on_the_batch(dtype, window, lengths, monkeypatch):
-    """With AMX, torch lays out the keys by the number of queries per thread."""
-    module, threads = sys.modules["unpadded_kernels.attention_cpu"], torch.get_num_threads()
-    monkeypatch.setattr(module, "_FP32_BELOW", 4 * 64 if module._AMX else module._FP32_BELOW)
+def test_attention_with_many_threads_does_not_depend_on_the_batch(dtype, window, lengths):
+    """torch lays out the keys by the number of texts, queries and threads."""
+    threads = torch.get_num_threads()
     slopes = torch.rand(12) if window is None and max(lengths) < 1000 else None
     torch.set_num_threads(64)
     try:
@@ -295,6 +213,25 @@ def test_attention_with_many_threads_does_not_depend_on_the_batch(dtype, window,
             assert torch.equal(attention(qkv[:length], cu_seqlens[:2], length, 0.25, window, slopes), actual[:length])
     finally:
         torch.set_num_threads(threads)
+
+
+@BOTH
+@pytest.mark.parametrize("hidden", [16, 100, 768])
+def test_norms(dtype, hidden):
+    x, residual = draw(7, 2 * hidden, dtype=dtype)[:, :hidden], draw(7, hidden, dtype=dtype) + 3
+    weight, bias = draw(hidden, dtype=dtype), draw(hidden, dtype=dtype)
+    expected = pre_layer_norm_reference(*(tensor.float() for tensor in (x, residual, weight, bias)), 1e-5)
+    for found, right in zip(pre_layer_norm(x, residual, weight, bias, 1e-5), expected, strict=True):
+        assert_close(found, right.double(), dtype)
+    assert_close(add_layer_norm(x, residual, weight, bias, 1e-5), expected[0].double(), dtype)
+    for second in (residual, None):
+        right = rms_norm_reference(x.float(), None if second is None else second.float(), weight.float(), 1e-5)
+        for found, one in zip(rms_norm(x, second, weight, 1e-5), right, strict=True):
+            assert_close(found, one.double(), dtype)
+    alone = torch.cat(
+        [add_layer_norm(*rows, weight, bias, 1e-5) for rows in zip(x.split(1), residual.split(1), strict=True)]
+    )
+    assert torch.equal(alone, add_layer_norm(x, residual, weight, bias, 1e-5))
 
 
 def test_mean_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64():

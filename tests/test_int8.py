@@ -16,10 +16,10 @@ from unpadded.integrations.transformers import UnpaddedModel
 from unpadded.model.layer import ExpertMLP
 from unpadded.model.linear import Int8Linear
 from unpadded.model.weights import plain_weights
+from unpadded_kernels import avx512
 from unpadded_kernels.linear_cpu import onednn_supports
-from unpadded_kernels.linear_int8 import INT8_BLOCK, int8_is_supported
 
-NEEDS_VNNI = pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
+NEEDS_VNNI = pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 
 
 FAMILIES = {
@@ -45,15 +45,15 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
     exact, engine = (unpadded.load(folder, device="cpu", dtype=dtype) for dtype in ("float32", "int8"))
     assert engine.describe()["dtype"] == "int8" and repr(engine).endswith("cpu int8)")
     weights, exact_weights = encoder_of(engine).weights, plain_weights(encoder_of(exact).weights)
-    assert torch.equal(weights.word, exact_weights.word) and encoder_of(engine).row_block == INT8_BLOCK
+    assert torch.equal(weights.word, exact_weights.word)
     for layer, exact_layer in zip(weights.layers, exact_weights.layers, strict=True):
         assert layer.linears.keys() == exact_layer.linears.keys()
         for name, linear in layer.linears.items():
             assert isinstance(linear, Int8Linear)
             attended = name == "qkv" and onednn_supports(torch.bfloat16)
             assert linear.dtype == (torch.bfloat16 if attended else torch.float32)
-            assert all(part.packed.dtype == torch.int8 for part in linear.parts)
-            assert sum(part.packed.numel() for part in linear.parts) == exact_layer.linears[name].weight.numel()
+            assert linear.weight.panels.dtype == torch.int8
+            assert linear.weight.shape == exact_layer.linears[name].weight.shape
         if isinstance(layer.mlp, ExpertMLP):
             for name in ("router", "up", "down"):
                 assert torch.equal(getattr(layer.mlp, name), getattr(exact_layer.mlp, name)), name
@@ -96,14 +96,16 @@ def test_real_weights_and_texts(minilm, minilm_engine, corpus, source, mean, min
 
 def test_unsupported_uses_are_rejected(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("unpadded.loading.int8_is_supported", lambda: True)
+        patch.setattr(avx512, "supports", lambda dtype: True)
         assert_no_modules_and_no_adapters(tmp_path)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         with pytest.raises(OptionError, match=r"int8' runs on a CPU only: the device is cuda:0; use dtype='float16'"):
             unpadded.load(tmp_path / "bert", device="cuda:0", dtype="int8")
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(OptionError, match=r"int8' needs VNNI or AMX: the device is cpu; use dtype='float32'"):
+    monkeypatch.setattr(avx512, "supports", lambda dtype: False)
+    with pytest.raises(
+        OptionError, match=r"int8' needs AVX-512 with VNNI and a C compiler.*: the device is cpu; use dtype='float32'"
+    ):
         unpadded.load(tmp_path / "bert", device="cpu", dtype="int8")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.devices import DEVICE, DTYPES, assert_matches, packed, pairwise
 
-from unpadded_kernels import vocabulary_max
+from unpadded_kernels import avx512, vocabulary_max
 from unpadded_kernels.vocabulary_max import CPU_BLOCK, vocabulary_max_reference, vocabulary_max_triton
 
 pytestmark = pytest.mark.usefixtures("seed", "poison_empty")
@@ -85,16 +85,23 @@ def test_invalid_arguments_raise():
             vocabulary_max_triton(*arguments)
 
 
+@pytest.fixture(params=["avx512", "onednn"])
+def cpu(request, monkeypatch):
+    """Run the kernel for AVX-512 if the processor has it, and the body for other processors."""
+    if request.param == "onednn":
+        monkeypatch.setattr(avx512, "supports", lambda dtype: False)
+
+
 LONG = [CPU_BLOCK + 300, 0, 3, CPU_BLOCK - 100, 40]
 
 
 @pytest.mark.parametrize("lengths", [LONG, [CPU_BLOCK, 1], [3], []], ids=str)
-def test_the_cpu_body_matches_the_reference(lengths):
+def test_the_cpu_body_matches_the_reference(lengths, cpu):
     arguments = inputs(lengths, 24, CPU_BLOCK + 200, torch.float32, device="cpu")
     assert_matches(vocabulary_max(*arguments), vocabulary_max_reference(*arguments))
 
 
-def test_the_cpu_body_in_bf16():
+def test_the_cpu_body_in_bf16(cpu):
     arguments = inputs(LONG, 24, 300, torch.bfloat16, device="cpu")
     y = vocabulary_max(*arguments)
     assert y.dtype == torch.float32
@@ -102,7 +109,7 @@ def test_the_cpu_body_in_bf16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_text_does_not_depend_on_its_batch_on_a_cpu(dtype):
+def test_a_text_does_not_depend_on_its_batch_on_a_cpu(dtype, cpu):
     x, weight, bias, cu_seqlens = inputs(LONG, 72, 300, dtype, device="cpu")
     whole = vocabulary_max(x, weight, bias, cu_seqlens)
     for text, rows in enumerate(x.split(LONG)):

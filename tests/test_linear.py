@@ -7,9 +7,9 @@ import torch
 
 from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
 from unpadded.model.linear import Int8Linear, Linear, PrepackedLinear
+from unpadded_kernels import avx512
 from unpadded_kernels.activation import KINDS, activation_reference
 from unpadded_kernels.linear_cpu import can_prepack, onednn_supports
-from unpadded_kernels.linear_int8 import int8_is_supported
 from unpadded_kernels.rotary import rotary_reference
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -42,8 +42,8 @@ def assert_close(actual, expected, error):
 def kind(request):
     if request.param == "prepacked" and not can_prepack(torch.empty(1)):
         pytest.skip("oneDNN does not run on this processor")
-    if request.param == "int8" and not int8_is_supported():
-        pytest.skip("needs VNNI or AMX")
+    if request.param == "int8" and not avx512.supports(torch.int8):
+        pytest.skip("needs AVX-512 with VNNI")
     return request.param
 
 
@@ -74,7 +74,7 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
     assert (again.bias is plain.bias) and again.activation == "swiglu"
 
 
-@pytest.mark.skipif(not int8_is_supported(), reason="needs VNNI or AMX")
+@pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
     fast = torch.bfloat16 if onednn_supports(torch.bfloat16) else torch.float32

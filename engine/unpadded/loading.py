@@ -18,11 +18,10 @@ from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head, stacked
-from unpadded.model.linear import Int8Linear
 from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, prepacked_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
 from unpadded.tokenization.tokenizer import Tokenizer
-from unpadded_kernels.linear_int8 import INT8_BLOCK, int8_is_supported
+from unpadded_kernels import avx512
 
 Device: TypeAlias = str | torch.device
 
@@ -47,8 +46,9 @@ def load(model: str | os.PathLike[str], **keywords: Unpack[LoadKeywords]) -> Eng
     options = LoadOptions(**keywords)
     devices = _devices(options.device)
     kind = devices[0].type
-    if options.dtype == "int8" and (kind == "cuda" or not int8_is_supported()):
-        reason, other = ("runs on a CPU only", "float16") if kind == "cuda" else ("needs VNNI or AMX", "float32")
+    if options.dtype == "int8" and (kind == "cuda" or not avx512.supports(torch.int8)):
+        needed = "needs AVX-512 with VNNI and a C compiler, such as gcc"
+        reason, other = ("runs on a CPU only", "float16") if kind == "cuda" else (needed, "float32")
         raise OptionError(f"dtype='int8' {reason}: the device is {devices[0]}; use dtype={other!r}")
     attention_backend(options.attention, devices[0], _dtype(options.dtype, kind))  # checked before anything is read
     checkpoint = open_checkpoint(
@@ -119,8 +119,7 @@ def make_encoder(
     row_block = None
     if weights.word.device.type == "cpu":
         rows = CPU_BLOCK_BYTES // (spec.intermediate * weights.word.dtype.itemsize)
-        int8 = isinstance(weights.layers[0].qkv.linear, Int8Linear)
-        row_block = INT8_BLOCK if int8 else max(128, rows // 128 * 128)
+        row_block = max(128, rows // 128 * 128)
     return Encoder(spec, weights, attention=attention, row_block=row_block, batch_invariant=batch_invariant)
 
 

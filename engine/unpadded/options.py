@@ -99,8 +99,8 @@ class LoadOptions:
     )
     dtype: str | torch.dtype = option(
         "auto",
-        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16, or int8 on a CPU with VNNI or AMX, less "
-        "accurate: linear layers quantized at load, with a scale per row",
+        "auto (float16 on CUDA, float32 on a CPU), float32, float16, bfloat16, or int8 on a CPU with AVX-512 VNNI, "
+        "less accurate: linear layers quantized at load, with a scale per row",
     )
     attention: str = option("auto", "attention backend: auto, unpadded, torch or flash-attn")
     rotary_scaling_factor: float | Literal["config"] | None = option(

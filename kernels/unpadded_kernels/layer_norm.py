@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.tiles import hidden_launch
@@ -120,6 +121,31 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     return pre_layer_norm_triton(x, residual, weight, None, eps)
 
 
-add_layer_norm = operation(add_layer_norm_reference, cuda=add_layer_norm_triton)
-pre_layer_norm = operation(pre_layer_norm_reference, cuda=pre_layer_norm_triton)
-rms_norm = operation(rms_norm_reference, cuda=rms_norm_triton)
+def _runs_in_c(x: Tensor, *others: Tensor | None) -> bool:
+    dtype = x.dtype
+    return avx512.supports(dtype) and all(t is None or (t.dtype == dtype and t.stride(-1) == 1) for t in (x, *others))
+
+
+def add_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if _runs_in_c(x, residual, weight, bias):
+        return avx512.norm(x, residual, weight, bias, eps, None)
+    return add_layer_norm_reference(x, residual, weight, bias, eps)
+
+
+def pre_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _runs_in_c(x, residual, weight, bias):
+        return pre_layer_norm_reference(x, residual, weight, bias, eps)
+    total = torch.empty(x.shape, dtype=x.dtype)
+    return avx512.norm(x, residual, weight, bias, eps, total), total
+
+
+def rms_norm_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _runs_in_c(x, residual, weight):
+        return rms_norm_reference(x, residual, weight, eps)
+    total = torch.empty(x.shape, dtype=x.dtype)
+    return avx512.norm(x, residual, weight, None, eps, total), total
+
+
+add_layer_norm = operation(add_layer_norm_reference, cpu=add_layer_norm_cpu, cuda=add_layer_norm_triton)
+pre_layer_norm = operation(pre_layer_norm_reference, cpu=pre_layer_norm_cpu, cuda=pre_layer_norm_triton)
+rms_norm = operation(rms_norm_reference, cpu=rms_norm_cpu, cuda=rms_norm_triton)

@@ -1,15 +1,19 @@
 """The CPU body of all linear layers (see `linear`), through oneDNN where the processor and the dtype allow it.
 
+A weight can be packed once, for the kernel for AVX-512 or, where that does not run, for oneDNN.
+
 A row of a result has the same bits whatever the number of rows. oneDNN and MKL choose their kernel by that number, so
 inputs are padded with rows of zeros, or computed in blocks of one size, wherever the choice would change the bits.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels.activation import GATED, activation_reference
 
 # oneDNN's activations as (attribute, algorithm) of its fused linear.
@@ -51,31 +55,46 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None 
     return F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
 
 
+Packed: TypeAlias = avx512.PackedWeight | tuple[Tensor, ...]
+
+
 def can_prepack(weight: Tensor) -> bool:
-    """Whether `prepack` supports this weight: it is on a CPU, in a dtype that oneDNN supports there."""
-    return weight.device.type == "cpu" and onednn_supports(weight.dtype)
+    """Whether `prepack` supports this weight: it is on a CPU, in a dtype that a kernel or oneDNN supports there."""
+    return weight.device.type == "cpu" and (_suits_avx512(weight) or onednn_supports(weight.dtype))
 
 
-def prepack(weight: Tensor, kind: str | None = None) -> tuple[Tensor, ...]:
-    """Copy a weight into oneDNN's own blocked layout, which it otherwise does in every call.
+def _suits_avx512(weight: Tensor) -> bool:
+    """Whether the kernel takes this weight: rows of inputs are read four bytes at a time."""
+    return avx512.supports(weight.dtype) and weight.shape[-1] * weight.itemsize % 4 == 0
+
+
+def prepack(weight: Tensor, kind: str | None = None) -> Packed:
+    """Copy a weight into the layout of the kernel for AVX-512, or into oneDNN's own: gate and up when kind is gated.
 
     weight: [out_features, in_features], one that `can_prepack`; kind: the activation that follows, or None.
-    Returns opaque tensors for `linear_prepacked`: gate and up when kind is gated, else one.
     """
+    if _suits_avx512(weight):
+        return avx512.pack(weight, kind)
     parts = weight.detach().chunk(2) if kind in GATED else (weight.detach(),)
     return tuple(torch.ops.mkldnn._reorder_linear_weight(part) for part in parts)
 
 
-def unpack(parts: Sequence[Tensor]) -> Tensor:
+def unpack(packed: Packed, kind: str | None = None) -> Tensor:
     """Return the weight that `prepack` was called with: [out_features, in_features]."""
-    return torch.cat([part.to_dense() for part in parts])
+    if isinstance(packed, avx512.PackedWeight):
+        return avx512.unpack(packed, kind)
+    return torch.cat([part.to_dense() for part in packed])
 
 
-def linear_prepacked(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None = None) -> Tensor:
-    """Return `linear`, or `linear_activation` when kind is not None, of the parts of a weight, plain or prepacked.
+def linear_prepacked(
+    x: Tensor, parts: Packed | Sequence[Tensor], bias: Tensor | None, kind: str | None = None
+) -> Tensor:
+    """Return `linear`, or `linear_activation` when kind is not None, of a packed weight or of the parts of a plain one.
 
-    oneDNN applies the activation and the multiplication by up inside its matmuls: nothing is written unactivated.
+    The activation and the multiplication by up are applied inside the matmuls: nothing is written unactivated.
     """
+    if isinstance(parts, avx512.PackedWeight):
+        return avx512.linear(x, parts, bias, kind, x.dtype)
     if not bits_follow_threads(x.dtype) or x.shape[1] <= _AMX_WHOLE_SUM:
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
     parts = [part if part.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(part) for part in parts]

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.linear import matmul_tile
@@ -38,7 +39,10 @@ def vocabulary_max_reference(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens
 
 
 def vocabulary_max_cpu(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Reduce block by block; the logits have x's dtype."""
+    """Reduce block by block; without AVX-512 the logits have x's dtype."""
+    contiguous = x.stride(-1) == 1 and weight.stride(-1) == 1
+    if avx512.supports(x.dtype) and weight.dtype == x.dtype and x.shape[1] % 2 == 0 and contiguous:
+        return avx512.maxima(x, weight, cu_seqlens).add_(bias).relu_()
     y = torch.full((cu_seqlens.shape[0] - 1, weight.shape[0]), float("-inf"))
     for first in range(0, x.shape[0], CPU_BLOCK):
         rows = x[first : first + CPU_BLOCK]

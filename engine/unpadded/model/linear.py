@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded_kernels import linear, linear_activation, linear_invariant
+from unpadded_kernels import avx512, linear, linear_activation, linear_invariant
 from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
-from unpadded_kernels.linear_int8 import linear_int8, prepack_int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +33,18 @@ class Linear:
 
 
 class PrepackedLinear:
-    """oneDNN's matmul on a CPU, of a weight that is already in its layout."""
+    """A matmul on a CPU of a weight that is already in its layout."""
 
     def __init__(self, plain: Linear) -> None:
-        self.parts = prepack(plain.weight, plain.activation)
+        self.weight = prepack(plain.weight, plain.activation)
         self.bias, self.activation = plain.bias, plain.activation
 
     def to_linear(self) -> Linear:
-        return Linear(weight=unpack(self.parts), bias=self.bias, activation=self.activation)
+        weight = unpack(self.weight, self.activation)
+        return Linear(weight=weight, bias=self.bias, activation=self.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear_prepacked(x, self.parts, self.bias, self.activation)
+        return linear_prepacked(x, self.weight, self.bias, self.activation)
 
 
 class Int8Linear:
@@ -52,12 +52,12 @@ class Int8Linear:
 
     def __init__(self, plain: Linear, *, attended: bool) -> None:
         """attended: the result is the input of attention, which bf16 makes faster; otherwise it is in fp32."""
-        self.parts = prepack_int8(plain.weight, plain.activation)
+        self.weight = avx512.pack_int8(plain.weight, plain.activation)
         self.bias, self.activation = plain.bias, plain.activation
         self.dtype = torch.bfloat16 if attended and onednn_supports(torch.bfloat16) else torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear_int8(x, self.parts, self.bias, self.activation, self.dtype)
+        return avx512.linear(x, self.weight, self.bias, self.activation, self.dtype)
 
 
 AnyLinear: TypeAlias = Linear | PrepackedLinear | Int8Linear

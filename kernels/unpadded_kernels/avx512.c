@@ -1,0 +1,562 @@
+/* Kernels for CPUs with AVX-512: linear layers, attention and norms, which `avx512.py` compiles and describes.
+
+   A sum adds its terms in their order, in one lane of a vector. Nothing else decides its bits: neither the number of
+   rows or texts nor the number of threads. Therefore the compiler must not fuse or reorder operations on its own.
+
+   Matrices have rows; all sizes and strides are in elements. Results and sums are computed in fp32. */
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum { F32, BF16, INT8 };                       // INT8: only as the dtype of factors
+enum { NONE, GELU, GELU_TANH, SWIGLU, GEGLU };  // activations
+enum { LANES = 16, ROWS = 6, VECS = 4 };        // 6 x 4 vectors of sums leave 8 registers for factors
+enum { PANEL = VECS * LANES };                  // columns that are multiplied together
+enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 128, VOCABULARY_BLOCK = 504 };
+
+INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+
+INLINE __mmask16 first(long n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+INLINE __m256i to_bf16(__m512 x) {
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    return _mm256_undefined_si256();  // avx512.py passes no bf16 to such a processor
+#endif
+}
+
+INLINE __m512 load(const void *from, long i, int dtype, __mmask16 mask) {
+    if (dtype == F32) return _mm512_maskz_loadu_ps(mask, (const float *)from + i);
+    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+INLINE void store(void *to, long i, int dtype, __mmask16 mask, __m512 x) {
+    if (dtype == F32) {
+        if (mask == 0xffff) _mm512_storeu_ps((float *)to + i, x);  // a masked store takes longer (Zen 4)
+        else _mm512_mask_storeu_ps((float *)to + i, mask, x);
+    } else {
+        if (mask == 0xffff) _mm256_storeu_si256((__m256i *)((uint16_t *)to + i), to_bf16(x));
+        else _mm256_mask_storeu_epi16((uint16_t *)to + i, mask, to_bf16(x));
+    }
+}
+
+/* ---- functions ---- */
+
+// 2 ** x within 2e-7 (Cephes, exp2f), 0 below 2 ** -149; NaN stays NaN: max and min return their second operand then.
+INLINE __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.535336188319500e-4f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.339887440266574e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.618437357674640e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.550332471162809e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.402264791363012e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931472028550421e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+INLINE __m512 times_sigmoid(__m512 x, __m512 z) {  // x / (1 + exp(-z))
+    __m512 e = exp2_of(_mm512_mul_ps(z, _mm512_set1_ps(-1.4426950408889634f)));
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+}
+
+// max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2, erfc within 1.5e-7 (Abramowitz and Stegun 7.1.26)
+INLINE __m512 gelu(__m512 x) {
+    __m512 magnitude = _mm512_abs_ps(x), one = _mm512_set1_ps(1.f);
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(magnitude, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
+    __m512 series = _mm512_set1_ps(1.061405429f);
+    series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(-1.453152027f));
+    series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(1.421413741f));
+    series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(-0.284496736f));
+    series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(0.254829592f));
+    __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.7213475204444817f)));
+    __m512 half = _mm512_mul_ps(magnitude, _mm512_set1_ps(0.5f));
+    __m512 erfc = _mm512_mul_ps(_mm512_mul_ps(series, t), e);
+    return _mm512_fnmadd_ps(half, erfc, _mm512_max_ps(_mm512_setzero_ps(), x));
+}
+
+INLINE __m512 gelu_tanh(__m512 x) {
+    __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.f));
+    return times_sigmoid(x, _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(1.5957691216057308f)));
+}
+
+/* ---- matrix products ---- */
+
+typedef struct {
+    __m512i v[ROWS][VECS];  // fp32, or int32 of INT8
+} Sums;
+
+// Four bytes of a row times the same four of 16 columns: one fp32, two bf16, or four u8 of the row and s8 of a column.
+INLINE __m512i dot(int dtype, __m512i sum, __m512i row, __m512i columns) {
+    __m512 sums = _mm512_castsi512_ps(sum);
+#ifdef __AVX512BF16__
+    if (dtype == BF16) return _mm512_castps_si512(_mm512_dpbf16_ps(sums, (__m512bh)row, (__m512bh)columns));
+#endif
+#ifdef __AVX512VNNI__
+    if (dtype == INT8) return _mm512_dpbusd_epi32(sum, row, columns);
+#endif
+    sums = _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sums);
+    return _mm512_castps_si512(sums);
+}
+
+// sums[r][v] += row a[r] times columns v * 16 on of a panel b, [steps][PANEL] times four bytes; the steps of a row of a
+// are `stride` times four bytes apart.
+INLINE void multiply_tile(int dtype, int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps,
+                          Sums *sums) {
+    Sums sum = *sums;
+    for (long step = 0; step < steps; step++, b += PANEL) {
+        __m512i columns[VECS];
+        UNROLLED for (int v = 0; v < vecs; v++) columns[v] = _mm512_loadu_si512(b + v * LANES);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            __m512i row = _mm512_set1_epi32(a[r][step * stride]);
+            UNROLLED for (int v = 0; v < vecs; v++) sum.v[r][v] = dot(dtype, sum.v[r][v], row, columns[v]);
+        }
+    }
+    *sums = sum;
+}
+
+// One function per dtype, in which the numbers of rows and vectors are constants of a case.
+#define CASE(DTYPE, R, V) case R * 8 + V: multiply_tile(DTYPE, R, V, a, stride, b, steps, sums); break;
+#define CASES(DTYPE, R) CASE(DTYPE, R, 1) CASE(DTYPE, R, 2) CASE(DTYPE, R, 3) CASE(DTYPE, R, 4)
+#define DEFINE(NAME, DTYPE)                                                                                   \
+    static void NAME(int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps, Sums *sums) { \
+        switch (rows * 8 + vecs) {                                                                            \
+            CASES(DTYPE, 1) CASES(DTYPE, 2) CASES(DTYPE, 3) CASES(DTYPE, 4) CASES(DTYPE, 5) CASES(DTYPE, 6)   \
+        }                                                                                                     \
+    }
+DEFINE(multiply_f32, F32)
+DEFINE(multiply_bf16, BF16)
+DEFINE(multiply_int8, INT8)
+
+INLINE void multiply(int dtype, int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps,
+                     Sums *sums) {
+    (dtype == F32 ? multiply_f32 : dtype == BF16 ? multiply_bf16 : multiply_int8)(rows, vecs, a, stride, b, steps, sums);
+}
+
+/* ---- linear layers ---- */
+
+typedef struct {
+    int dtype, x_dtype, y_dtype, activation;
+    long in_features, out_features, steps, x_stride;
+    const void *x;
+    const uint32_t *weight;        // [panels][steps][PANEL] times four bytes; a gated panel has 32 of gate, 32 of up
+    const float *scales, *totals;  // [panels * PANEL], of INT8: weight_scale and sum(weight[j]), see avx512.py
+    const int32_t *starts;         // [panels * PANEL], of INT8: -128 * sum(p), since rows are stored as q + 128
+    const void *bias;              // [out_features], twice as many if gated, in x's dtype; or NULL
+    int bias_dtype;
+    void *y;
+} Linear;
+
+typedef struct {
+    float scale, middle;
+} Range;
+
+// Write q + 128 of one row; return its scale and middle, which are NaN if a value is not finite.
+INLINE Range quantize(const Linear *l, const void *x, uint8_t *q) {
+    __m512 low = _mm512_set1_ps(__builtin_inff()), high = _mm512_set1_ps(-__builtin_inff()), zero = _mm512_setzero_ps();
+    __m512 invalid = zero;  // NaN once a value is not finite
+    for (long i = 0; i < l->in_features; i += LANES) {
+        __mmask16 mask = first(l->in_features - i);
+        __m512 x16 = load(x, i, l->x_dtype, mask);
+        low = _mm512_mask_min_ps(low, mask, low, x16);
+        high = _mm512_mask_max_ps(high, mask, high, x16);
+        invalid = _mm512_fmadd_ps(x16, zero, invalid);
+    }
+    float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high), scale = (most - least) / 254;
+    Range range = {scale > 1e-30f ? scale : 1e-30f, 0.5f * least + 0.5f * most + _mm512_reduce_add_ps(invalid)};
+    __m512 middle = _mm512_set1_ps(range.middle), inverse = _mm512_set1_ps(1 / range.scale);
+    for (long i = 0; i < l->steps * 4; i += LANES) {
+        __m512 x16 = load(x, i, l->x_dtype, first(l->in_features - i));
+        __m512i q16 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x16, middle), inverse));
+        q16 = _mm512_add_epi32(q16, _mm512_set1_epi32(128));
+        _mm_mask_storeu_epi8(q + i, first(l->steps * 4 - i), _mm512_cvtepi32_epi8(q16));
+    }
+    return range;
+}
+
+// Add the bias, apply the activation and store some rows of the result, given their sums over a panel.
+INLINE void finish(const Linear *l, int dtype, int activation, long row, int rows, long panel, const Sums *sums,
+                   const Range *ranges) {
+    const int gated = activation >= SWIGLU, stored = gated ? VECS / 2 : VECS;  // vectors
+    const long begin = panel * stored * LANES;                                   // the panel's first column of y
+    for (int r = 0; r < rows; r++) {
+        __m512 y[VECS];
+        UNROLLED for (int v = 0; v < VECS; v++) {
+            long column = begin + v % stored * LANES;
+            __mmask16 mask = first(l->out_features - column);
+            y[v] = _mm512_castsi512_ps(sums->v[r][v]);
+            if (dtype == INT8) {
+                const long at = panel * PANEL + v * LANES;
+                __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(l->scales + at), _mm512_set1_ps(ranges[r].scale));
+                y[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums->v[r][v]), scale);
+                y[v] = _mm512_fmadd_ps(_mm512_loadu_ps(l->totals + at), _mm512_set1_ps(ranges[r].middle), y[v]);
+            }
+            if (l->bias)
+                y[v] = _mm512_add_ps(y[v], load(l->bias, column + v / stored * l->out_features, l->bias_dtype, mask));
+            if (activation == GELU || (activation == GEGLU && v < stored)) y[v] = gelu(y[v]);
+            if (activation == GELU_TANH) y[v] = gelu_tanh(y[v]);
+            if (activation == SWIGLU && v < stored) y[v] = times_sigmoid(y[v], y[v]);
+        }
+        UNROLLED for (int v = 0; v < VECS; v++) {
+            if (v >= stored) break;
+            long column = begin + v * LANES;
+            if (gated) y[v] = _mm512_mul_ps(y[v], y[v + VECS / 2]);
+            store(l->y, (row + r) * l->out_features + column, l->y_dtype, first(l->out_features - column), y[v]);
+        }
+    }
+}
+
+// Compute up to ROW_BLOCK rows over some panels, the inner loop over the rows: the panel stays in the cache.
+INLINE void linear_block(const Linear *l, int dtype, int activation, long row, long rows, long panel, long end) {
+    Range ranges[ROW_BLOCK];
+    const long width = l->steps * 4;
+    uint8_t *q = dtype == INT8 ? malloc(rows * width) : NULL;
+    const char *x = (const char *)l->x + row * l->x_stride * size_of(l->x_dtype);
+    for (long r = 0; dtype == INT8 && r < rows; r++)
+        ranges[r] = quantize(l, x + r * l->x_stride * size_of(l->x_dtype), q + r * width);
+    for (; panel < end; panel++)
+        for (long r = 0; r < rows; r += ROWS) {
+            const uint32_t *a[ROWS];
+            Sums sums;
+            const int n = MIN(ROWS, rows - r);
+            for (int i = 0; i < n; i++) {
+                if (dtype == INT8) a[i] = (const uint32_t *)(q + (r + i) * width);
+                else a[i] = (const uint32_t *)(x + (r + i) * l->x_stride * size_of(dtype));
+                UNROLLED for (int v = 0; v < VECS; v++) {
+                    sums.v[i][v] = _mm512_setzero_si512();
+                    if (dtype == INT8) sums.v[i][v] = _mm512_loadu_si512(l->starts + panel * PANEL + v * LANES);
+                }
+            }
+            multiply(dtype, n, VECS, a, 1, l->weight + panel * l->steps * PANEL, l->steps, &sums);
+            finish(l, dtype, activation, row + r, n, panel, &sums, ranges + r);
+        }
+    free(q);
+}
+
+#define FOR_DTYPE(CALL) switch (l.dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) }
+#define FOR_ACTIVATION(DTYPE)                                                                                  \
+    switch (l.activation) {                                                                                    \
+        case NONE: linear_block(&l, DTYPE, NONE, row, n, panel, end); break;                                   \
+        case GELU: linear_block(&l, DTYPE, GELU, row, n, panel, end); break;                                   \
+        case GELU_TANH: linear_block(&l, DTYPE, GELU_TANH, row, n, panel, end); break;                         \
+        case SWIGLU: linear_block(&l, DTYPE, SWIGLU, row, n, panel, end); break;                               \
+        case GEGLU: linear_block(&l, DTYPE, GEGLU, row, n, panel, end); break;                                 \
+    }                                                                                                          \
+    break;
+
+void linear(int threads, int dtype, int x_dtype, int y_dtype, int bias_dtype, int activation, long rows,
+            long in_features, long out_features, long panels, long steps, long x_stride, const void *x,
+            const void *weight, const float *scales, const float *totals, const int32_t *starts, const void *bias,
+            void *y) {
+    const Linear l = {dtype, x_dtype, y_dtype, activation, in_features, out_features, steps, x_stride, x,
+                      weight, scales, totals, starts, bias, bias_dtype, y};
+    const long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const long groups = MIN(panels, blocks < 2 * threads ? threads : 1);  // of panels, so that every thread has work
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long task = 0; task < blocks * groups; task++) {
+        const long row = task / groups * ROW_BLOCK, n = MIN(ROW_BLOCK, rows - row), group = task % groups;
+        const long panel = panels * group / groups, end = panels * (group + 1) / groups;
+        FOR_DTYPE(FOR_ACTIVATION)
+    }
+}
+
+/* ---- attention ---- */
+
+typedef struct {
+    long heads, head_dim, steps, stride, window, bias_stride, reach;  // steps of four bytes; stride of a token
+    float scale;                                                      // of scores in powers of two
+    const float *bias;                                                // see avx512.py, in powers of two; or NULL
+} Attention;
+
+// Memory of one thread, for QUERY_BLOCK queries of one head: columns are queries, in panels
+typedef struct {
+    uint32_t *q;                              // [panels][steps][PANEL] times four bytes
+    float *out;                               // [panels][head_dim][PANEL]
+    float *scores;                            // [KEY_BLOCK][PANEL], then the weights, in pairs of two keys if bf16
+    uint32_t *v;                              // [KEY_BLOCK][head_dim], in pairs of two keys if bf16
+    float max[QUERY_BLOCK], sum[QUERY_BLOCK];  // of the scores and the weights up to here
+} Work;
+
+INLINE void transpose(__m512i *rows) {  // 16 rows of 16 times four bytes
+    __m512i t[LANES];
+    UNROLLED for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    UNROLLED for (int i = 0; i < LANES; i += 4)
+        UNROLLED for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    UNROLLED for (int j = 0; j < 4; j++) {
+        __m512i even = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88), odd = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xdd);
+        __m512i even8 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
+        __m512i odd8 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xdd);
+        t[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(even, even8, 0xdd);
+        t[12 + j] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
+    }
+    memcpy(rows, t, sizeof t);
+}
+
+// Write n rows as the columns of a panel, [steps][PANEL] times four bytes, and zeros up to a multiple of 16 columns.
+INLINE void pack_columns(int dtype, const char *from, long stride, int n, long steps, uint32_t *panel) {
+    __m512i rows[LANES];
+    for (int i = 0; i < n; i += LANES)
+        for (long step = 0; step < steps; step += LANES) {
+            for (int r = 0; r < LANES; r++) {
+                __mmask16 mask = i + r < n ? first(steps - step) : 0;
+                rows[r] = _mm512_maskz_loadu_epi32(mask, from + (i + r) * stride * size_of(dtype) + step * 4);
+            }
+            transpose(rows);
+            for (int r = 0; r < MIN(LANES, steps - step); r++)
+                _mm512_storeu_si512(panel + (step + r) * PANEL + i, rows[r]);
+        }
+}
+
+// Replace a column of 16 x n scores by their weights exp2(score - max) and return sum + their sum.
+INLINE __m512 weigh(int dtype, float *scores, int n, __m512 max, __m512 sum) {
+    float *to = scores;
+    for (int j = 0; j < n; j += dtype == F32 ? 1 : 2, to += PANEL) {
+        __m512 weight = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + j * PANEL), max));
+        sum = _mm512_add_ps(sum, weight);
+        if (dtype == F32) {
+            _mm512_storeu_ps(to, weight);
+            continue;
+        }
+        __m512 second = _mm512_setzero_ps();
+        if (j + 1 < n) second = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + (j + 1) * PANEL), max));
+        sum = _mm512_add_ps(sum, second);
+        __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(second)), 16);
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(weight)), high));
+    }
+    return sum;
+}
+
+// Add n keys, k being the first one's row, to the sums of a panel of queries. bias: of the first query and that key.
+INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, const char *k, int n, const float *bias) {
+    const __m512 scale = _mm512_set1_ps(a->scale);
+    const uint32_t *rows[ROWS];
+    __m512 max[VECS], decay[VECS];
+    Sums sums;
+    for (int v = 0; v < vecs; v++) max[v] = _mm512_loadu_ps(w->max + panel * PANEL + v * LANES);
+    for (int j = 0; j < n; j += ROWS) {
+        const int count = MIN(ROWS, n - j);
+        for (int r = 0; r < count; r++) rows[r] = (const uint32_t *)(k + (j + r) * a->stride * size_of(dtype));
+        memset(&sums, 0, sizeof sums);
+        multiply(dtype, count, vecs, rows, 1, w->q + panel * a->steps * PANEL, a->steps, &sums);
+        for (int r = 0; r < count; r++)
+            for (int v = 0; v < vecs; v++) {
+                __m512 score = _mm512_mul_ps(_mm512_castsi512_ps(sums.v[r][v]), scale);
+                if (bias) score = _mm512_add_ps(score, _mm512_loadu_ps(bias + v * LANES - j - r));
+                _mm512_storeu_ps(w->scores + (j + r) * PANEL + v * LANES, score);
+                max[v] = _mm512_max_ps(max[v], score);
+            }
+    }
+    for (int v = 0; v < vecs; v++) {
+        float *old = w->max + panel * PANEL + v * LANES, *sum = w->sum + panel * PANEL + v * LANES;
+        decay[v] = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(old), max[v]));
+        __m512 before = _mm512_mul_ps(_mm512_loadu_ps(sum), decay[v]);
+        _mm512_storeu_ps(sum, weigh(dtype, w->scores + v * LANES, n, max[v], before));
+        _mm512_storeu_ps(old, max[v]);
+    }
+    for (long d = 0; d < a->head_dim; d += ROWS) {
+        const int count = MIN(ROWS, a->head_dim - d);
+        float *out = w->out + (panel * a->head_dim + d) * PANEL;
+        for (int r = 0; r < count; r++) {
+            rows[r] = w->v + d + r;
+            for (int v = 0; v < vecs; v++) {
+                __m512 before = _mm512_mul_ps(_mm512_loadu_ps(out + r * PANEL + v * LANES), decay[v]);
+                sums.v[r][v] = _mm512_castps_si512(before);
+            }
+        }
+        multiply(dtype, count, vecs, rows, a->head_dim, (uint32_t *)w->scores, dtype == F32 ? n : (n + 1) / 2, &sums);
+        for (int r = 0; r < count; r++)
+            for (int v = 0; v < vecs; v++) _mm512_storeu_si512(out + r * PANEL + v * LANES, sums.v[r][v]);
+    }
+}
+
+// Copy n rows of v, in pairs if bf16: four bytes hold the same element of two keys, the second one's 0 if it is missing.
+INLINE void copy_values(const Attention *a, int dtype, const char *v, int n, uint32_t *to) {
+    for (int j = 0; j < n; j += dtype == F32 ? 1 : 2, to += a->head_dim)
+        for (long d = 0; d < a->head_dim; d += LANES) {
+            __mmask16 mask = first(a->head_dim - d);
+            const char *row = v + (j * a->stride + d) * size_of(dtype);
+            __m512i bits = _mm512_castps_si512(load(row, 0, dtype, mask));
+            if (dtype == BF16) {  // load has shifted them to the upper half
+                __m512i second = _mm512_castps_si512(load(row, a->stride, dtype, j + 1 < n ? mask : 0));
+                bits = _mm512_or_si512(_mm512_srli_epi32(bits, 16), second);
+            }
+            store(to, d, F32, mask, _mm512_castsi512_ps(bits));
+        }
+}
+
+// Compute one head of up to QUERY_BLOCK queries from `begin` on, of a text whose rows of packed qkv and results begin
+// at `qkv` and `out`.
+INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *qkv, char *out, long length, long keys,
+                            long head, long begin) {
+    const long size = size_of(dtype), token = a->stride * size, end = MIN(begin + QUERY_BLOCK, length);
+    const char *q = qkv + head * a->head_dim * size, *k = q + token / 3, *v = k + token / 3;
+    __m512i rows[LANES];
+    for (long i = begin; i < end; i += PANEL)
+        pack_columns(dtype, q + i * token, a->stride, MIN(PANEL, end - i), a->steps, w->q + (i - begin) * a->steps);
+    memset(w->out, 0, (end - begin + PANEL - 1) / PANEL * a->head_dim * PANEL * 4);
+    for (int i = 0; i < QUERY_BLOCK; i++) w->max[i] = -1e30f, w->sum[i] = 0;
+    const long reach = a->window < 0 ? length : a->window, first_key = begin > reach ? begin - reach : 0;
+    for (long key = first_key; key < MIN(keys, end + reach); key += KEY_BLOCK) {
+        const int n = MIN(KEY_BLOCK, MIN(keys, end + reach) - key);
+        copy_values(a, dtype, v + key * token, n, w->v);
+        for (long query = begin; query < end; query += PANEL) {
+            const long last = MIN(query + PANEL, end) - 1;
+            if (key > last + reach || key + n <= query - reach) continue;
+            const float *bias = a->bias ? a->bias + head * a->bias_stride + a->reach + query - key : NULL;
+            attend(a, dtype, w, (query - begin) / PANEL, (last - query) / LANES + 1, k + key * token, n, bias);
+        }
+    }
+    for (long i = begin; i < end; i += LANES) {
+        __m512 sum = _mm512_loadu_ps(w->sum + i - begin), one = _mm512_set1_ps(1.f);
+        __m512 inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ), one, sum);
+        for (long d = 0; d < a->head_dim; d += LANES) {
+            const float *from = w->out + ((i - begin) / PANEL * a->head_dim + d) * PANEL + (i - begin) % PANEL;
+            for (int r = 0; r < LANES; r++) {
+                __m512 row = _mm512_maskz_loadu_ps(d + r < a->head_dim ? 0xffff : 0, from + r * PANEL);
+                rows[r] = _mm512_castps_si512(_mm512_mul_ps(row, inverse));
+            }
+            transpose(rows);
+            for (int r = 0; r < MIN(LANES, end - i); r++) {
+                const long at = ((i + r) * a->heads + head) * a->head_dim + d;
+                store(out, at, dtype, first(a->head_dim - d), _mm512_castsi512_ps(rows[r]));
+            }
+        }
+    }
+}
+
+void attention(int threads, int dtype, long texts, long heads, long head_dim, long window, long bias_stride, long reach,
+               float scale, const void *qkv, const int32_t *cu_seqlens, const int32_t *key_lengths,
+               const uint8_t *skipped, const float *bias, void *out) {
+    const long size = size_of(dtype);
+    const Attention a = {heads, head_dim, head_dim * size / 4, 3 * heads * head_dim, window, bias_stride, reach,
+                         scale * 1.4426950408889634f, bias};
+    long *tasks = malloc((texts + 1) * sizeof(long)), longest = 0;  // [texts + 1], the first task of each text
+    tasks[0] = 0;
+    for (long text = 0; text < texts; text++) {
+        const long length = cu_seqlens[text + 1] - cu_seqlens[text];
+        longest = length > longest ? length : longest;
+        tasks[text + 1] = tasks[text] + heads * ((length + QUERY_BLOCK - 1) / QUERY_BLOCK);
+    }
+    const long panels = (MIN(longest, QUERY_BLOCK) + PANEL - 1) / PANEL;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Work w;
+        w.q = malloc((panels * PANEL * (a.steps + head_dim) + KEY_BLOCK * (PANEL + head_dim)) * 4);
+        w.out = (float *)w.q + panels * PANEL * a.steps;
+        w.scores = w.out + panels * PANEL * head_dim;
+        w.v = (uint32_t *)w.scores + KEY_BLOCK * PANEL;
+        long text = 0;
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < tasks[texts]; task++) {
+            while (task >= tasks[text + 1]) text++;
+            while (task < tasks[text]) text--;
+            if (skipped && skipped[task / heads]) continue;
+            const long start = cu_seqlens[text], length = cu_seqlens[text + 1] - start;
+            const long keys = key_lengths ? key_lengths[text] : length, block = (task - tasks[text]) / heads;
+            const char *from = (const char *)qkv + start * a.stride * size;
+            char *to = (char *)out + start * heads * head_dim * size;
+            if (dtype == F32) attention_block(&a, F32, &w, from, to, length, keys, task % heads, block * QUERY_BLOCK);
+            else attention_block(&a, BF16, &w, from, to, length, keys, task % heads, block * QUERY_BLOCK);
+        }
+        free(w.q);
+    }
+    free(tasks);
+}
+
+/* ---- maxima of logits ---- */
+
+// Set y[text][row] to the maximum of max_t x[t] . weight[row] over the tokens of each text, for some rows of weight.
+INLINE void maxima_block(int dtype, long texts, long steps, const char *x, long x_stride, const char *weight,
+                         long weight_stride, const int32_t *cu_seqlens, long row, long end, float *y, long y_stride,
+                         uint32_t *panel) {
+    for (long text = 0; text < texts; text++)
+        for (long token = cu_seqlens[text]; token < cu_seqlens[text + 1]; token += PANEL) {
+            const int n = MIN(PANEL, cu_seqlens[text + 1] - token), vecs = (n + LANES - 1) / LANES;
+            pack_columns(dtype, x + token * x_stride * size_of(dtype), x_stride, n, steps, panel);
+            for (long i = row; i < end; i += ROWS) {
+                const int count = MIN(ROWS, end - i);
+                const uint32_t *rows[ROWS];
+                Sums sums = {0};
+                for (int r = 0; r < count; r++) rows[r] = (const uint32_t *)(weight + (i + r) * weight_stride * size_of(dtype));
+                multiply(dtype, count, vecs, rows, 1, panel, steps, &sums);
+                for (int r = 0; r < count; r++) {
+                    float *to = y + text * y_stride + i + r;
+                    __m512 max = _mm512_set1_ps(*to);
+                    __mmask16 invalid = _mm512_cmp_ps_mask(max, max, _CMP_UNORD_Q);
+                    for (int v = 0; v < vecs; v++) {
+                        const __m512 logits = _mm512_castsi512_ps(sums.v[r][v]);
+                        max = _mm512_mask_max_ps(max, first(n - v * LANES), max, logits);
+                        invalid |= _mm512_cmp_ps_mask(logits, logits, _CMP_UNORD_Q);
+                    }
+                    *to = invalid ? __builtin_nanf("") : _mm512_reduce_max_ps(max);
+                }
+            }
+        }
+}
+
+void maxima(int threads, int dtype, long texts, long hidden, long vocabulary, long x_stride, long weight_stride,
+            const void *x, const void *weight, const int32_t *cu_seqlens, float *y) {
+    const long steps = hidden * size_of(dtype) / 4, blocks = (vocabulary + VOCABULARY_BLOCK - 1) / VOCABULARY_BLOCK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        uint32_t *panel = malloc(steps * PANEL * 4);
+#pragma omp for schedule(dynamic)
+        for (long block = 0; block < blocks; block++) {
+            const long row = block * VOCABULARY_BLOCK, end = MIN(row + VOCABULARY_BLOCK, vocabulary);
+            if (dtype == F32)
+                maxima_block(F32, texts, steps, x, x_stride, weight, weight_stride, cu_seqlens, row, end, y, vocabulary, panel);
+            else
+                maxima_block(BF16, texts, steps, x, x_stride, weight, weight_stride, cu_seqlens, row, end, y, vocabulary, panel);
+        }
+        free(panel);
+    }
+}
+
+/* ---- norms ---- */
+
+void norm(int threads, int dtype, long rows, long hidden, long x_stride, long residual_stride, float eps, const void *x,
+          const void *residual, const void *weight, const void *bias, void *y, void *total) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * hidden >= 1 << 16)
+    for (long row = 0; row < rows; row++) {
+        float h[hidden + LANES];
+        __m512 sum = _mm512_setzero_ps(), squares = sum;
+        for (long i = 0; i < hidden; i += LANES) {
+            __mmask16 mask = first(hidden - i);
+            __m512 h16 = load(x, row * x_stride + i, dtype, mask);
+            if (residual) h16 = _mm512_add_ps(h16, load(residual, row * residual_stride + i, dtype, mask));
+            if (total) store(total, row * hidden + i, dtype, mask, h16);
+            _mm512_storeu_ps(h + i, h16);
+            sum = _mm512_add_ps(sum, h16);
+        }
+        const __m512 mean = _mm512_set1_ps(bias ? _mm512_reduce_add_ps(sum) / hidden : 0);
+        for (long i = 0; i < hidden; i += LANES) {
+            __m512 centered = _mm512_maskz_sub_ps(first(hidden - i), _mm512_loadu_ps(h + i), mean);
+            squares = _mm512_fmadd_ps(centered, centered, squares);
+        }
+        const __m512 rstd = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / hidden + eps));
+        for (long i = 0; i < hidden; i += LANES) {
+            __mmask16 mask = first(hidden - i);
+            __m512 y16 = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(h + i), mean), rstd);
+            y16 = _mm512_mul_ps(y16, load(weight, i, dtype, mask));
+            if (bias) y16 = _mm512_add_ps(y16, load(bias, i, dtype, mask));
+            store(y, row * hidden + i, dtype, mask, y16);
+        }
+    }
+}

@@ -1,0 +1,212 @@
+"""The kernels in C for CPUs with AVX-512: against float64, bit for bit row by row, and how they are compiled.
+
+test_cpu_ops tests attention and the norms, which have other bodies on other processors.
+"""
+
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from unpadded_kernels import avx512
+from unpadded_kernels.activation import GATED, KINDS, activation_reference
+from unpadded_kernels.attention import attention_reference
+
+ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.int8: 3e-7}  # int8: of its formulas in fp32
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.skipif(not avx512.supports(torch.float32), reason="needs AVX-512 and a C compiler"),
+]
+INT8 = pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+def relative(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def expected_linear(x, weight, bias, kind):
+    y = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).float()
+    return y if kind is None else activation_reference(y, kind)
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize(("out_features", "in_features"), [(200, 96), (64, 33), (2, 7), (130, 1)])
+def test_linear(dtype, bias, kind, out_features, in_features):
+    if not avx512.supports(dtype) or (dtype == torch.bfloat16 and in_features % 2):
+        pytest.skip("not supported")
+    weight, added = draw(out_features, in_features, dtype=dtype), draw(out_features, dtype=dtype) if bias else None
+    packed = avx512.pack(weight, kind)
+    assert torch.equal(avx512.unpack(packed, kind), weight)
+    x = draw(400, in_features + 2, dtype=dtype)[:, :in_features]  # strided
+    whole = avx512.linear(x, packed, added, kind, dtype)
+    assert whole.shape == (400, out_features // (2 if kind in GATED else 1)) and whole.dtype == dtype
+    assert relative(whole, expected_linear(x, weight, added, kind)) <= ERROR[dtype]
+    for rows in (0, 1, 2, 5, 6, 7, 191, 192, 193):
+        assert torch.equal(avx512.linear(x[:rows], packed, added, kind, dtype), whole[:rows])
+        assert torch.equal(avx512.linear(x[rows:], packed, added, kind, dtype), whole[rows:])
+
+
+@DTYPES
+def test_bits_do_not_depend_on_the_number_of_threads(dtype):
+    if not avx512.supports(dtype):
+        pytest.skip("not supported")
+    x, packed = draw(500, 768, dtype=dtype), avx512.pack(draw(3072, 768, dtype=dtype), "swiglu")
+    qkv = draw(900, 3, 2, 64, dtype=dtype)
+    cu_seqlens, threads, found = torch.tensor([0, 300, 900], dtype=torch.int32), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 8):
+            torch.set_num_threads(number)
+            y = avx512.linear(x, packed, None, "swiglu", dtype)
+            found.append((y, avx512.attention(qkv, cu_seqlens, 0.125, None, None, None, None)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_reach_the_result_of_their_text_alone(dtype, value):
+    if not avx512.supports(dtype):
+        pytest.skip("not supported")
+    qkv, cu_seqlens = draw(300, 3, 2, 32, dtype=dtype), torch.tensor([0, 90, 100, 300], dtype=torch.int32)
+    exact = avx512.attention(qkv, cu_seqlens, 0.2, None, None, None, None)
+    for part in range(3):  # of q, k and v
+        spoiled = qkv.clone()
+        spoiled[95, part, 0, 3] = value
+        found = avx512.attention(spoiled, cu_seqlens, 0.2, None, None, None, None)
+        expected = attention_reference(spoiled, cu_seqlens, 200, 0.2)
+        assert torch.equal(found[:90], exact[:90]) and torch.equal(found[100:], exact[100:])
+        assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
+
+
+def linear_int8_reference(x, weight, bias, kind):
+    """Return y in fp32 of a weight that is not quantized yet, by the formulas of `avx512`."""
+    x = x.float()
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    middle, scale = (low + high) / 2, ((high - low) / 254).clamp(min=1e-30)
+    q, (p, weight_scale) = ((x - middle) * (1 / scale)).round(), avx512.quantize_weight(weight)
+    y = q.double() @ p.double().T * scale * weight_scale + middle * (p.double().sum(1) * weight_scale)
+    y = (y if bias is None else y + bias).float()
+    return y if kind is None else activation_reference(y, kind)
+
+
+@INT8
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_linear_int8(dtype, bias, kind):
+    x, weight, added = draw(600, 96, dtype=dtype), draw(128, 96, dtype=dtype) / 10, torch.randn(128) if bias else None
+    x[3:5], x[7] = 0, 2.5  # rows of equal values
+    packed = avx512.pack_int8(weight, kind)
+    whole = avx512.linear(x, packed, added, kind, torch.float32)
+    expected = linear_int8_reference(x, weight, added, kind)
+    assert whole.dtype == torch.float32 and relative(whole, expected) <= ERROR[torch.int8]
+    assert relative(whole[[3, 4]] + 1, expected[[3, 4]] + 1) <= ERROR[torch.int8]
+    assert relative(whole[7], expected[7]) <= ERROR[torch.int8]
+    for rows in (0, 1, 2, 9, 191, 192, 193):
+        assert torch.equal(avx512.linear(x[:rows], packed, added, kind, torch.float32), whole[:rows])
+    for row in (0, 7, 191, 192, 599):
+        assert torch.equal(avx512.linear(x[row : row + 1], packed, added, kind, torch.float32)[0], whole[row])
+    for rows in (9, 600):
+        half = avx512.linear(x[:rows], packed, added, kind, torch.bfloat16)
+        assert torch.equal(half, whole[:rows].bfloat16())
+
+
+@INT8
+def test_int8_rows_of_many_features_have_exact_sums():
+    """The extremes of both factors: each sum is beyond 2**24, where fp32 is not exact, and within int32."""
+    x, weight = torch.ones(2, 8192), torch.ones(16, 8192)
+    x[:, ::2] = -1
+    weight[:, ::2] = -1
+    actual = avx512.linear(x, avx512.pack_int8(weight), None, None, torch.float32)
+    torch.testing.assert_close(actual, torch.full((2, 16), 8192.0), rtol=1e-6, atol=0)
+
+
+@INT8
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_int8_rows_that_are_not_finite_change_no_other_row(kind, value):
+    x, packed, bias = torch.randn(300, 96), avx512.pack_int8(torch.randn(128, 96) / 10, kind), torch.randn(128)
+    expected = avx512.linear(x, packed, bias, kind, torch.float32)
+    spoiled = [0, 5, 191, 192, 299]
+    others = [row for row in range(300) if row not in spoiled]
+    x[spoiled, 17] = value
+    actual = avx512.linear(x, packed, bias, kind, torch.float32)
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[spoiled].isfinite().any()
+
+
+@INT8
+@pytest.mark.parametrize(("mean", "gain"), [(0, 1), (3, 1.8), (30, 10)])
+def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
+    """The error without an offset per row is `gain` times as large, or more."""
+    x, weight = torch.randn(64, 384) + mean, torch.randn(128, 384)
+    weight = torch.round(weight * 30).clamp(-127, 127)
+    weight[:, 0] = 127  # exact in int8, so that only the error of x counts
+    expected = x.double() @ weight.double().T
+    scale = x.abs().amax(1, keepdim=True) / 127
+    symmetric = (x / scale).round().double() @ weight.double().T * scale
+    error = (avx512.linear(x, avx512.pack_int8(weight), None, None, torch.float32) - expected).norm()
+    assert (symmetric - expected).norm() >= gain * error
+
+
+@INT8
+def test_int8_weights_of_zeros_give_the_bias():
+    weight, bias = torch.zeros(128, 96), torch.randn(128)
+    weight[64:] = torch.randn(64, 96)
+    y = avx512.linear(torch.randn(5, 96), avx512.pack_int8(weight), bias, None, torch.float32)
+    assert torch.equal(y[:, :64], bias[:64].expand(5, 64))
+
+
+def compile_again(monkeypatch, tmp_path, caplog, **variables):
+    """Return whether the kernels work for a process with these variables and an empty cache, and its warnings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING, logger="unpadded"):
+        return avx512._kernels.__wrapped__() is not None, caplog.text
+
+
+def test_kernels_are_compiled_once(monkeypatch, tmp_path, caplog):
+    assert compile_again(monkeypatch, tmp_path, caplog) == (True, "")
+    (library,) = (tmp_path / "unpadded").iterdir()
+    monkeypatch.setattr(subprocess, "run", lambda *rest, **options: pytest.fail("compiled again"))
+    assert compile_again(monkeypatch, tmp_path, caplog) == (True, "")
+    assert list((tmp_path / "unpadded").iterdir()) == [library]
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CC": "missing", "PATH": "/nowhere"}, "there is no C compiler"),
+        ({"CC": sys.executable}, "unknown option|can't open|Unknown option"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "Not a directory|File exists"),
+    ],
+)
+def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog, variables, reason):
+    works, warning = compile_again(monkeypatch, tmp_path, caplog, **variables)
+    assert not works and "cannot be compiled" in warning and "install gcc" in warning
+    assert re.search(reason, warning)
+
+
+def test_another_processor_compiles_nothing(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert compile_again(monkeypatch, tmp_path, caplog) == (False, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_is_left_to_amx(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    kernels = avx512._kernels.__wrapped__()
+    assert kernels is not None and torch.bfloat16 not in kernels.dtypes and torch.float32 in kernels.dtypes
