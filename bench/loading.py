@@ -49,10 +49,10 @@ def read_and_cast(folder: Path, dtype: torch.dtype) -> object:
 
 def load(folder: Path, dtype: torch.dtype, *, prepack: bool = False) -> object:
     from unpadded.checkpoint.reader import open_checkpoint
-    from unpadded.model.weights import load_weights, prepacked_linear
+    from unpadded.model.weights import load_weights, packed_linear
 
     return load_weights(
-        open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, change=prepacked_linear if prepack else None
+        open_checkpoint(folder), device=torch.device("cpu"), dtype=dtype, change=packed_linear if prepack else None
     )
 
 

@@ -10,10 +10,9 @@ import torch
 from support.checkpoints import write_checkpoint, write_nomic
 
 import unpadded
-from unpadded.execution.cpu_threads import BALANCED, MIN_TOKENS, CpuThreads, split
+from unpadded.execution.cpu_threads import BALANCED, MAX_CORES, MIN_TOKENS, CpuThreads, split
 from unpadded.options import VectorOptions
 from unpadded_kernels import avx512
-from unpadded_kernels.attention_cpu import MAX_THREADS
 from unpadded_kernels.linear_cpu import bits_follow_threads
 
 LENGTHS = (1, 30, 40, 40, 65, 7, 100, 31, 32, 33, 300, 5, 9, 200, 128, 129, 64, 64, 64, 64, 257, 90)
@@ -174,7 +173,7 @@ def test_an_error_is_raised_after_the_other_parts_have_ended(engine):
 
 
 def test_torch_has_as_many_threads_as_before(cores):
-    for count in (2, 3, MAX_THREADS, 2):
+    for count in (2, 3, MAX_CORES, 2):
         for _ in range(20):
             cores(count)
             threads = CpuThreads()

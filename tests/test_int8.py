@@ -14,10 +14,9 @@ import unpadded
 from unpadded.errors import OptionError
 from unpadded.integrations.transformers import UnpaddedModel
 from unpadded.model.layer import ExpertMLP
-from unpadded.model.linear import Int8Linear
+from unpadded.model.linear import PackedLinear
 from unpadded.model.weights import plain_weights
 from unpadded_kernels import avx512
-from unpadded_kernels.linear_cpu import onednn_supports
 
 NEEDS_VNNI = pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 
@@ -49,8 +48,8 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
     for layer, exact_layer in zip(weights.layers, exact_weights.layers, strict=True):
         assert layer.linears.keys() == exact_layer.linears.keys()
         for name, linear in layer.linears.items():
-            assert isinstance(linear, Int8Linear)
-            attended = name == "qkv" and onednn_supports(torch.bfloat16)
+            assert isinstance(linear, PackedLinear)
+            attended = name == "qkv" and avx512.supports(torch.bfloat16)
             assert linear.dtype == (torch.bfloat16 if attended else torch.float32)
             assert linear.weight.panels.dtype == torch.int8
             assert linear.weight.shape == exact_layer.linears[name].weight.shape

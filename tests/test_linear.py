@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
-from unpadded.model.linear import Int8Linear, Linear, PrepackedLinear
+from unpadded.model.linear import Linear, PackedLinear
+from unpadded.model.weights import int8_linear
 from unpadded_kernels import avx512
 from unpadded_kernels.activation import KINDS, activation_reference
-from unpadded_kernels.linear_cpu import can_prepack, onednn_supports
 from unpadded_kernels.rotary import rotary_reference
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -17,10 +17,10 @@ HIDDEN, HEADS = 96, 3
 CONVERT = {
     "library": lambda plain: plain,
     "invariant": lambda plain: replace(plain, invariant=True),
-    "prepacked": PrepackedLinear,
-    "int8": lambda plain: Int8Linear(plain, attended=False),
+    "packed": PackedLinear,
+    "int8": lambda plain: PackedLinear(plain, int8=True),
 }
-ERROR = {"library": 1e-6, "invariant": 1e-6, "prepacked": 1e-6, "int8": 0.012}  # relative, Frobenius
+ERROR = {"library": 1e-6, "invariant": 1e-6, "packed": 1e-6, "int8": 0.012}  # relative, Frobenius
 
 
 def draw(rows, activation=None, bias=True):
@@ -40,8 +40,8 @@ def assert_close(actual, expected, error):
 
 @pytest.fixture(params=CONVERT)
 def kind(request):
-    if request.param == "prepacked" and not can_prepack(torch.empty(1)):
-        pytest.skip("oneDNN does not run on this processor")
+    if request.param == "packed" and not avx512.supports(torch.float32):
+        pytest.skip("needs AVX-512 and a C compiler")
     if request.param == "int8" and not avx512.supports(torch.int8):
         pytest.skip("needs AVX-512 with VNNI")
     return request.param
@@ -65,11 +65,10 @@ def test_qkv_is_rotated(kind, rotary):
     assert_close(actual, qkv.double(), ERROR[kind])
 
 
-def test_a_prepacked_linear_becomes_the_plain_one_again():
-    if not can_prepack(torch.empty(1)):
-        pytest.skip("oneDNN does not run on this processor")
+@pytest.mark.skipif(not avx512.supports(torch.float32), reason="needs AVX-512 and a C compiler")
+def test_a_packed_linear_becomes_the_plain_one_again():
     plain = draw(128, "swiglu")
-    again = PrepackedLinear(plain).to_linear()
+    again = PackedLinear(plain).to_linear()
     assert torch.equal(again.weight, plain.weight)
     assert (again.bias is plain.bias) and again.activation == "swiglu"
 
@@ -77,11 +76,13 @@ def test_a_prepacked_linear_becomes_the_plain_one_again():
 @pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
-    fast = torch.bfloat16 if onednn_supports(torch.bfloat16) else torch.float32
-    exact, attended = (Int8Linear(plain, attended=attended)(x) for attended in (False, True))
-    assert exact.dtype == torch.float32 and torch.equal(attended, exact.to(fast))
-    monkeypatch.setattr("unpadded.model.linear.onednn_supports", lambda dtype: False)
-    assert torch.equal(Int8Linear(plain, attended=True)(x), exact)
+    exact = PackedLinear(plain, int8=True)(x)
+    fast = torch.bfloat16 if avx512.supports(torch.bfloat16) else torch.float32
+    assert exact.dtype == torch.float32
+    for name, dtype in (("layers.0.qkv", fast), ("layers.0.out", torch.float32)):
+        assert torch.equal(int8_linear(name, plain)(x), exact.to(dtype))
+    monkeypatch.setattr(avx512, "supports", lambda dtype: dtype != torch.bfloat16)
+    assert torch.equal(int8_linear("layers.0.qkv", plain)(x), exact)
 
 
 def test_linears_are_changed_by_name():

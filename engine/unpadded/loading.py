@@ -18,7 +18,7 @@ from unpadded.execution.worker_pool import WorkerPool
 from unpadded.model.attention import Attention, attention_backend
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head, stacked
-from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, prepacked_linear
+from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, packed_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
 from unpadded.tokenization.tokenizer import Tokenizer
 from unpadded_kernels import avx512
@@ -26,9 +26,6 @@ from unpadded_kernels import avx512
 Device: TypeAlias = str | torch.device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# On a CPU, output projection and MLP run in blocks of rows whose activations between the MLP's linear layers take this
-# many bytes, so that they stay in the caches (measured: bench/NOTES.md).
-CPU_BLOCK_BYTES = 6 * 2**20
 # The default token_budget: enough to keep the device busy, few enough for a CPU's caches.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 # One core that tokenizes keeps up with many that run torch (measured: bench/NOTES.md).
@@ -97,7 +94,7 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     """Load a checkpoint's weights onto a device."""
     dtype = _dtype(options.dtype, device.type)
     attention = attention_backend(options.attention, device, dtype)
-    change = int8_linear if options.dtype == "int8" else prepacked_linear
+    change = int8_linear if options.dtype == "int8" else packed_linear
     weights = load_weights(checkpoint, device=device, dtype=dtype, change=change)
     encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
@@ -116,11 +113,7 @@ def make_encoder(
     spec: EncoderSpec, weights: EncoderWeights, attention: Attention, *, batch_invariant: bool = False
 ) -> Encoder:
     """Return an encoder that runs on the device of its weights."""
-    row_block = None
-    if weights.word.device.type == "cpu":
-        rows = CPU_BLOCK_BYTES // (spec.intermediate * weights.word.dtype.itemsize)
-        row_block = max(128, rows // 128 * 128)
-    return Encoder(spec, weights, attention=attention, row_block=row_block, batch_invariant=batch_invariant)
+    return Encoder(spec, weights, attention=attention, batch_invariant=batch_invariant)
 
 
 def _devices(device: Device | Sequence[Device]) -> list[torch.device]:

@@ -443,7 +443,7 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
 
 void attention(int threads, int dtype, long texts, long heads, long head_dim, long window, long bias_stride, long reach,
                float scale, const void *qkv, const int32_t *cu_seqlens, const int32_t *key_lengths,
-               const uint8_t *skipped, const float *bias, void *out) {
+               const float *bias, void *out) {
     const long size = size_of(dtype);
     const Attention a = {heads, head_dim, head_dim * size / 4, 3 * heads * head_dim, window, bias_stride, reach,
                          scale * 1.4426950408889634f, bias};
@@ -467,7 +467,6 @@ void attention(int threads, int dtype, long texts, long heads, long head_dim, lo
         for (long task = 0; task < tasks[texts]; task++) {
             while (task >= tasks[text + 1]) text++;
             while (task < tasks[text]) text--;
-            if (skipped && skipped[task / heads]) continue;
             const long start = cu_seqlens[text], length = cu_seqlens[text + 1] - start;
             const long keys = key_lengths ? key_lengths[text] : length, block = (task - tasks[text]) / heads;
             const char *from = (const char *)qkv + start * a.stride * size;

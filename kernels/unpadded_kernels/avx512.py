@@ -21,9 +21,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,35 +37,21 @@ FLAGS = "-O3 -fopenmp -ffp-contract=off -shared -fPIC -mfma -mavx512f -mavx512bw
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 4}
 _PANEL = 64  # columns that are multiplied together, and more than the last bias that a vector reads beyond its text
-_QUERY_BLOCK = 256
 _TINY = 1e-30  # scale of a row of zeros
 
 
-class Kernels(NamedTuple):
-    """The functions of `avx512.c`, and the dtypes that they compute with on this processor."""
-
-    linear: Callable[..., None]
-    attention: Callable[..., None]
-    norm: Callable[..., None]
-    maxima: Callable[..., None]
-    dtypes: tuple[torch.dtype, ...]
-
-
 def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels compute with this dtype here: float32, bfloat16 or, for linear layers, int8.
-
-    bfloat16 is left to oneDNN on processors with AMX, which computes it several times as fast.
-    """
-    kernels = _kernels()
-    return kernels is not None and dtype in kernels.dtypes
+    """Whether the kernels compute with this dtype here: float32, bfloat16 or, for linear layers, int8."""
+    return dtype in _kernels()[1]
 
 
 @functools.cache
-def _kernels() -> Kernels | None:
+def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
+    """Return the library and the dtypes that it computes with on this processor, or None and no dtype."""
     if not torch.cpu._is_avx512_supported():
-        return None
+        return None, ()
     flags, dtypes = FLAGS.split(), [torch.float32]
-    if torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
+    if torch.cpu._is_avx512_bf16_supported():
         flags.append("-mavx512bf16")
         dtypes.append(torch.bfloat16)
     if torch.cpu._is_vnni_supported():
@@ -75,22 +60,20 @@ def _kernels() -> Kernels | None:
     try:
         library = ctypes.CDLL(str(_compiled(flags)))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning(
+        text = (
             "the kernels for AVX-512 cannot be compiled, so slower ones run: %s; install gcc, and set XDG_CACHE_HOME "
-            "to a folder that can be written",
-            reason,
+            "to a folder that can be written"
         )
-        return None
+        logger.warning(text, getattr(error, "stderr", None) or error)
+        return None, ()
     number, size, pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
     library.linear.argtypes = [number] * 6 + [size] * 6 + [pointer] * 7
-    library.attention.argtypes = [number] * 2 + [size] * 6 + [ctypes.c_float] + [pointer] * 6
+    library.attention.argtypes = [number] * 2 + [size] * 6 + [ctypes.c_float] + [pointer] * 5
     library.norm.argtypes = [number] * 2 + [size] * 4 + [ctypes.c_float] + [pointer] * 6
     library.maxima.argtypes = [number] * 2 + [size] * 5 + [pointer] * 4
-    functions = (library.linear, library.attention, library.norm, library.maxima)
-    for function in functions:
+    for function in (library.linear, library.attention, library.norm, library.maxima):
         function.restype = None
-    return Kernels(*functions, tuple(dtypes))
+    return library, tuple(dtypes)
 
 
 def _compiled(flags: list[str]) -> Path:
@@ -121,10 +104,15 @@ class PackedWeight(NamedTuple):
     starts: Tensor | None = None  # [panels * 64] int32, of int8: -128 * sum(p[j]), because rows are stored as q + 128
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack` takes a weight: a row of inputs is read four bytes at a time."""
+    return weight.device.type == "cpu" and supports(weight.dtype) and weight.shape[1] % 2 == 0
+
+
 def pack(weight: Tensor, kind: str | None = None) -> PackedWeight:
     """Copy a weight into the layout of the kernels.
 
-    weight: [out_features, in_features] float32 or bfloat16; kind: the activation that follows, or None. With a gated
+    weight: [out_features, in_features], one that `can_pack`; kind: the activation that follows, or None. With a gated
     one a panel has 32 gate rows, then their 32 up rows.
     """
     rows, per_step = _panel_rows(weight, kind), 4 // weight.itemsize
@@ -171,9 +159,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str | Non
     out_features = weight.shape[0] // (2 if kind in GATED else 1)
     y = torch.empty(x.shape[0], out_features, dtype=dtype)
     bias = None if bias is None else bias.contiguous()
-    kernels = _kernels()
-    assert kernels is not None
-    kernels.linear(
+    _kernels()[0].linear(
         torch.get_num_threads(),
         _DTYPES[weight.panels.dtype],
         _DTYPES[x.dtype],
@@ -193,15 +179,14 @@ def attention(
     window: int | None,
     biases: Tensor | None,
     key_lengths: Tensor | None,
-    skipped: Tensor | None,
 ) -> Tensor:
     """Compute `attention_reference`: [total_tokens, heads * head_dim].
 
-    qkv: [total_tokens, 3, heads, head_dim] with an even head_dim; cu_seqlens, key_lengths: int32; biases: [1 or heads,
-    2 * n - 1] fp32, one per distance key - query from 1 - n on, n being the number of tokens of the longest text;
-    skipped: [blocks] uint8, 1 for each block of 256 queries, of one text after the other, whose result is not needed.
+    qkv: [total_tokens, 3, heads, head_dim] with an even head_dim; biases: [1 or heads, 2 * n - 1] fp32, one per
+    distance key - query from 1 - n on, n being the number of tokens of the longest text.
     """
-    qkv = qkv.contiguous()
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.int()
+    key_lengths = None if key_lengths is None else key_lengths.int()
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads * head_dim)
     bias_stride = reach = 0
@@ -209,25 +194,13 @@ def attention(
         reach = biases.shape[1] // 2
         biases = F.pad(biases.flip(1) * math.log2(math.e), (0, _PANEL))
         bias_stride = biases.shape[1] if len(biases) > 1 else 0
-    kernels = _kernels()
-    assert kernels is not None
-    kernels.attention(
+    _kernels()[0].attention(
         torch.get_num_threads(),
         _DTYPES[qkv.dtype],
         *(len(cu_seqlens) - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale),
-        *map(_address, (qkv, cu_seqlens, key_lengths, skipped, biases, out)),
+        *map(_address, (qkv, cu_seqlens, key_lengths, biases, out)),
     )
     return out
-
-
-def skipped_blocks(cu_seqlens: Tensor, tile_map: Tensor, block_m: int) -> Tensor:
-    """Return `skipped` of `attention` for the queries of some rows of `make_tile_map` with tiles of block_m queries."""
-    blocks = -(-cu_seqlens.diff() // _QUERY_BLOCK)
-    skipped = torch.ones(int(blocks.sum()), dtype=torch.uint8)
-    first, _, tile = tile_map[tile_map[:, 1] > 0].T
-    texts = torch.searchsorted(cu_seqlens, first.contiguous(), right=True) - 1
-    skipped[(blocks.cumsum(0) - blocks)[texts] + tile * block_m // _QUERY_BLOCK] = 0  # block_m divides _QUERY_BLOCK
-    return skipped
 
 
 def norm(
@@ -238,9 +211,7 @@ def norm(
     x, residual: [total_tokens, hidden]; weight, bias: [hidden]; total: contiguous, like x. All of one dtype.
     """
     y = torch.empty(x.shape, dtype=x.dtype)
-    kernels = _kernels()
-    assert kernels is not None
-    kernels.norm(
+    _kernels()[0].norm(
         torch.get_num_threads(),
         _DTYPES[x.dtype],
         *(*x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps),
@@ -254,10 +225,8 @@ def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     x: [total_tokens, hidden]; weight: [vocabulary, hidden], of one dtype, with contiguous rows and an even hidden.
     """
-    y = torch.full((len(cu_seqlens) - 1, len(weight)), float("-inf"))
-    kernels = _kernels()
-    assert kernels is not None
-    kernels.maxima(
+    y, cu_seqlens = torch.full((len(cu_seqlens) - 1, len(weight)), float("-inf")), cu_seqlens.int()
+    _kernels()[0].maxima(
         torch.get_num_threads(),
         _DTYPES[x.dtype],
         *(len(y), x.shape[1], len(weight), x.stride(0), weight.stride(0)),

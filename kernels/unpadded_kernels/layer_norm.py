@@ -122,8 +122,8 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 
 
 def _runs_in_c(x: Tensor, *others: Tensor | None) -> bool:
-    dtype = x.dtype
-    return avx512.supports(dtype) and all(t is None or (t.dtype == dtype and t.stride(-1) == 1) for t in (x, *others))
+    same = (t is None or (t.dtype == x.dtype and t.stride(-1) == 1) for t in (x, *others))
+    return avx512.supports(x.dtype) and all(same)
 
 
 def add_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -132,20 +132,23 @@ def add_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
     return add_layer_norm_reference(x, residual, weight, bias, eps)
 
 
-def pre_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not _runs_in_c(x, residual, weight, bias):
-        return pre_layer_norm_reference(x, residual, weight, bias, eps)
-    total = torch.empty(x.shape, dtype=x.dtype)
-    return avx512.norm(x, residual, weight, bias, eps, total), total
-
-
-def rms_norm_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not _runs_in_c(x, residual, weight):
+def pre_layer_norm_cpu(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute RMSNorm if bias is None."""
+    if _runs_in_c(x, residual, weight, bias):
+        total = torch.empty(x.shape, dtype=x.dtype)
+        return avx512.norm(x, residual, weight, bias, eps, total), total
+    if bias is None:
         return rms_norm_reference(x, residual, weight, eps)
-    total = torch.empty(x.shape, dtype=x.dtype)
-    return avx512.norm(x, residual, weight, None, eps, total), total
+    assert residual is not None
+    return pre_layer_norm_reference(x, residual, weight, bias, eps)
 
 
 add_layer_norm = operation(add_layer_norm_reference, cpu=add_layer_norm_cpu, cuda=add_layer_norm_triton)
 pre_layer_norm = operation(pre_layer_norm_reference, cpu=pre_layer_norm_cpu, cuda=pre_layer_norm_triton)
-rms_norm = operation(rms_norm_reference, cpu=rms_norm_cpu, cuda=rms_norm_triton)
+rms_norm = operation(
+    rms_norm_reference,
+    cpu=lambda x, residual, weight, eps: pre_layer_norm_cpu(x, residual, weight, None, eps),
+    cuda=rms_norm_triton,
+)

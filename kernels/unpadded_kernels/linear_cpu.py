@@ -1,19 +1,15 @@
-"""The CPU body of all linear layers (see `linear`), through oneDNN where the processor and the dtype allow it.
-
-A weight can be packed once, for the kernel for AVX-512 or, where that does not run, for oneDNN.
+"""The CPU body of linear layers whose weights are plain, through oneDNN where the processor and the dtype allow it.
 
 A row of a result has the same bits whatever the number of rows. oneDNN and MKL choose their kernel by that number, so
 inputs are padded with rows of zeros, or computed in blocks of one size, wherever the choice would change the bits.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unpadded_kernels import avx512
 from unpadded_kernels.activation import GATED, activation_reference
 
 # oneDNN's activations as (attribute, algorithm) of its fused linear.
@@ -48,56 +44,13 @@ def bits_follow_threads(dtype: torch.dtype) -> bool:
 
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Prefer oneDNN: F.linear calls MKL in fp32, which is 2.3 times slower on an EPYC (2026-11)."""
-    if onednn_supports(x.dtype) and kind in _ONEDNN_ACTIVATION:
-        return linear_prepacked(x, weight.chunk(2) if kind in GATED else (weight,), bias, kind)
-    if kind is not None:
-        return activation_reference(linear_cpu(x, weight, bias), kind)
-    return F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
-
-
-Packed: TypeAlias = avx512.PackedWeight | tuple[Tensor, ...]
-
-
-def can_prepack(weight: Tensor) -> bool:
-    """Whether `prepack` supports this weight: it is on a CPU, in a dtype that a kernel or oneDNN supports there."""
-    return weight.device.type == "cpu" and (_suits_avx512(weight) or onednn_supports(weight.dtype))
-
-
-def _suits_avx512(weight: Tensor) -> bool:
-    """Whether the kernel takes this weight: rows of inputs are read four bytes at a time."""
-    return avx512.supports(weight.dtype) and weight.shape[-1] * weight.itemsize % 4 == 0
-
-
-def prepack(weight: Tensor, kind: str | None = None) -> Packed:
-    """Copy a weight into the layout of the kernel for AVX-512, or into oneDNN's own: gate and up when kind is gated.
-
-    weight: [out_features, in_features], one that `can_prepack`; kind: the activation that follows, or None.
-    """
-    if _suits_avx512(weight):
-        return avx512.pack(weight, kind)
-    parts = weight.detach().chunk(2) if kind in GATED else (weight.detach(),)
-    return tuple(torch.ops.mkldnn._reorder_linear_weight(part) for part in parts)
-
-
-def unpack(packed: Packed, kind: str | None = None) -> Tensor:
-    """Return the weight that `prepack` was called with: [out_features, in_features]."""
-    if isinstance(packed, avx512.PackedWeight):
-        return avx512.unpack(packed, kind)
-    return torch.cat([part.to_dense() for part in packed])
-
-
-def linear_prepacked(
-    x: Tensor, parts: Packed | Sequence[Tensor], bias: Tensor | None, kind: str | None = None
-) -> Tensor:
-    """Return `linear`, or `linear_activation` when kind is not None, of a packed weight or of the parts of a plain one.
-
-    The activation and the multiplication by up are applied inside the matmuls: nothing is written unactivated.
-    """
-    if isinstance(parts, avx512.PackedWeight):
-        return avx512.linear(x, parts, bias, kind, x.dtype)
+    if not onednn_supports(x.dtype) or kind not in _ONEDNN_ACTIVATION:
+        y = F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
+        return y if kind is None else activation_reference(y, kind)
+    parts = weight.chunk(2) if kind in GATED else (weight,)
     if not bits_follow_threads(x.dtype) or x.shape[1] <= _AMX_WHOLE_SUM:
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
-    parts = [part if part.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(part) for part in parts]
+    parts = tuple(torch.ops.mkldnn._reorder_linear_weight(part) for part in parts)  # once, not in every block
     blocks = (_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind) for rows in x.split(_AMX_ROWS))
     return torch.cat(list(blocks))[: x.shape[0]]
 

@@ -20,8 +20,7 @@ from unpadded_kernels.linear_cpu import linear_cpu
 from unpadded_kernels.tiles import generation, linear_tile
 
 GROUP = 8  # blocks of the vocabulary whose programs run side by side and read a text's tokens from the L2 cache
-# Tokens and entries whose logits a CPU computes at a time, always as many: oneDNN chooses its kernel by their number.
-CPU_BLOCK = 1024
+CPU_BLOCK = 1024  # entries whose logits a CPU computes at a time
 
 
 def vocabulary_max_reference(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -39,19 +38,15 @@ def vocabulary_max_reference(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens
 
 
 def vocabulary_max_cpu(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Reduce block by block; without AVX-512 the logits have x's dtype."""
+    """Reduce text by text and block by block; without AVX-512 the logits have x's dtype."""
     contiguous = x.stride(-1) == 1 and weight.stride(-1) == 1
     if avx512.supports(x.dtype) and weight.dtype == x.dtype and x.shape[1] % 2 == 0 and contiguous:
         return avx512.maxima(x, weight, cu_seqlens).add_(bias).relu_()
     y = torch.full((cu_seqlens.shape[0] - 1, weight.shape[0]), float("-inf"))
-    for first in range(0, x.shape[0], CPU_BLOCK):
-        rows = x[first : first + CPU_BLOCK]
-        bounds = pairwise((cu_seqlens - first).clamp(0, rows.shape[0]).tolist())
-        parts = [(text, start, end) for text, (start, end) in enumerate(bounds) if start < end]
-        for entries, highest in zip(weight.split(CPU_BLOCK), y.split(CPU_BLOCK, dim=1), strict=True):
-            logits = linear_cpu(rows, entries, None)
-            for text, start, end in parts:
-                torch.maximum(highest[text], logits[start:end].amax(0), out=highest[text])
+    for row, (start, end) in zip(y, pairwise(cu_seqlens.tolist()), strict=True):
+        for entries, highest in zip(weight.split(CPU_BLOCK), row.split(CPU_BLOCK), strict=True):
+            if start < end:
+                highest.copy_(linear_cpu(x[start:end], entries, None).amax(0))
     return y.add_(bias).relu_()
 
 

@@ -123,10 +123,10 @@ def assert_parity(engine: Engine, reference: Callable[[np.ndarray], np.ndarray],
     found.files.add(os.environ["PYTEST_CURRENT_TEST"].split("::")[0])
     texts = random_ids(lengths, vocabulary=spec.vocabulary)
     encoder = engine._pipeline.runner.encoder
-    prepacked, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
+    packed, encoder.weights = encoder.weights, plain_weights(encoder.weights)  # as on CUDA
     with RecordOps() as recorded:
         engine.encode(texts[:1], **options)
-    encoder.weights = prepacked
+    encoder.weights = packed
     kernels = recorded.names - {"linear", "rotary_cos_sin"}  # computed by operations of torch on every device
     assert kernels
     for name in kernels:

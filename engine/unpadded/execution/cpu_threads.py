@@ -14,12 +14,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from unpadded_kernels.attention_cpu import MAX_THREADS
-
 # A batch whose largest part has more than this many times the mean number of tokens is computed by all cores together.
 BALANCED = 1.25
 # Tokens per part and core from which parts are faster (MiniLM, EPYC, 2 cores, 2026-11: equal at 256 tokens in all).
 MIN_TOKENS = 64
+MAX_CORES = 7  # torch's attention has other bits with 8 threads than with 1 to 7 (fp32, Xeon, 2026-11)
 Result = TypeVar("Result")
 
 
@@ -36,7 +35,7 @@ class CpuThreads:
         Raises the first error of a part.
         """
         cores = torch.get_num_threads()
-        parts = split(lengths, cores if cores <= MAX_THREADS else 1)
+        parts = split(lengths, cores if cores <= MAX_CORES else 1)
         if len(parts) == 1:
             return [run(parts[0])]
         if self._pool is None or self._owner != (os.getpid(), cores):

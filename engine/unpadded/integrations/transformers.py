@@ -36,7 +36,7 @@ from unpadded.loading import DTYPES, load, make_encoder
 from unpadded.model.attention import attention_backend
 from unpadded.model.heads import Head
 from unpadded.model.tensor_loader import STORED_DTYPES
-from unpadded.model.weights import EncoderWeights, plain_weights, prepacked_weights
+from unpadded.model.weights import EncoderWeights, packed_linear, plain_weights
 from unpadded.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger("unpadded")
@@ -201,8 +201,9 @@ class UnpaddedModel(nn.Module):
         """Make an engine for the parameters as they are after a move, a cast, `load_state_dict` or a copy."""
         device = self.device
         backend = attention_backend(attention if device.type == "cuda" else "auto", device, self.dtype)
-        prepacked = in_thread(partial(prepacked_weights, checkpoint.spec, self._weights))
-        encoder = make_encoder(checkpoint.spec, prepacked, backend)
+        plain = checkpoint.spec.lora is not None  # a LoRA task rewrites the weights
+        packed = self._weights if plain else in_thread(partial(self._weights.map_linears, packed_linear))
+        encoder = make_encoder(checkpoint.spec, packed, backend)
         runner = Runner(encoder, device, {name: head.to(device) for name, head in heads.items()})
         self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
 

@@ -8,7 +8,6 @@ pre-norm one. How a linear is computed, and what a family adds to a norm or an M
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
 from unpadded.model.batch import PackedBatch, SelectedTokens
-from unpadded.model.layer import Layer, RMSNorm
-from unpadded.model.linear import Int8Linear
+from unpadded.model.layer import RMSNorm
+from unpadded.model.linear import Linear, PackedLinear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
@@ -30,32 +29,25 @@ class Encoder:
     """One encoder for every family: an `EncoderSpec` describes it, `EncoderWeights` contain its layers.
 
     attention: over packed qkv, see `attention_backend`.
-    row_block: tokens that go through out-projection and MLP together, so that their activations stay in the caches of a
-    CPU; None for all at once.
     batch_invariant: a row's bits do not depend on the number of rows, on CUDA too.
 
     A runner holds `lock` and runs on `stream`, because the next batch overwrites the weights of a LoRA task.
     """
 
     def __init__(
-        self,
-        spec: EncoderSpec,
-        weights: EncoderWeights,
-        *,
-        attention: Attention,
-        row_block: int | None,
-        batch_invariant: bool,
+        self, spec: EncoderSpec, weights: EncoderWeights, *, attention: Attention, batch_invariant: bool
     ) -> None:
         self.spec = spec
         self.weights = invariant_weights(weights) if batch_invariant else weights
         self.linear = linear_invariant if batch_invariant else linear  # for Dense modules after the encoder
-        int8 = isinstance(weights.layers[0].qkv.linear, Int8Linear)
+        qkv = weights.layers[0].qkv.linear
+        int8, plain = isinstance(qkv, PackedLinear) and qkv.int8, isinstance(qkv, Linear) or spec.experts is not None
         self.dtype_name = "int8" if int8 else str(weights.word.dtype).removeprefix("torch.")
         self.attention = attention
-        self.row_block = row_block
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
         # several threads may run it at the same time: no task overwrites weights, no stream is used, and bits are equal
-        self.is_concurrent = not (weights.word.is_cuda or self._tasks or bits_follow_threads(weights.word.dtype))
+        same_bits = not (plain and bits_follow_threads(weights.word.dtype))
+        self.is_concurrent = same_bits and not (weights.word.is_cuda or self._tasks)
         self._scale = spec.head_dim**-0.5
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
@@ -100,8 +92,12 @@ class Encoder:
             if chosen is not None:
                 batch = replace(batch, tile_map=chosen.tile_map)
             rest = batch, self._scale, window, self._alibi_slopes, bias
-            # no variable holds qkv, so that it is freed before the MLP, or what attention returns
-            x, residual = self._layer(layer, self.attention.attend(layer.qkv(x, cos_sin), *rest), residual, chosen)
+            attended = self.attention.attend(layer.qkv(x, cos_sin), *rest)
+            if chosen is not None:
+                attended, residual = attended[chosen.indices], residual[chosen.indices]
+            x, residual = layer.attention_norm(layer.out(attended), residual)
+            del attended  # frees its memory before the MLP
+            x, residual = layer.mlp_norm(layer.mlp(x), residual)
             if states is not None:
                 states.append(residual)
         if states is not None:
@@ -116,28 +112,3 @@ class Encoder:
         tables = (weights.word, weights.token_type, weights.position)
         x = embedding(batch.input_ids, batch.positions, batch.token_types, *tables, norm.weight, norm.bias, norm.eps)
         return x, x
-
-    def _layer(
-        self, layer: Layer, attended: Tensor, residual: Tensor, selected: SelectedTokens | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (x, residual) of the next layer, of every or each selected token, given the result of attention."""
-        if selected is not None:
-            attended, residual = attended[selected.indices], residual[selected.indices]
-
-        def run(attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            x, residual = layer.attention_norm(layer.out(attended), residual)
-            return layer.mlp_norm(layer.mlp(x), residual)
-
-        return _in_row_blocks(run, self.row_block, attended, residual)
-
-
-def _in_row_blocks(
-    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: int | None, attended: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return run(attended, residual), computed for so many rows at a time."""
-    if rows is None or len(residual) <= rows:
-        return run(attended, residual)
-    blocks = [run(*block) for block in zip(attended.split(rows), residual.split(rows), strict=True)]
-    xs, residuals = zip(*blocks, strict=True)
-    residual = torch.cat(residuals)
-    return residual if xs[0] is residuals[0] else torch.cat(xs), residual

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
 from unpadded_kernels import avx512, linear, linear_activation, linear_invariant
-from unpadded_kernels.linear_cpu import linear_prepacked, onednn_supports, prepack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,32 +31,22 @@ class Linear:
         return linear_activation(x, self.weight, self.bias, self.activation)
 
 
-class PrepackedLinear:
-    """A matmul on a CPU of a weight that is already in its layout."""
+class PackedLinear:
+    """The matmul in C for AVX-512, whose weight is in its layout, in the weight's dtype or in 8-bit integers."""
 
-    def __init__(self, plain: Linear) -> None:
-        self.weight = prepack(plain.weight, plain.activation)
-        self.bias, self.activation = plain.bias, plain.activation
+    def __init__(self, plain: Linear, *, int8: bool = False, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the result, by default the weight's."""
+        pack = avx512.pack_int8 if int8 else avx512.pack
+        self.weight = pack(plain.weight, plain.activation)
+        self.dtype = dtype or plain.weight.dtype
+        self.bias, self.activation, self.int8 = plain.bias, plain.activation, int8
 
     def to_linear(self) -> Linear:
-        weight = unpack(self.weight, self.activation)
+        weight = avx512.unpack(self.weight, self.activation)
         return Linear(weight=weight, bias=self.bias, activation=self.activation)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear_prepacked(x, self.weight, self.bias, self.activation)
-
-
-class Int8Linear:
-    """A matmul in 8-bit integers on a CPU, with a scale and an offset per row of x, which is quantized here."""
-
-    def __init__(self, plain: Linear, *, attended: bool) -> None:
-        """attended: the result is the input of attention, which bf16 makes faster; otherwise it is in fp32."""
-        self.weight = avx512.pack_int8(plain.weight, plain.activation)
-        self.bias, self.activation = plain.bias, plain.activation
-        self.dtype = torch.bfloat16 if attended and onednn_supports(torch.bfloat16) else torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         return avx512.linear(x, self.weight, self.bias, self.activation, self.dtype)
 
 
-AnyLinear: TypeAlias = Linear | PrepackedLinear | Int8Linear
+AnyLinear: TypeAlias = Linear | PackedLinear

@@ -16,9 +16,9 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, Layer, LayerNorm, Norm, RMSNorm
-from unpadded.model.linear import AnyLinear, Int8Linear, Linear, PrepackedLinear
+from unpadded.model.linear import AnyLinear, Linear, PackedLinear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors
-from unpadded_kernels.linear_cpu import can_prepack
+from unpadded_kernels import avx512
 
 # Returns another kind of linear in the place of one, given its name, such as layers.3.qkv.
 ChangeLinear: TypeAlias = Callable[[str, AnyLinear], AnyLinear]
@@ -148,26 +148,22 @@ def _qkv_of_shared_heads(spec: EncoderSpec, q: Tensor, kv: Tensor) -> Tensor:
     return torch.cat([q, copies.reshape(-1, spec.hidden)])
 
 
-def prepacked_weights(spec: EncoderSpec, weights: EncoderWeights) -> EncoderWeights:
-    """Return the weights with linears in oneDNN's layout on a CPU; those that LoRA may rewrite stay plain."""
-    return weights.map_linears(prepacked_linear) if spec.lora is None else weights
-
-
-def prepacked_linear(_: str, linear: AnyLinear) -> AnyLinear:
-    """Return a linear in oneDNN's layout if that is possible."""
-    if isinstance(linear, Linear) and can_prepack(linear.weight):
-        return PrepackedLinear(linear)
-    return linear
+def packed_linear(_: str, linear: AnyLinear) -> AnyLinear:
+    """Return a linear packed for AVX-512 if that is possible."""
+    return PackedLinear(linear) if isinstance(linear, Linear) and avx512.can_pack(linear.weight) else linear
 
 
 def plain_weights(weights: EncoderWeights) -> EncoderWeights:
-    """Undo `prepacked_weights`."""
-    return weights.map_linears(lambda _, one: one.to_linear() if isinstance(one, PrepackedLinear) else one)
+    """Undo `packed_linear`."""
+    return weights.map_linears(lambda _, one: one.to_linear() if isinstance(one, PackedLinear) else one)
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
-    """Return a linear in 8-bit integers."""
-    return Int8Linear(linear, attended=name.endswith(".qkv")) if isinstance(linear, Linear) else linear
+    """Return a linear in 8-bit integers; bf16 makes attention, which follows that of q, k and v, faster."""
+    if not isinstance(linear, Linear):
+        return linear
+    attended = name.endswith(".qkv") and avx512.supports(torch.bfloat16)
+    return PackedLinear(linear, int8=True, dtype=torch.bfloat16 if attended else torch.float32)
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
