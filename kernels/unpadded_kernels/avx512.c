@@ -1,4 +1,4 @@
-/* Kernels for CPUs with AVX-512: linear layers, attention and norms, which `avx512.py` compiles and describes.
+/* Kernels for CPUs with AVX-512: the operations of an encoder, which `avx512.py` compiles and describes.
 
    A sum adds its terms in their order, in one lane of a vector. Nothing else decides its bits: neither the number of
    rows or texts nor the number of threads. Therefore the compiler must not fuse or reorder operations on its own.
@@ -477,6 +477,25 @@ void attention(int threads, int dtype, long texts, long heads, long head_dim, lo
         free(w.q);
     }
     free(tasks);
+}
+
+/* ---- rotary embedding ---- */
+
+// Rotate q and k of packed qkv in place, [tokens][3][heads][head_dim]; cos_sin: [tokens][head_dim] fp32.
+void rotary(int threads, int dtype, long tokens, long heads, long head_dim, void *qkv, const float *cos_sin) {
+    const long half = head_dim / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens >= 64)
+    for (long row = 0; row < tokens * 2 * heads; row++) {
+        const long token = row / (2 * heads), at = (row + token * heads) * head_dim;
+        for (long d = 0; d < half; d += LANES) {
+            const __mmask16 mask = first(half - d);
+            __m512 x = load(qkv, at + d, dtype, mask), y = load(qkv, at + half + d, dtype, mask);
+            __m512 cos = load(cos_sin, token * head_dim + d, F32, mask);
+            __m512 sin = load(cos_sin, token * head_dim + half + d, F32, mask);
+            store(qkv, at + d, dtype, mask, _mm512_fmsub_ps(x, cos, _mm512_mul_ps(y, sin)));
+            store(qkv, at + half + d, dtype, mask, _mm512_fmadd_ps(y, cos, _mm512_mul_ps(x, sin)));
+        }
+    }
 }
 
 /* ---- maxima of logits ---- */

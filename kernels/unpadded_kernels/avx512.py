@@ -37,7 +37,6 @@ FLAGS = "-O3 -fopenmp -ffp-contract=off -shared -fPIC -mfma -mavx512f -mavx512bw
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 4}
 _PANEL = 64  # columns that are multiplied together, and more than the last bias that a vector reads beyond its text
-_TINY = 1e-30  # scale of a row of zeros
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -60,19 +59,15 @@ def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
     try:
         library = ctypes.CDLL(str(_compiled(flags)))
     except (OSError, subprocess.CalledProcessError) as error:
-        text = (
-            "the kernels for AVX-512 cannot be compiled, so slower ones run: %s; install gcc, and set XDG_CACHE_HOME "
-            "to a folder that can be written"
-        )
-        logger.warning(text, getattr(error, "stderr", None) or error)
+        reason = getattr(error, "stderr", None) or error
+        logger.warning("slower kernels run: those for AVX-512 need gcc and a writable XDG_CACHE_HOME, but %s", reason)
         return None, ()
     number, size, pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
     library.linear.argtypes = [number] * 6 + [size] * 6 + [pointer] * 7
     library.attention.argtypes = [number] * 2 + [size] * 6 + [ctypes.c_float] + [pointer] * 5
     library.norm.argtypes = [number] * 2 + [size] * 4 + [ctypes.c_float] + [pointer] * 6
     library.maxima.argtypes = [number] * 2 + [size] * 5 + [pointer] * 4
-    for function in (library.linear, library.attention, library.norm, library.maxima):
-        function.restype = None
+    library.rotary.argtypes = [number] * 2 + [size] * 3 + [pointer] * 2
     return library, tuple(dtypes)
 
 
@@ -131,7 +126,7 @@ def pack_int8(weight: Tensor, kind: str | None = None) -> PackedWeight:
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return p, [out_features, in_features] int8, and weight_scale, [out_features] fp32."""
-    scale = (weight.float().abs().amax(1) / 127).clamp_(min=_TINY)
+    scale = (weight.float().abs().amax(1) / 127).clamp_(min=1e-30)  # of a row of zeros
     return (weight.float() / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -152,13 +147,12 @@ def unpack(weight: PackedWeight, kind: str | None) -> Tensor:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str | None, dtype: torch.dtype) -> Tensor:
     """Return activation(x @ weight.T + bias), [total_tokens, out_features] in `dtype`.
 
-    x: [total_tokens, in_features], in the weight's dtype, or float32 or bfloat16 if that is int8.
+    x: [total_tokens, in_features], in the weight's dtype, or float32 or bfloat16 if that is int8; bias: contiguous.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     panels, steps = weight.panels.shape[:2]
     out_features = weight.shape[0] // (2 if kind in GATED else 1)
     y = torch.empty(x.shape[0], out_features, dtype=dtype)
-    bias = None if bias is None else bias.contiguous()
     _kernels()[0].linear(
         torch.get_num_threads(),
         _DTYPES[weight.panels.dtype],
@@ -218,6 +212,12 @@ def norm(
         *map(_address, (x, residual, weight, bias, y, total)),
     )
     return y
+
+
+def rotary(qkv: Tensor, cos_sin: Tensor) -> None:
+    """Compute `rotary_reference` of contiguous tensors."""
+    addresses = qkv.data_ptr(), cos_sin.data_ptr()
+    _kernels()[0].rotary(torch.get_num_threads(), _DTYPES[qkv.dtype], len(qkv), *qkv.shape[2:], *addresses)
 
 
 def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -10,12 +10,10 @@ memory: 8 * hidden bytes per token in 16 bits (q and k are read and written) and
 import torch
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.tiles import row_launch
-
-# Tokens per block of the reference, whose fp32 temporaries then stay in a core's cache (measured: bench/NOTES.md).
-_CPU_BLOCK_T = 512
 
 
 def rotary_cos_sin_reference(positions: Tensor, inv_freq: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -35,11 +33,17 @@ def rotary_cos_sin_reference(positions: Tensor, inv_freq: Tensor, cu_seqlens: Te
 
 def rotary_reference(qkv: Tensor, cos_sin: Tensor) -> None:
     """Rotate q and k in place. qkv: [total_tokens, 3, heads, head_dim]; cos_sin: [total_tokens, head_dim] fp32."""
-    for qkv_block, cos_sin_block in zip(qkv.split(_CPU_BLOCK_T), cos_sin.split(_CPU_BLOCK_T), strict=True):
-        qk = qkv_block[:, :2]
-        first, second = qk.float().chunk(2, dim=-1)
-        cos, sin = cos_sin_block[:, None, None].chunk(2, dim=-1)
-        qk.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+    qk = qkv[:, :2]
+    first, second = qk.float().chunk(2, dim=-1)
+    cos, sin = cos_sin[:, None, None].chunk(2, dim=-1)
+    qk.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+
+def rotary_cpu(qkv: Tensor, cos_sin: Tensor) -> None:
+    if avx512.supports(qkv.dtype) and qkv.is_contiguous() and cos_sin.is_contiguous():
+        avx512.rotary(qkv, cos_sin)
+    else:
+        rotary_reference(qkv, cos_sin)
 
 
 @triton.jit
@@ -98,4 +102,4 @@ rotary_cos_sin = operation(
     rotary_cos_sin_reference,
     fake=lambda positions, inv_freq, cu_seqlens: inv_freq.new_empty(positions.shape[0], 2 * inv_freq.shape[1]),
 )
-rotary_ = operation(rotary_reference, cuda=rotary_triton, mutates_args=("qkv",))
+rotary_ = operation(rotary_reference, cpu=rotary_cpu, cuda=rotary_triton, mutates_args=("qkv",))
