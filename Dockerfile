@@ -30,7 +30,7 @@ COPY engine engine
 COPY kernels kernels
 RUN pip install ".[server]"
 RUN useradd --uid 1000 --create-home unpadded && install --directory --owner=unpadded /models
-ENV HF_HOME=/models/huggingface TRITON_CACHE_DIR=/models/triton
+ENV HF_HOME=/models/huggingface TRITON_CACHE_DIR=/models/triton XDG_CACHE_HOME=/models/cache
 USER 1000
 VOLUME /models
 EXPOSE 8080

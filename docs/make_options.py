@@ -31,7 +31,9 @@ ENVIRONMENT = {
     "HF_TOKEN": "access token for private and gated models",
     "CUDA_VISIBLE_DEVICES": "the GPUs that `device` counts",
     "OMP_NUM_THREADS": "threads of PyTorch on a CPU",
-    "TRITON_CACHE_DIR": "folder of compiled kernels",
+    "TRITON_CACHE_DIR": "folder of compiled kernels for GPUs",
+    "XDG_CACHE_HOME": "folder of `unpadded/avx512-*.so`, compiled kernels for CPUs; `~/.cache` by default",
+    "CC": "the C compiler of the kernels for CPUs; `cc` or `gcc` by default",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY": "number of kernels that oneDNN caches; 16 saves CPU memory",
 }
 HEADER = ["| option | default | description |", "|---|---|---|"]

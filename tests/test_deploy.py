@@ -78,5 +78,5 @@ def test_probes_and_metrics_use_public_paths_on_the_server_port() -> None:
 def test_caches_are_on_a_mounted_volume() -> None:
     mounts = {mount["name"]: mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in POD["spec"]["volumes"]}
-    caches = re.findall(r"(?:HF_HOME|TRITON_CACHE_DIR)=(\S+)", DOCKERFILE)
-    assert len(caches) == 2 and all(path.startswith(mounts["models"]) for path in caches)
+    caches = re.findall(r"(?:HF_HOME|TRITON_CACHE_DIR|XDG_CACHE_HOME)=(\S+)", DOCKERFILE)
+    assert len(caches) == 3 and all(path.startswith(mounts["models"]) for path in caches)
