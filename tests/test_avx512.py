@@ -203,3 +203,9 @@ def test_another_processor_compiles_nothing(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     assert compile_again(monkeypatch, tmp_path, caplog) == (False, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_linear_layers_in_bf16_are_left_to_amx(monkeypatch):
+    assert avx512.can_pack(torch.ones(2, 4)) and not avx512.can_pack(torch.ones(2, 3))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert avx512.can_pack(torch.ones(2, 4)) and not avx512.can_pack(torch.ones(2, 4).bfloat16())

@@ -16,8 +16,7 @@ from unpadded_kernels import avx512
 from unpadded_kernels.linear_cpu import bits_follow_threads
 
 LENGTHS = (1, 30, 40, 40, 65, 7, 100, 31, 32, 33, 300, 5, 9, 200, 128, 129, 64, 64, 64, 64, 257, 90)
-BF16_HAS_PARTS = avx512.supports(torch.bfloat16) or not bits_follow_threads(torch.bfloat16)
-AMX = pytest.mark.skipif(not BF16_HAS_PARTS, reason="with AMX, oneDNN's batches in bf16 have no parts")
+AMX = pytest.mark.skipif(bits_follow_threads(torch.bfloat16), reason="with AMX, batches in bf16 have no parts")
 DTYPES = ["float32", pytest.param("bfloat16", marks=AMX)]
 DTYPES += [pytest.param("int8", marks=pytest.mark.skipif(not avx512.supports(torch.int8), reason="VNNI"))]
 

@@ -18,7 +18,7 @@ from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.layer import RMSNorm
-from unpadded.model.linear import Linear, PackedLinear
+from unpadded.model.linear import PackedLinear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
@@ -41,13 +41,12 @@ class Encoder:
         self.weights = invariant_weights(weights) if batch_invariant else weights
         self.linear = linear_invariant if batch_invariant else linear  # for Dense modules after the encoder
         qkv = weights.layers[0].qkv.linear
-        int8, plain = isinstance(qkv, PackedLinear) and qkv.int8, isinstance(qkv, Linear) or spec.experts is not None
+        int8 = isinstance(qkv, PackedLinear) and qkv.int8
         self.dtype_name = "int8" if int8 else str(weights.word.dtype).removeprefix("torch.")
         self.attention = attention
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
         # several threads may run it at the same time: no task overwrites weights, no stream is used, and bits are equal
-        same_bits = not (plain and bits_follow_threads(weights.word.dtype))
-        self.is_concurrent = same_bits and not (weights.word.is_cuda or self._tasks)
+        self.is_concurrent = not (weights.word.is_cuda or self._tasks or bits_follow_threads(weights.word.dtype))
         self._scale = spec.head_dim**-0.5
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
