@@ -149,9 +149,8 @@ def unpack(weight: PackedWeight, kind: str | None) -> Tensor:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str | None, dtype: torch.dtype) -> Tensor:
     """Return activation(x @ weight.T + bias), [total_tokens, out_features] in `dtype`.
 
-    x: [total_tokens, in_features], in the weight's dtype, or float32 or bfloat16 if that is int8; bias: contiguous.
+    x: [total_tokens, in_features] in the weight's dtype, or float32 or bfloat16 if that is int8. Rows are contiguous.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
     panels, steps = weight.panels.shape[:2]
     out_features = weight.shape[0] // (2 if kind in GATED else 1)
     y = torch.empty(x.shape[0], out_features, dtype=dtype)
@@ -218,8 +217,8 @@ def norm(
 
 def rotary(qkv: Tensor, cos_sin: Tensor) -> None:
     """Compute `rotary_reference` of contiguous tensors."""
-    addresses = qkv.data_ptr(), cos_sin.data_ptr()
-    _kernels()[0].rotary(torch.get_num_threads(), _DTYPES[qkv.dtype], len(qkv), *qkv.shape[2:], *addresses)
+    sizes = len(qkv), *qkv.shape[2:]
+    _kernels()[0].rotary(torch.get_num_threads(), _DTYPES[qkv.dtype], *sizes, qkv.data_ptr(), cos_sin.data_ptr())
 
 
 def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
