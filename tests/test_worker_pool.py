@@ -181,12 +181,22 @@ def process_ids(workers):
     return [worker.process.pid for worker in workers._pool.workers]
 
 
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def gone(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return state(pid) == "Z"
+
+
+def stop(pid):
+    """Stop a process; on a busy machine its threads run on until one of them gets the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state(pid) == "T")
 
 
 def check(found, expected):
@@ -464,7 +474,7 @@ def test_processes_that_hang_are_replaced(echoes, monkeypatch, caplog):
     """One is stopped, with more to read than a pipe holds; the other runs a batch that does not finish."""
     monkeypatch.setattr("unpadded.execution.worker_pool.SILENT_SECONDS", 4)  # a message per second, on a busy machine
     stopped = process_ids(echoes)[0]
-    os.kill(stopped, signal.SIGSTOP)
+    stop(stopped)
     large = [echoes.launch([ids(3, 100_000)], OPTIONS) for _ in range(6)]
     assert all(vectors().tolist() == [[3, 100_000]] for vectors in large)
     assert f"a worker crashed: cpu (process {stopped}, killed after 5 s without an answer)" in caplog.text
@@ -502,7 +512,7 @@ def test_errors_while_loading_are_raised(tmp_path):
 def test_close_drops_pending_batches(minilm, caplog, monkeypatch):
     """Also if one of the processes is stopped, which is killed."""
     workers = WorkerPool(echo_pipeline, [CPU, CPU])
-    os.kill(process_ids(workers)[0], signal.SIGSTOP)
+    stop(process_ids(workers)[0])
     monkeypatch.setattr("unpadded.execution.worker_pool.EXIT_SECONDS", 3)
     for i in range(1, 100):
         workers.launch([ids(i)], OPTIONS)  # some finish while the pool closes, which logs nothing

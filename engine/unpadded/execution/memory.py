@@ -2,7 +2,7 @@
 
 A layer needs most memory in the MLP, or in attention, if a library takes q, k and v as separate tensors:
 
-    held  = attended, its projection, x, residual; with pre-norm also the x and the residual of the previous block
+    held  = x and residual, which are one tensor with post-norm
     bytes = itemsize * max(held + up_rows + intermediate, x + qkv + its copy + attended + its copy) + rotary tables
 """
 
@@ -31,7 +31,7 @@ def bytes_per_token(spec: EncoderSpec, itemsize: int) -> int:
     mlp = spec.up_rows + spec.intermediate
     if spec.experts is not None:  # a token is copied for each of its experts, and their outputs are summed in fp32
         mlp = spec.experts.top_k * (mlp + 2 * spec.hidden) + 2 * spec.hidden * 4 // itemsize
-    held = (6 if spec.prenorm else 4) * spec.hidden
+    held = (2 if spec.prenorm else 1) * spec.hidden
     attention = (10 if spec.prenorm else 9) * spec.hidden
     tables = 4 * spec.head_dim * len(spec.rotary_embeddings)
     return itemsize * max(held + mlp, attention) + tables
