@@ -1,9 +1,10 @@
 /* Kernels for CPUs with AVX-512: the operations of an encoder, which `avx512.py` compiles and describes.
 
-   A sum adds its terms in their order, in one lane of a vector. Nothing else decides its bits: neither the number of
-   rows or texts nor the number of threads. Therefore the compiler must not fuse or reorder operations on its own.
+   A sum adds its terms in their order, in one lane of a vector, so its bits depend neither on the number of rows or
+   texts nor on the number of threads. The compiler must not contract multiplications and additions on its own, because
+   it could do so in one copy of an inlined function only.
 
-   Matrices have rows; all sizes and strides are in elements. Results and sums are computed in fp32. */
+   Sizes and strides are in elements. Sums are in fp32, those of 8-bit integers in int32. */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -50,7 +51,7 @@ INLINE void store(void *to, long i, int dtype, __mmask16 mask, __m512 x) {
 
 /* ---- functions ---- */
 
-// 2 ** x within 2e-7 (Cephes, exp2f), 0 below 2 ** -149; NaN stays NaN: max and min return their second operand then.
+// 2 ** x within 2e-7 (Cephes, exp2f), 0 for x < -149; NaN stays NaN, since max returns its second operand then.
 INLINE __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, whole);
@@ -127,32 +128,33 @@ INLINE void multiply_tile(int dtype, int rows, int vecs, const uint32_t **a, lon
 // One function per dtype, in which the numbers of rows and vectors are constants of a case.
 #define CASE(DTYPE, R, V) case R * 8 + V: multiply_tile(DTYPE, R, V, a, stride, b, steps, sums); break;
 #define CASES(DTYPE, R) CASE(DTYPE, R, 1) CASE(DTYPE, R, 2) CASE(DTYPE, R, 3) CASE(DTYPE, R, 4)
-#define DEFINE(NAME, DTYPE)                                                                                   \
-    static void NAME(int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps, Sums *sums) { \
-        switch (rows * 8 + vecs) {                                                                            \
-            CASES(DTYPE, 1) CASES(DTYPE, 2) CASES(DTYPE, 3) CASES(DTYPE, 4) CASES(DTYPE, 5) CASES(DTYPE, 6)   \
-        }                                                                                                     \
+#define FACTORS int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps, Sums *sums
+#define DEFINE(NAME, DTYPE)                                                                                 \
+    static void NAME(FACTORS) {                                                                             \
+        switch (rows * 8 + vecs) {                                                                          \
+            CASES(DTYPE, 1) CASES(DTYPE, 2) CASES(DTYPE, 3) CASES(DTYPE, 4) CASES(DTYPE, 5) CASES(DTYPE, 6) \
+        }                                                                                                   \
     }
 DEFINE(multiply_f32, F32)
 DEFINE(multiply_bf16, BF16)
 DEFINE(multiply_int8, INT8)
 
-INLINE void multiply(int dtype, int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps,
-                     Sums *sums) {
-    (dtype == F32 ? multiply_f32 : dtype == BF16 ? multiply_bf16 : multiply_int8)(rows, vecs, a, stride, b, steps, sums);
+INLINE void multiply(int dtype, FACTORS) {
+    if (dtype == F32) multiply_f32(rows, vecs, a, stride, b, steps, sums);
+    if (dtype == BF16) multiply_bf16(rows, vecs, a, stride, b, steps, sums);
+    if (dtype == INT8) multiply_int8(rows, vecs, a, stride, b, steps, sums);
 }
 
 /* ---- linear layers ---- */
 
 typedef struct {
-    int dtype, x_dtype, y_dtype, activation;
+    int dtype, x_dtype, y_dtype, bias_dtype, activation;
     long in_features, out_features, steps, x_stride;
     const void *x;
     const uint32_t *weight;        // [panels][steps][PANEL] times four bytes; a gated panel has 32 of gate, 32 of up
     const float *scales, *totals;  // [panels * PANEL], of INT8: weight_scale and sum(weight[j]), see avx512.py
     const int32_t *starts;         // [panels * PANEL], of INT8: -128 * sum(p), since rows are stored as q + 128
-    const void *bias;              // [out_features], twice as many if gated, in x's dtype; or NULL
-    int bias_dtype;
+    const void *bias;              // [out_features], twice as many if gated; or NULL
     void *y;
 } Linear;
 
@@ -187,7 +189,7 @@ INLINE Range quantize(const Linear *l, const void *x, uint8_t *q) {
 INLINE void finish(const Linear *l, int dtype, int activation, long row, int rows, long panel, const Sums *sums,
                    const Range *ranges) {
     const int gated = activation >= SWIGLU, stored = gated ? VECS / 2 : VECS;  // vectors
-    const long begin = panel * stored * LANES;                                   // the panel's first column of y
+    const long begin = panel * stored * LANES;  // the panel's first column of y
     for (int r = 0; r < rows; r++) {
         __m512 y[VECS];
         UNROLLED for (int v = 0; v < VECS; v++) {
@@ -257,8 +259,8 @@ void linear(int threads, int dtype, int x_dtype, int y_dtype, int bias_dtype, in
             long in_features, long out_features, long panels, long steps, long x_stride, const void *x,
             const void *weight, const float *scales, const float *totals, const int32_t *starts, const void *bias,
             void *y) {
-    const Linear l = {dtype, x_dtype, y_dtype, activation, in_features, out_features, steps, x_stride, x,
-                      weight, scales, totals, starts, bias, bias_dtype, y};
+    const Linear l = {dtype, x_dtype, y_dtype, bias_dtype, activation, in_features, out_features, steps, x_stride,
+                      x, weight, scales, totals, starts, bias, y};
     const long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     const long groups = MIN(panels, blocks < 2 * threads ? threads : 1);  // of panels, so that every thread has work
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -298,7 +300,8 @@ INLINE void transpose(__m512i *rows) {  // 16 rows of 16 times four bytes
             rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
         }
     UNROLLED for (int j = 0; j < 4; j++) {
-        __m512i even = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88), odd = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xdd);
+        __m512i even = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0x88);
+        __m512i odd = _mm512_shuffle_i32x4(rows[j], rows[4 + j], 0xdd);
         __m512i even8 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0x88);
         __m512i odd8 = _mm512_shuffle_i32x4(rows[8 + j], rows[12 + j], 0xdd);
         t[j] = _mm512_shuffle_i32x4(even, even8, 0x88);
@@ -344,7 +347,8 @@ INLINE __m512 weigh(int dtype, float *scores, int n, __m512 max, __m512 sum) {
 }
 
 // Add n keys, k being the first one's row, to the sums of a panel of queries. bias: of the first query and that key.
-INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, const char *k, int n, const float *bias) {
+INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, const char *k, int n,
+                   const float *bias) {
     const __m512 scale = _mm512_set1_ps(a->scale);
     const uint32_t *rows[ROWS];
     __m512 max[VECS], decay[VECS];
@@ -386,7 +390,7 @@ INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, 
     }
 }
 
-// Copy n rows of v, in pairs if bf16: four bytes hold the same element of two keys, the second one's 0 if it is missing.
+// Copy n rows of v, in pairs if bf16: four bytes hold an element of two keys, 0 in place of a missing second one.
 INLINE void copy_values(const Attention *a, int dtype, const char *v, int n, uint32_t *to) {
     for (int j = 0; j < n; j += dtype == F32 ? 1 : 2, to += a->head_dim)
         for (long d = 0; d < a->head_dim; d += LANES) {
@@ -501,9 +505,9 @@ void rotary(int threads, int dtype, long tokens, long heads, long head_dim, void
 /* ---- maxima of logits ---- */
 
 // Set y[text][row] to the maximum of max_t x[t] . weight[row] over the tokens of each text, for some rows of weight.
-INLINE void maxima_block(int dtype, long texts, long steps, const char *x, long x_stride, const char *weight,
-                         long weight_stride, const int32_t *cu_seqlens, long row, long end, float *y, long y_stride,
-                         uint32_t *panel) {
+INLINE void maxima_block(int dtype, long texts, long steps, long vocabulary, long x_stride, long weight_stride,
+                         const char *x, const char *weight, const int32_t *cu_seqlens, long row, long end,
+                         uint32_t *panel, float *y) {
     for (long text = 0; text < texts; text++)
         for (long token = cu_seqlens[text]; token < cu_seqlens[text + 1]; token += PANEL) {
             const int n = MIN(PANEL, cu_seqlens[text + 1] - token), vecs = (n + LANES - 1) / LANES;
@@ -512,10 +516,11 @@ INLINE void maxima_block(int dtype, long texts, long steps, const char *x, long 
                 const int count = MIN(ROWS, end - i);
                 const uint32_t *rows[ROWS];
                 Sums sums = {0};
-                for (int r = 0; r < count; r++) rows[r] = (const uint32_t *)(weight + (i + r) * weight_stride * size_of(dtype));
+                for (int r = 0; r < count; r++)
+                    rows[r] = (const uint32_t *)(weight + (i + r) * weight_stride * size_of(dtype));
                 multiply(dtype, count, vecs, rows, 1, panel, steps, &sums);
                 for (int r = 0; r < count; r++) {
-                    float *to = y + text * y_stride + i + r;
+                    float *to = y + text * vocabulary + i + r;
                     __m512 max = _mm512_set1_ps(*to);
                     __mmask16 invalid = _mm512_cmp_ps_mask(max, max, _CMP_UNORD_Q);
                     for (int v = 0; v < vecs; v++) {
@@ -538,10 +543,9 @@ void maxima(int threads, int dtype, long texts, long hidden, long vocabulary, lo
 #pragma omp for schedule(dynamic)
         for (long block = 0; block < blocks; block++) {
             const long row = block * VOCABULARY_BLOCK, end = MIN(row + VOCABULARY_BLOCK, vocabulary);
-            if (dtype == F32)
-                maxima_block(F32, texts, steps, x, x_stride, weight, weight_stride, cu_seqlens, row, end, y, vocabulary, panel);
-            else
-                maxima_block(BF16, texts, steps, x, x_stride, weight, weight_stride, cu_seqlens, row, end, y, vocabulary, panel);
+#define SIZES texts, steps, vocabulary, x_stride, weight_stride
+            if (dtype == F32) maxima_block(F32, SIZES, x, weight, cu_seqlens, row, end, panel, y);
+            else maxima_block(BF16, SIZES, x, weight, cu_seqlens, row, end, panel, y);
         }
         free(panel);
     }
