@@ -356,8 +356,10 @@ INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, 
     for (int v = 0; v < vecs; v++) max[v] = _mm512_loadu_ps(w->max + panel * PANEL + v * LANES);
     for (int j = 0; j < n; j += ROWS) {
         const int count = MIN(ROWS, n - j);
-        for (int r = 0; r < count; r++) rows[r] = (const uint32_t *)(k + (j + r) * a->stride * size_of(dtype));
-        memset(&sums, 0, sizeof sums);
+        for (int r = 0; r < count; r++) {
+            rows[r] = (const uint32_t *)(k + (j + r) * a->stride * size_of(dtype));
+            for (int v = 0; v < vecs; v++) sums.v[r][v] = _mm512_setzero_si512();
+        }
         multiply(dtype, count, vecs, rows, 1, w->q + panel * a->steps * PANEL, a->steps, &sums);
         for (int r = 0; r < count; r++)
             for (int v = 0; v < vecs; v++) {
@@ -415,7 +417,10 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
     for (long i = begin; i < end; i += PANEL)
         pack_columns(dtype, q + i * token, a->stride, MIN(PANEL, end - i), a->steps, w->q + (i - begin) * a->steps);
     memset(w->out, 0, (end - begin + PANEL - 1) / PANEL * a->head_dim * PANEL * 4);
-    for (int i = 0; i < QUERY_BLOCK; i++) w->max[i] = -1e30f, w->sum[i] = 0;
+    for (long i = 0; i < end - begin; i += LANES) {
+        _mm512_storeu_ps(w->max + i, _mm512_set1_ps(-1e30f));
+        _mm512_storeu_ps(w->sum + i, _mm512_setzero_ps());
+    }
     const long reach = a->window < 0 ? length : a->window, first_key = begin > reach ? begin - reach : 0;
     for (long key = first_key; key < MIN(keys, end + reach); key += KEY_BLOCK) {
         const int n = MIN(KEY_BLOCK, MIN(keys, end + reach) - key);

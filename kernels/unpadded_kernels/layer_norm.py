@@ -121,13 +121,13 @@ def rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     return pre_layer_norm_triton(x, residual, weight, None, eps)
 
 
-def _runs_in_c(x: Tensor, *others: Tensor | None) -> bool:
-    same = (t is None or (t.dtype == x.dtype and t.stride(-1) == 1) for t in (x, *others))
-    return avx512.supports(x.dtype) and all(same)
+def _runs_in_c(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+    r = x if residual is None else residual
+    return avx512.supports(x.dtype) and x.dtype == r.dtype == weight.dtype and x.stride(-1) == r.stride(-1) == 1
 
 
 def add_layer_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if _runs_in_c(x, residual, weight, bias):
+    if _runs_in_c(x, residual, weight):
         return avx512.norm(x, residual, weight, bias, eps, None)
     return add_layer_norm_reference(x, residual, weight, bias, eps)
 
@@ -136,7 +136,7 @@ def pre_layer_norm_cpu(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Compute RMSNorm if bias is None."""
-    if _runs_in_c(x, residual, weight, bias):
+    if _runs_in_c(x, residual, weight):
         total = torch.empty(x.shape, dtype=x.dtype)
         return avx512.norm(x, residual, weight, bias, eps, total), total
     if bias is None:
