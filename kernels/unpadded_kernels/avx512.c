@@ -1,6 +1,6 @@
 /* Kernels for CPUs with AVX-512: the operations of an encoder, which `avx512.py` compiles and describes.
 
-   A sum adds its terms in their order, in one lane of a vector, so its bits depend neither on the number of rows or
+   A sum adds its terms in a fixed order, in one lane of a vector, so its bits depend neither on the number of rows or
    texts nor on the number of threads. The compiler must not contract multiplications and additions on its own, because
    it could do so in one copy of an inlined function only.
 
@@ -19,6 +19,7 @@ enum { F32, BF16, INT8 };                       // INT8: only as the dtype of fa
 enum { NONE, GELU, GELU_TANH, SWIGLU, GEGLU };  // activations
 enum { LANES = 16, ROWS = 6, VECS = 4 };        // 6 x 4 vectors of sums leave 8 registers for factors
 enum { PANEL = VECS * LANES };                  // columns that are multiplied together
+enum { TERMS = 512 };                           // of a linear layer, whose sum is added to that of the terms before
 enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 128, VOCABULARY_BLOCK = 504 };
 
 INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -40,13 +41,8 @@ INLINE __m512 load(const void *from, long i, int dtype, __mmask16 mask) {
 }
 
 INLINE void store(void *to, long i, int dtype, __mmask16 mask, __m512 x) {
-    if (dtype == F32) {
-        if (mask == 0xffff) _mm512_storeu_ps((float *)to + i, x);  // a masked store takes longer (Zen 4)
-        else _mm512_mask_storeu_ps((float *)to + i, mask, x);
-    } else {
-        if (mask == 0xffff) _mm256_storeu_si256((__m256i *)((uint16_t *)to + i), to_bf16(x));
-        else _mm256_mask_storeu_epi16((uint16_t *)to + i, mask, to_bf16(x));
-    }
+    if (dtype == F32) _mm512_mask_storeu_ps((float *)to + i, mask, x);
+    else _mm256_mask_storeu_epi16((uint16_t *)to + i, mask, to_bf16(x));
 }
 
 /* ---- functions ---- */
@@ -107,6 +103,11 @@ INLINE __m512i dot(int dtype, __m512i sum, __m512i row, __m512i columns) {
 #endif
     sums = _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sums);
     return _mm512_castps_si512(sums);
+}
+
+INLINE __m512i add(int dtype, __m512i x, __m512i y) {
+    if (dtype == INT8) return _mm512_add_epi32(x, y);
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y)));
 }
 
 // sums[r][v] += row a[r] times columns v * 16 on of a panel b, [steps][PANEL] times four bytes; the steps of a row of a
@@ -238,7 +239,18 @@ INLINE void linear_block(const Linear *l, int dtype, int activation, long row, l
                     if (dtype == INT8) sums.v[i][v] = _mm512_loadu_si512(l->starts + panel * PANEL + v * LANES);
                 }
             }
-            multiply(dtype, n, VECS, a, 1, l->weight + panel * l->steps * PANEL, l->steps, &sums);
+            const uint32_t *weight = l->weight + panel * l->steps * PANEL;
+            multiply(dtype, n, VECS, a, 1, weight, MIN(TERMS, l->steps), &sums);
+            for (long step = TERMS; step < l->steps; step += TERMS) {
+                Sums part;
+                for (int i = 0; i < n; i++) {
+                    a[i] += TERMS;
+                    UNROLLED for (int v = 0; v < VECS; v++) part.v[i][v] = _mm512_setzero_si512();
+                }
+                multiply(dtype, n, VECS, a, 1, weight + step * PANEL, MIN(TERMS, l->steps - step), &part);
+                for (int i = 0; i < n; i++)
+                    UNROLLED for (int v = 0; v < VECS; v++) sums.v[i][v] = add(dtype, sums.v[i][v], part.v[i][v]);
+            }
             finish(l, dtype, activation, row + r, n, panel, &sums, ranges + r);
         }
     free(q);
