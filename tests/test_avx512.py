@@ -40,7 +40,7 @@ def expected_linear(x, weight, bias, kind):
 @DTYPES
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize(("out_features", "in_features"), [(200, 96), (64, 33), (2, 7), (130, 1)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(200, 96), (64, 33), (2, 7), (130, 1), (70, 1300)])
 def test_linear(dtype, bias, kind, out_features, in_features):
     if not avx512.supports(dtype) or (dtype == torch.bfloat16 and in_features % 2):
         pytest.skip("not supported")

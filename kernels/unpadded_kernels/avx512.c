@@ -19,7 +19,7 @@ enum { F32, BF16, INT8 };                       // INT8: only as the dtype of fa
 enum { NONE, GELU, GELU_TANH, SWIGLU, GEGLU };  // activations
 enum { LANES = 16, ROWS = 6, VECS = 4 };        // 6 x 4 vectors of sums leave 8 registers for factors
 enum { PANEL = VECS * LANES };                  // columns that are multiplied together
-enum { TERMS = 512 };                           // of a linear layer, whose sum is added to that of the terms before
+enum { TERMS = 512 };                           // steps that a linear layer sums apart, for the precision of long sums
 enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 128, VOCABULARY_BLOCK = 504 };
 
 INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -256,6 +256,7 @@ INLINE void linear_block(const Linear *l, int dtype, int activation, long row, l
     free(q);
 }
 
+// FOR_ACTIVATION ends the case of its dtype. Both make constants of what they select.
 #define FOR_DTYPE(CALL) switch (l.dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) }
 #define FOR_ACTIVATION(DTYPE)                                                                                  \
     switch (l.activation) {                                                                                    \

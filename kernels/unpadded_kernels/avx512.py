@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-O3 -fopenmp -ffp-contract=off -shared -fPIC -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 4}
-_PANEL = 64  # columns that are multiplied together, and more than the last bias that a vector reads beyond its text
+_PANEL = 64  # columns that are multiplied together; biases are read less than this far beyond the last query
 
 
 def supports(dtype: torch.dtype) -> bool:
