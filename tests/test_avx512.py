@@ -14,6 +14,7 @@ import torch
 from unpadded_kernels import avx512
 from unpadded_kernels.activation import GATED, KINDS, activation_reference
 from unpadded_kernels.attention import attention_reference
+from unpadded_kernels.avx512 import PackedLinear
 
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.int8: 3e-7}  # int8: of its formulas in fp32
 pytestmark = [
@@ -45,28 +46,28 @@ def test_linear(dtype, bias, kind, out_features, in_features):
     if not avx512.supports(dtype) or (dtype == torch.bfloat16 and in_features % 2):
         pytest.skip("not supported")
     weight, added = draw(out_features, in_features, dtype=dtype), draw(out_features, dtype=dtype) if bias else None
-    packed = avx512.pack(weight, kind)
-    assert torch.equal(avx512.unpack(packed, kind), weight)
+    packed = PackedLinear(weight, added, kind)
+    assert torch.equal(packed.unpack(), weight)
     x = draw(400, in_features + 2, dtype=dtype)[:, :in_features]  # strided
-    whole = avx512.linear(x, packed, added, kind, dtype)
+    whole = packed(x)
     assert whole.shape == (400, out_features // (2 if kind in GATED else 1)) and whole.dtype == dtype
     assert relative(whole, expected_linear(x, weight, added, kind)) <= ERROR[dtype]
     for rows in (0, 1, 2, 5, 6, 7, 191, 192, 193):
-        assert torch.equal(avx512.linear(x[:rows], packed, added, kind, dtype), whole[:rows])
-        assert torch.equal(avx512.linear(x[rows:], packed, added, kind, dtype), whole[rows:])
+        assert torch.equal(packed(x[:rows]), whole[:rows])
+        assert torch.equal(packed(x[rows:]), whole[rows:])
 
 
 @DTYPES
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     if not avx512.supports(dtype):
         pytest.skip("not supported")
-    x, packed = draw(500, 768, dtype=dtype), avx512.pack(draw(448, 768, dtype=dtype), "swiglu")  # 7 panels
+    x, packed = draw(500, 768, dtype=dtype), PackedLinear(draw(448, 768, dtype=dtype), None, "swiglu")  # 7 panels
     qkv = draw(900, 3, 2, 64, dtype=dtype)
     cu_seqlens, threads, found = torch.tensor([0, 300, 900], dtype=torch.int32), torch.get_num_threads(), []
     try:
         for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
-            y = avx512.linear(x, packed, None, "swiglu", dtype)
+            y = packed(x)
             found.append((y, avx512.attention(qkv, cu_seqlens, 0.125, None, None, None)))
     finally:
         torch.set_num_threads(threads)
@@ -107,19 +108,19 @@ def linear_int8_reference(x, weight, bias, kind):
 def test_linear_int8(dtype, bias, kind):
     x, weight, added = draw(600, 96, dtype=dtype), draw(128, 96, dtype=dtype) / 10, torch.randn(128) if bias else None
     x[3:5], x[7] = 0, 2.5  # rows of equal values
-    packed = avx512.pack_int8(weight, kind)
-    whole = avx512.linear(x, packed, added, kind, torch.float32)
+    packed = PackedLinear(weight, added, kind, int8=True, dtype=torch.float32)
+    whole = packed(x)
     expected = linear_int8_reference(x, weight, added, kind)
     assert whole.dtype == torch.float32 and relative(whole, expected) <= ERROR[torch.int8]
     assert relative(whole[[3, 4]] + 1, expected[[3, 4]] + 1) <= ERROR[torch.int8]
     assert relative(whole[7], expected[7]) <= ERROR[torch.int8]
     for rows in (0, 1, 2, 9, 191, 192, 193):
-        assert torch.equal(avx512.linear(x[:rows], packed, added, kind, torch.float32), whole[:rows])
+        assert torch.equal(packed(x[:rows]), whole[:rows])
     for row in (0, 7, 191, 192, 599):
-        assert torch.equal(avx512.linear(x[row : row + 1], packed, added, kind, torch.float32)[0], whole[row])
+        assert torch.equal(packed(x[row : row + 1])[0], whole[row])
+    half = PackedLinear(weight, added, kind, int8=True, dtype=torch.bfloat16)
     for rows in (9, 600):
-        half = avx512.linear(x[:rows], packed, added, kind, torch.bfloat16)
-        assert torch.equal(half, whole[:rows].bfloat16())
+        assert torch.equal(half(x[:rows]), whole[:rows].bfloat16())
 
 
 @INT8
@@ -128,7 +129,7 @@ def test_int8_rows_of_many_features_have_exact_sums():
     x, weight = torch.ones(2, 8192), torch.ones(16, 8192)
     x[:, ::2] = -1
     weight[:, ::2] = -1
-    actual = avx512.linear(x, avx512.pack_int8(weight), None, None, torch.float32)
+    actual = PackedLinear(weight, None, None, int8=True)(x)
     torch.testing.assert_close(actual, torch.full((2, 16), 8192.0), rtol=1e-6, atol=0)
 
 
@@ -136,12 +137,12 @@ def test_int8_rows_of_many_features_have_exact_sums():
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_int8_rows_that_are_not_finite_change_no_other_row(kind, value):
-    x, packed, bias = torch.randn(300, 96), avx512.pack_int8(torch.randn(128, 96) / 10, kind), torch.randn(128)
-    expected = avx512.linear(x, packed, bias, kind, torch.float32)
+    x, packed = torch.randn(300, 96), PackedLinear(torch.randn(128, 96) / 10, torch.randn(128), kind, int8=True)
+    expected = packed(x)
     spoiled = [0, 5, 191, 192, 299]
     others = [row for row in range(300) if row not in spoiled]
     x[spoiled, 17] = value
-    actual = avx512.linear(x, packed, bias, kind, torch.float32)
+    actual = packed(x)
     assert torch.equal(actual[others], expected[others])
     assert not actual[spoiled].isfinite().any()
 
@@ -156,7 +157,7 @@ def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
     expected = x.double() @ weight.double().T
     scale = x.abs().amax(1, keepdim=True) / 127
     symmetric = (x / scale).round().double() @ weight.double().T * scale
-    error = (avx512.linear(x, avx512.pack_int8(weight), None, None, torch.float32) - expected).norm()
+    error = (PackedLinear(weight, None, None, int8=True)(x) - expected).norm()
     assert (symmetric - expected).norm() >= gain * error
 
 
@@ -164,7 +165,7 @@ def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
 def test_int8_weights_of_zeros_give_the_bias():
     weight, bias = torch.zeros(128, 96), torch.randn(128)
     weight[64:] = torch.randn(64, 96)
-    y = avx512.linear(torch.randn(5, 96), avx512.pack_int8(weight), bias, None, torch.float32)
+    y = PackedLinear(weight, bias, None, int8=True)(torch.randn(5, 96))
     assert torch.equal(y[:, :64], bias[:64].expand(5, 64))
 
 

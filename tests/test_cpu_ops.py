@@ -10,6 +10,7 @@ from unpadded_kernels import (
     add_layer_norm,
     attention,
     avx512,
+    embedding,
     linear,
     linear_activation,
     mean_pool,
@@ -23,7 +24,6 @@ from unpadded_kernels.attention import attention_reference
 from unpadded_kernels.layer_norm import pre_layer_norm_reference, rms_norm_reference
 from unpadded_kernels.linear import linear_activation_reference, linear_reference
 from unpadded_kernels.linear_cpu import pad_rows
-from unpadded_kernels.pooling import mean_pool_reference
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
 BOTH = pytest.mark.parametrize("dtype", ERROR, ids=str)
@@ -187,17 +187,34 @@ def test_norms(dtype, hidden):
     assert torch.equal(alone, add_layer_norm(x, residual, weight, bias, 1e-5))
 
 
+@BOTH
+@pytest.mark.parametrize("given", [(True, True), (False, True), (True, False)], ids=["all", "one type", "words"])
+def test_embedding(dtype, given):
+    with_types, with_positions = given
+    word, types, position = (draw(rows, 200, dtype=dtype)[:, :100] for rows in (61, 3, 40))  # strided
+    weight, bias = draw(2, 100, dtype=dtype)
+    ids = [torch.randint(limit, (900,), dtype=torch.int32) for limit in (61, 3, 40)]
+    sums = word[ids[0]].double()
+    if with_positions:
+        sums += position[ids[2]].double()
+        sums += (types[ids[1]] if with_types else types[0]).double()
+    expected = torch.nn.functional.layer_norm(sums, (100,), weight.double(), bias.double(), 1e-5)
+    tables = word, types if with_positions else None, position if with_positions else None
+    found = embedding(ids[0], ids[2], ids[1] if with_types else None, *tables, weight, bias, 1e-5)
+    assert_close(found, expected, dtype)
+
+
 def test_mean_of_a_text_without_tokens_is_zero_and_others_match_a_mean_in_float64():
-    hidden, lengths = torch.randn(300, 40), [0, 1, 200, 0, 99]
+    hidden, lengths = torch.randn(1200, 100)[:, :70], [0, 1, 1100, 0, 99]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = mean_pool(hidden, cu_seqlens)
-    assert torch.equal(rows[[0, 3]], torch.zeros(2, 40))
+    assert torch.equal(rows[[0, 3]], torch.zeros(2, 70))
     for row, start, end in zip(rows, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
         if start < end:
             expected = hidden[start:end].double().mean(0)
             torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-6)
             one = torch.tensor([0, end - start], dtype=torch.int32)
-            assert torch.equal(mean_pool_reference(hidden[start:end], one)[0], row)
+            assert torch.equal(mean_pool(hidden[start:end], one)[0], row)
 
 
 @BOTH

@@ -14,9 +14,9 @@ import unpadded
 from unpadded.errors import OptionError
 from unpadded.integrations.transformers import UnpaddedModel
 from unpadded.model.layer import ExpertMLP
-from unpadded.model.linear import PackedLinear
 from unpadded.model.weights import plain_weights
 from unpadded_kernels import avx512
+from unpadded_kernels.avx512 import PackedLinear
 
 NEEDS_VNNI = pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 
@@ -51,8 +51,8 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
             assert isinstance(linear, PackedLinear)
             attended = name == "qkv" and avx512.supports(torch.bfloat16)
             assert linear.dtype == (torch.bfloat16 if attended else torch.float32)
-            assert linear.weight.panels.dtype == torch.int8
-            assert linear.weight.shape == exact_layer.linears[name].weight.shape
+            assert linear.panels.dtype == torch.int8
+            assert linear.shape == exact_layer.linears[name].weight.shape
         if isinstance(layer.mlp, ExpertMLP):
             for name in ("router", "up", "down"):
                 assert torch.equal(getattr(layer.mlp, name), getattr(exact_layer.mlp, name)), name

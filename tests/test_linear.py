@@ -1,15 +1,17 @@
 """Every kind of linear layer against the same matmul in float64, and the changes from one kind to another."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from unpadded.model.layer import MLP, QKV, Layer, LayerNorm
-from unpadded.model.linear import Linear, PackedLinear
-from unpadded.model.weights import int8_linear
+from unpadded.model.layer import MLP, QKV, Layer, LayerNorm, RMSNorm
+from unpadded.model.linear import Linear
+from unpadded.model.weights import int8_linear, packed_linear
 from unpadded_kernels import avx512
 from unpadded_kernels.activation import KINDS, activation_reference
+from unpadded_kernels.avx512 import PackedLinear
 from unpadded_kernels.rotary import rotary_reference
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -17,8 +19,8 @@ HIDDEN, HEADS = 96, 3
 CONVERT = {
     "library": lambda plain: plain,
     "invariant": lambda plain: replace(plain, invariant=True),
-    "packed": PackedLinear,
-    "int8": lambda plain: PackedLinear(plain, int8=True),
+    "packed": partial(packed_linear, "layers.0.out"),
+    "int8": partial(int8_linear, "layers.0.out"),
 }
 ERROR = {"library": 1e-6, "invariant": 1e-6, "packed": 1e-6, "int8": 0.012}  # relative, Frobenius
 
@@ -65,24 +67,68 @@ def test_qkv_is_rotated(kind, rotary):
     assert_close(actual, qkv.double(), ERROR[kind])
 
 
-@pytest.mark.skipif(not avx512.supports(torch.float32), reason="needs AVX-512 and a C compiler")
-def test_a_packed_linear_becomes_the_plain_one_again():
-    plain = draw(128, "swiglu")
-    again = PackedLinear(plain).to_linear()
-    assert torch.equal(again.weight, plain.weight)
-    assert (again.bias is plain.bias) and again.activation == "swiglu"
-
-
 @pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
-    exact = PackedLinear(plain, int8=True)(x)
+    exact = PackedLinear(plain.weight, plain.bias, None, int8=True, dtype=torch.float32)(x)
     fast = torch.bfloat16 if avx512.supports(torch.bfloat16) else torch.float32
-    assert exact.dtype == torch.float32
     for name, dtype in (("layers.0.qkv", fast), ("layers.0.out", torch.float32)):
         assert torch.equal(int8_linear(name, plain)(x), exact.to(dtype))
     monkeypatch.setattr(avx512, "supports", lambda dtype: dtype != torch.bfloat16)
     assert torch.equal(int8_linear("layers.0.qkv", plain)(x), exact)
+
+
+NORMS = {
+    "post-norm": LayerNorm(weight=torch.rand(HIDDEN) + 1, bias=torch.rand(HIDDEN), eps=1e-5),
+    "pre-norm": LayerNorm(weight=torch.rand(HIDDEN) + 1, bias=torch.rand(HIDDEN), eps=1e-5, prenorm=True),
+    "RMS": RMSNorm(weight=torch.rand(HIDDEN) + 1, eps=1e-5),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_packed_layer_after_attention_has_the_bits_of_its_steps(dtype, activation, norm):
+    """The same by one to eight threads, which share blocks of rows or, of few rows, panels."""
+    if not avx512.supports(dtype):
+        pytest.skip("needs AVX-512 and a C compiler")
+    stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    change = int8_linear if dtype == torch.int8 else packed_linear
+    names = {"qkv": (3 * HIDDEN, HIDDEN), "out": (HIDDEN, HIDDEN), "up": (256, HIDDEN)}
+    names["down"] = HIDDEN, 128 if activation == "swiglu" else 256
+    linears = {
+        name: change(
+            name,
+            Linear(
+                weight=(torch.randn(shape) * shape[1] ** -0.5).to(stored),
+                bias=torch.randn(shape[0]).to(stored),
+                activation=activation if name == "up" else None,
+            ),
+        )
+        for name, shape in names.items()
+    }
+    first = replace(norm, **{name: vars(norm)[name].to(stored) for name in vars(norm).keys() & {"weight", "bias"}})
+    second = replace(first, weight=first.weight.flip(0))
+    layer = Layer(
+        qkv=QKV(linear=linears["qkv"], heads=HEADS),
+        out=linears["out"],
+        attention_norm=first,
+        mlp=MLP(up=linears["up"], down=linears["down"]),
+        mlp_norm=second,
+    )
+    wide = torch.randn(2000, 3 * HIDDEN).to(stored)
+    attended, residual = wide[:, :HIDDEN], wide[:, HIDDEN : 2 * HIDDEN]  # strided
+    x, total = first(layer.out(attended), residual)
+    expected, (step,) = second(layer.mlp(x), total), layer.steps
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 8):
+            torch.set_num_threads(number)
+            for rows in (0, 1, 16, 191, 192, 193, 500, 2000):
+                found = step(attended[:rows], residual[:rows])
+                assert all(torch.equal(one, exact[:rows]) for one, exact in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_linears_are_changed_by_name():

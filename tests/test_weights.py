@@ -27,7 +27,6 @@ from unpadded.checkpoint.reader import open_checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.errors import WeightsError
 from unpadded.model import tensor_loader
-from unpadded.model.linear import PackedLinear
 from unpadded.model.weights import (
     EncoderWeights,
     load_dense,
@@ -36,6 +35,7 @@ from unpadded.model.weights import (
     plain_weights,
 )
 from unpadded_kernels import avx512
+from unpadded_kernels.avx512 import PackedLinear
 
 CPU = torch.device("cpu")
 SMALL = {"vocabulary": 64, "tokenizer": False}

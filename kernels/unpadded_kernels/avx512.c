@@ -20,7 +20,7 @@ enum { NONE, GELU, GELU_TANH, SWIGLU, GEGLU };  // activations
 enum { LANES = 16, ROWS = 6, VECS = 4 };        // 6 x 4 vectors of sums leave 8 registers for factors
 enum { PANEL = VECS * LANES };                  // columns that are multiplied together
 enum { TERMS = 512 };                           // steps that a linear layer sums apart, for the precision of long sums
-enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 128, VOCABULARY_BLOCK = 504 };
+enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 66, VOCABULARY_BLOCK = 504 };
 
 INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
@@ -45,20 +45,20 @@ INLINE void store(void *to, long i, int dtype, __mmask16 mask, __m512 x) {
     else _mm256_mask_storeu_epi16((uint16_t *)to + i, mask, to_bf16(x));
 }
 
+static void *allocate(long bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
 /* ---- functions ---- */
 
-// 2 ** x within 2e-7 (Cephes, exp2f), 0 for x < -149; NaN stays NaN, since max returns its second operand then.
+// 2 ** x within 2e-7; 0 for -inf. The polynomial is the best one of degree 5 for 2 ** f, 0 <= f < 1 (Remez).
 INLINE __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.535336188319500e-4f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.339887440266574e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.618437357674640e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.550332471162809e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.402264791363012e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931472028550421e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(y, whole);
+    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+    __m512 y = _mm512_set1_ps(1.877576658e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(8.989340124e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.582631804e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.401536170e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931530732e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.999999251e-1f));
+    return _mm512_scalef_ps(y, x);  // y * 2 ** floor(x)
 }
 
 INLINE __m512 times_sigmoid(__m512 x, __m512 z) {  // x / (1 + exp(-z))
@@ -114,16 +114,17 @@ INLINE __m512i add(int dtype, __m512i x, __m512i y) {
 // are `stride` times four bytes apart.
 INLINE void multiply_tile(int dtype, int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps,
                           Sums *sums) {
-    Sums sum = *sums;
+    __m512i sum[ROWS][VECS];  // copied one by one, because the compiler copies a struct by a slow `rep movsq`
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sum[r][v] = sums->v[r][v];
     for (long step = 0; step < steps; step++, b += PANEL) {
         __m512i columns[VECS];
         UNROLLED for (int v = 0; v < vecs; v++) columns[v] = _mm512_loadu_si512(b + v * LANES);
         UNROLLED for (int r = 0; r < rows; r++) {
             __m512i row = _mm512_set1_epi32(a[r][step * stride]);
-            UNROLLED for (int v = 0; v < vecs; v++) sum.v[r][v] = dot(dtype, sum.v[r][v], row, columns[v]);
+            UNROLLED for (int v = 0; v < vecs; v++) sum[r][v] = dot(dtype, sum[r][v], row, columns[v]);
         }
     }
-    *sums = sum;
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sums->v[r][v] = sum[r][v];
 }
 
 // One function per dtype, in which the numbers of rows and vectors are constants of a case.
@@ -148,28 +149,35 @@ INLINE void multiply(int dtype, FACTORS) {
 
 /* ---- linear layers ---- */
 
-typedef struct {
-    int dtype, x_dtype, y_dtype, bias_dtype, activation;
-    long in_features, out_features, steps, x_stride;
-    const void *x;
+typedef struct {  // avx512.py writes its members, all of 8 bytes
+    long dtype, y_dtype, bias_dtype, activation, in_features, out_features, panels, steps;
     const uint32_t *weight;        // [panels][steps][PANEL] times four bytes; a gated panel has 32 of gate, 32 of up
     const float *scales, *totals;  // [panels * PANEL], of INT8: weight_scale and sum(weight[j]), see avx512.py
     const int32_t *starts;         // [panels * PANEL], of INT8: -128 * sum(p), since rows are stored as q + 128
     const void *bias;              // [out_features], twice as many if gated; or NULL
-    void *y;
 } Linear;
+
+typedef struct {
+    const char *first;
+    long dtype, stride;
+} Rows;
+
+INLINE Rows rows_from(Rows rows, long row) {
+    rows.first += row * rows.stride * size_of(rows.dtype);
+    return rows;
+}
 
 typedef struct {
     float scale, middle;
 } Range;
 
 // Write q + 128 of one row; return its scale and middle, which are NaN if a value is not finite.
-INLINE Range quantize(const Linear *l, const void *x, uint8_t *q) {
+INLINE Range quantize(const Linear *l, int x_dtype, const void *x, uint8_t *q) {
     __m512 low = _mm512_set1_ps(__builtin_inff()), high = _mm512_set1_ps(-__builtin_inff()), zero = _mm512_setzero_ps();
     __m512 invalid = zero;  // NaN once a value is not finite
     for (long i = 0; i < l->in_features; i += LANES) {
         __mmask16 mask = first(l->in_features - i);
-        __m512 x16 = load(x, i, l->x_dtype, mask);
+        __m512 x16 = load(x, i, x_dtype, mask);
         low = _mm512_mask_min_ps(low, mask, low, x16);
         high = _mm512_mask_max_ps(high, mask, high, x16);
         invalid = _mm512_fmadd_ps(x16, zero, invalid);
@@ -178,7 +186,7 @@ INLINE Range quantize(const Linear *l, const void *x, uint8_t *q) {
     Range range = {scale > 1e-30f ? scale : 1e-30f, 0.5f * least + 0.5f * most + _mm512_reduce_add_ps(invalid)};
     __m512 middle = _mm512_set1_ps(range.middle), inverse = _mm512_set1_ps(1 / range.scale);
     for (long i = 0; i < l->steps * 4; i += LANES) {
-        __m512 x16 = load(x, i, l->x_dtype, first(l->in_features - i));
+        __m512 x16 = load(x, i, x_dtype, first(l->in_features - i));
         __m512i q16 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x16, middle), inverse));
         q16 = _mm512_add_epi32(q16, _mm512_set1_epi32(128));
         _mm_mask_storeu_epi8(q + i, first(l->steps * 4 - i), _mm512_cvtepi32_epi8(q16));
@@ -186,46 +194,55 @@ INLINE Range quantize(const Linear *l, const void *x, uint8_t *q) {
     return range;
 }
 
-// Add the bias, apply the activation and store some rows of the result, given their sums over a panel.
-INLINE void finish(const Linear *l, int dtype, int activation, long row, int rows, long panel, const Sums *sums,
+typedef struct {
+    __m512 scale, total, bias;  // scale, total: of INT8
+} Columns;
+
+INLINE Columns load_columns(const Linear *l, int dtype, long panel, int v, long bias_at, __mmask16 mask) {
+    Columns c = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (dtype == INT8) c.scale = _mm512_loadu_ps(l->scales + panel * PANEL + v * LANES);
+    if (dtype == INT8) c.total = _mm512_loadu_ps(l->totals + panel * PANEL + v * LANES);
+    if (l->bias) c.bias = load(l->bias, bias_at, l->bias_dtype, mask);
+    return c;
+}
+
+INLINE __m512 result(int dtype, __m512i sum, Columns c, const Range *range) {  // before the activation
+    __m512 y = _mm512_castsi512_ps(sum);
+    if (dtype == INT8) {
+        y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(c.scale, _mm512_set1_ps(range->scale)));
+        y = _mm512_fmadd_ps(c.total, _mm512_set1_ps(range->middle), y);
+    }
+    return _mm512_add_ps(y, c.bias);
+}
+
+// Store some rows of the result, given their sums over a panel.
+INLINE void finish(const Linear *l, int dtype, int activation, char *y_rows, int rows, long panel, const Sums *sums,
                    const Range *ranges) {
     const int gated = activation >= SWIGLU, stored = gated ? VECS / 2 : VECS;  // vectors
-    const long begin = panel * stored * LANES;  // the panel's first column of y
-    for (int r = 0; r < rows; r++) {
-        __m512 y[VECS];
-        UNROLLED for (int v = 0; v < VECS; v++) {
-            long column = begin + v % stored * LANES;
-            __mmask16 mask = first(l->out_features - column);
-            y[v] = _mm512_castsi512_ps(sums->v[r][v]);
-            if (dtype == INT8) {
-                const long at = panel * PANEL + v * LANES;
-                __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(l->scales + at), _mm512_set1_ps(ranges[r].scale));
-                y[v] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums->v[r][v]), scale);
-                y[v] = _mm512_fmadd_ps(_mm512_loadu_ps(l->totals + at), _mm512_set1_ps(ranges[r].middle), y[v]);
-            }
-            if (l->bias)
-                y[v] = _mm512_add_ps(y[v], load(l->bias, column + v / stored * l->out_features, l->bias_dtype, mask));
-            if (activation == GELU || (activation == GEGLU && v < stored)) y[v] = gelu(y[v]);
-            if (activation == GELU_TANH) y[v] = gelu_tanh(y[v]);
-            if (activation == SWIGLU && v < stored) y[v] = times_sigmoid(y[v], y[v]);
-        }
-        UNROLLED for (int v = 0; v < VECS; v++) {
-            if (v >= stored) break;
-            long column = begin + v * LANES;
-            if (gated) y[v] = _mm512_mul_ps(y[v], y[v + VECS / 2]);
-            store(l->y, (row + r) * l->out_features + column, l->y_dtype, first(l->out_features - column), y[v]);
+    for (int v = 0; v < stored; v++) {
+        const long column = (panel * stored + v) * LANES;  // of y
+        const __mmask16 mask = first(l->out_features - column);
+        const Columns columns = load_columns(l, dtype, panel, v, column, mask);
+        Columns up = columns;
+        if (gated) up = load_columns(l, dtype, panel, v + stored, column + l->out_features, mask);
+        for (int r = 0; r < rows; r++) {
+            __m512 y = result(dtype, sums->v[r][v], columns, ranges + r);
+            if (activation == GELU || activation == GEGLU) y = gelu(y);
+            if (activation == GELU_TANH) y = gelu_tanh(y);
+            if (activation == SWIGLU) y = times_sigmoid(y, y);
+            if (gated) y = _mm512_mul_ps(y, result(dtype, sums->v[r][v + VECS / 2], up, ranges + r));
+            store(y_rows, r * l->out_features + column, l->y_dtype, mask, y);
         }
     }
 }
 
 // Compute up to ROW_BLOCK rows over some panels, the inner loop over the rows: the panel stays in the cache.
-INLINE void linear_block(const Linear *l, int dtype, int activation, long row, long rows, long panel, long end) {
+INLINE void linear_block(const Linear *l, int dtype, int activation, Rows x, char *y, long rows, long panel, long end) {
     Range ranges[ROW_BLOCK];
-    const long width = l->steps * 4;
-    uint8_t *q = dtype == INT8 ? malloc(rows * width) : NULL;
-    const char *x = (const char *)l->x + row * l->x_stride * size_of(l->x_dtype);
+    const long width = l->steps * 4, y_row = l->out_features * size_of(l->y_dtype);
+    uint8_t *q = dtype == INT8 ? allocate(rows * width) : NULL;
     for (long r = 0; dtype == INT8 && r < rows; r++)
-        ranges[r] = quantize(l, x + r * l->x_stride * size_of(l->x_dtype), q + r * width);
+        ranges[r] = quantize(l, x.dtype, rows_from(x, r).first, q + r * width);
     for (; panel < end; panel++)
         for (long r = 0; r < rows; r += ROWS) {
             const uint32_t *a[ROWS];
@@ -233,7 +250,7 @@ INLINE void linear_block(const Linear *l, int dtype, int activation, long row, l
             const int n = MIN(ROWS, rows - r);
             for (int i = 0; i < n; i++) {
                 if (dtype == INT8) a[i] = (const uint32_t *)(q + (r + i) * width);
-                else a[i] = (const uint32_t *)(x + (r + i) * l->x_stride * size_of(dtype));
+                else a[i] = (const uint32_t *)rows_from(x, r + i).first;
                 UNROLLED for (int v = 0; v < VECS; v++) {
                     sums.v[i][v] = _mm512_setzero_si512();
                     if (dtype == INT8) sums.v[i][v] = _mm512_loadu_si512(l->starts + panel * PANEL + v * LANES);
@@ -251,37 +268,51 @@ INLINE void linear_block(const Linear *l, int dtype, int activation, long row, l
                 for (int i = 0; i < n; i++)
                     UNROLLED for (int v = 0; v < VECS; v++) sums.v[i][v] = add(dtype, sums.v[i][v], part.v[i][v]);
             }
-            finish(l, dtype, activation, row + r, n, panel, &sums, ranges + r);
+            finish(l, dtype, activation, y + r * y_row, n, panel, &sums, ranges + r);
         }
     free(q);
 }
 
 // FOR_ACTIVATION ends the case of its dtype. Both make constants of what they select.
-#define FOR_DTYPE(CALL) switch (l.dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) }
+#define FOR_DTYPE(CALL) switch (l->dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) }
 #define FOR_ACTIVATION(DTYPE)                                                                                  \
-    switch (l.activation) {                                                                                    \
-        case NONE: linear_block(&l, DTYPE, NONE, row, n, panel, end); break;                                   \
-        case GELU: linear_block(&l, DTYPE, GELU, row, n, panel, end); break;                                   \
-        case GELU_TANH: linear_block(&l, DTYPE, GELU_TANH, row, n, panel, end); break;                         \
-        case SWIGLU: linear_block(&l, DTYPE, SWIGLU, row, n, panel, end); break;                               \
-        case GEGLU: linear_block(&l, DTYPE, GEGLU, row, n, panel, end); break;                                 \
+    switch (l->activation) {                                                                                   \
+        case NONE: linear_block(l, DTYPE, NONE, x, y, rows, panel, end); break;                                \
+        case GELU: linear_block(l, DTYPE, GELU, x, y, rows, panel, end); break;                                \
+        case GELU_TANH: linear_block(l, DTYPE, GELU_TANH, x, y, rows, panel, end); break;                      \
+        case SWIGLU: linear_block(l, DTYPE, SWIGLU, x, y, rows, panel, end); break;                            \
+        case GEGLU: linear_block(l, DTYPE, GEGLU, x, y, rows, panel, end); break;                              \
     }                                                                                                          \
     break;
 
-void linear(int threads, int dtype, int x_dtype, int y_dtype, int bias_dtype, int activation, long rows,
-            long in_features, long out_features, long panels, long steps, long x_stride, const void *x,
-            const void *weight, const float *scales, const float *totals, const int32_t *starts, const void *bias,
-            void *y) {
-    const Linear l = {dtype, x_dtype, y_dtype, bias_dtype, activation, in_features, out_features, steps, x_stride,
-                      x, weight, scales, totals, starts, bias, y};
-    const long blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    const long groups = MIN(panels, blocks < 2 * threads ? threads : 1);  // of panels, so that every thread has work
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+static void linear_panels(const Linear *l, Rows x, char *y, long rows, long panel, long end) {
+    FOR_DTYPE(FOR_ACTIVATION)
+}
+
+// Return the rows per block: at most ROW_BLOCK, and as many blocks per thread.
+INLINE long block_of(long rows, int threads) {
+    const long blocks = (rows + ROW_BLOCK * threads - 1) / (ROW_BLOCK * threads) * threads;
+    return ((rows + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+}
+
+// Compute rows with all threads of a parallel region, which share blocks of rows, and their panels if those are few.
+static void linear_shared(const Linear *l, Rows x, char *y, long rows, int threads) {
+    const long block = rows < ROW_BLOCK * threads ? ROW_BLOCK : block_of(rows, threads);
+    const long blocks = (rows + block - 1) / block;
+    const long groups = MIN(l->panels, blocks < threads ? threads : 1);  // of panels
+#pragma omp for schedule(dynamic)
     for (long task = 0; task < blocks * groups; task++) {
-        const long row = task / groups * ROW_BLOCK, n = MIN(ROW_BLOCK, rows - row), group = task % groups;
-        const long panel = panels * group / groups, end = panels * (group + 1) / groups;
-        FOR_DTYPE(FOR_ACTIVATION)
+        const long row = task / groups * block, group = task % groups;
+        const long panel = l->panels * group / groups, end = l->panels * (group + 1) / groups;
+        char *to = y + row * l->out_features * size_of(l->y_dtype);
+        linear_panels(l, rows_from(x, row), to, MIN(block, rows - row), panel, end);
     }
+}
+
+void linear(int threads, int x_dtype, long rows, long x_stride, const Linear *l, const void *x, void *y) {
+    const Rows x_rows = {x, x_dtype, x_stride};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    linear_shared(l, x_rows, y, rows, threads);
 }
 
 /* ---- attention ---- */
@@ -469,7 +500,7 @@ void attention(int threads, int dtype, long texts, long heads, long head_dim, lo
     const long size = size_of(dtype);
     const Attention a = {heads, head_dim, head_dim * size / 4, 3 * heads * head_dim, window, bias_stride, reach,
                          scale * 1.4426950408889634f, bias};
-    long *tasks = malloc((texts + 1) * sizeof(long)), longest = 0;  // [texts + 1], the first task of each text
+    long *tasks = allocate((texts + 1) * sizeof(long)), longest = 0;  // [texts + 1], the first task of each text
     tasks[0] = 0;
     for (long text = 0; text < texts; text++) {
         const long length = cu_seqlens[text + 1] - cu_seqlens[text];
@@ -480,7 +511,7 @@ void attention(int threads, int dtype, long texts, long heads, long head_dim, lo
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Work w;
-        w.q = malloc((panels * PANEL * (a.steps + head_dim) + KEY_BLOCK * (PANEL + head_dim)) * 4);
+        w.q = allocate((panels * PANEL * (a.steps + head_dim) + KEY_BLOCK * (PANEL + head_dim)) * 4);
         w.out = (float *)w.q + panels * PANEL * a.steps;
         w.scores = w.out + panels * PANEL * head_dim;
         w.v = (uint32_t *)w.scores + KEY_BLOCK * PANEL;
@@ -557,7 +588,7 @@ void maxima(int threads, int dtype, long texts, long hidden, long vocabulary, lo
     const long steps = hidden * size_of(dtype) / 4, blocks = (vocabulary + VOCABULARY_BLOCK - 1) / VOCABULARY_BLOCK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        uint32_t *panel = malloc(steps * PANEL * 4);
+        uint32_t *panel = allocate(steps * PANEL * 4);
 #pragma omp for schedule(dynamic)
         for (long block = 0; block < blocks; block++) {
             const long row = block * VOCABULARY_BLOCK, end = MIN(row + VOCABULARY_BLOCK, vocabulary);
@@ -571,32 +602,162 @@ void maxima(int threads, int dtype, long texts, long hidden, long vocabulary, lo
 
 /* ---- norms ---- */
 
-void norm(int threads, int dtype, long rows, long hidden, long x_stride, long residual_stride, float eps, const void *x,
-          const void *residual, const void *weight, const void *bias, void *y, void *total) {
+typedef struct {  // avx512.py writes its members, all of 8 bytes
+    long dtype, hidden;         // dtype: of the weight, the bias and the results
+    const void *weight, *bias;  // [hidden]; a LayerNorm has a bias, an RMSNorm NULL
+} Norm;
+
+// Normalize a row of x + residual. residual.first, and total for that sum, may be NULL.
+static void norm_row(const Norm *n, float eps, Rows x, Rows residual, char *y, char *total, long row) {
+    const int dtype = n->dtype;
+    const long hidden = n->hidden, at = row * hidden, x_at = row * x.stride, residual_at = row * residual.stride;
+    float h[hidden + LANES];
+    __m512 sum = _mm512_setzero_ps(), squares = sum;
+    for (long i = 0; i < hidden; i += LANES) {
+        __mmask16 mask = first(hidden - i);
+        __m512 h16 = load(x.first, x_at + i, x.dtype, mask);
+        if (residual.first) h16 = _mm512_add_ps(h16, load(residual.first, residual_at + i, residual.dtype, mask));
+        if (total) store(total, at + i, dtype, mask, h16);
+        _mm512_storeu_ps(h + i, h16);
+        sum = _mm512_add_ps(sum, h16);
+    }
+    const __m512 mean = _mm512_set1_ps(n->bias ? _mm512_reduce_add_ps(sum) / hidden : 0);
+    for (long i = 0; i < hidden; i += LANES) {
+        __m512 centered = _mm512_maskz_sub_ps(first(hidden - i), _mm512_loadu_ps(h + i), mean);
+        squares = _mm512_fmadd_ps(centered, centered, squares);
+    }
+    const __m512 rstd = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / hidden + eps));
+    for (long i = 0; i < hidden; i += LANES) {
+        __mmask16 mask = first(hidden - i);
+        __m512 y16 = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(h + i), mean), rstd);
+        y16 = _mm512_mul_ps(y16, load(n->weight, i, dtype, mask));
+        if (n->bias) y16 = _mm512_add_ps(y16, load(n->bias, i, dtype, mask));
+        store(y, at + i, dtype, mask, y16);
+    }
+}
+
+void norm(int threads, long rows, float eps, long dtype, long hidden, const void *weight, const void *bias,
+          long x_stride, const void *x, long residual_stride, const void *residual, void *y, void *total) {
+    const Norm n = {dtype, hidden, weight, bias};
+    const Rows from = {x, dtype, x_stride}, added = {residual, dtype, residual_stride};
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * hidden >= 1 << 16)
-    for (long row = 0; row < rows; row++) {
-        float h[hidden + LANES];
-        __m512 sum = _mm512_setzero_ps(), squares = sum;
+    for (long row = 0; row < rows; row++) norm_row(&n, eps, from, added, y, total, row);
+}
+
+/* ---- before the layers, and after them ---- */
+
+typedef struct {
+    long stride;
+    const void *rows;    // or NULL
+    const int32_t *ids;  // of each token; NULL for 0
+} Table;
+
+// Normalize the sums of each token's rows of three tables, of the norm's dtype.
+void embedding(int threads, long tokens, float eps, long dtype, long hidden, const void *weight, const void *bias,
+               const Table *tables, void *y) {
+    const Norm n = {dtype, hidden, weight, bias};
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * hidden >= 1 << 16)
+    for (long token = 0; token < tokens; token++) {
+        float sums[hidden + LANES];
+        const Rows from = {(const char *)sums, F32, 0}, added = {NULL, F32, 0};
         for (long i = 0; i < hidden; i += LANES) {
-            __mmask16 mask = first(hidden - i);
-            __m512 h16 = load(x, row * x_stride + i, dtype, mask);
-            if (residual) h16 = _mm512_add_ps(h16, load(residual, row * residual_stride + i, dtype, mask));
-            if (total) store(total, row * hidden + i, dtype, mask, h16);
-            _mm512_storeu_ps(h + i, h16);
-            sum = _mm512_add_ps(sum, h16);
+            __m512 sum = _mm512_setzero_ps();
+            for (int t = 0; t < 3; t++) {
+                if (!tables[t].rows) continue;
+                const long id = tables[t].ids ? tables[t].ids[token] : 0;
+                sum = _mm512_add_ps(sum, load(tables[t].rows, id * tables[t].stride + i, dtype, first(hidden - i)));
+            }
+            _mm512_storeu_ps(sums + i, sum);
         }
-        const __m512 mean = _mm512_set1_ps(bias ? _mm512_reduce_add_ps(sum) / hidden : 0);
-        for (long i = 0; i < hidden; i += LANES) {
-            __m512 centered = _mm512_maskz_sub_ps(first(hidden - i), _mm512_loadu_ps(h + i), mean);
-            squares = _mm512_fmadd_ps(centered, centered, squares);
+        norm_row(&n, eps, from, added, (char *)y + token * hidden * size_of(dtype), NULL, 0);
+    }
+}
+
+// y[text] = mean of its rows of x, 0 without any. A sum adds up those of chunks of up to TERMS rows.
+void mean_pool(int threads, int dtype, long texts, long hidden, long x_stride, const void *x, const int32_t *cu_seqlens,
+               float *y) {
+    const long blocks = (hidden + PANEL - 1) / PANEL;  // of columns
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long task = 0; task < texts * blocks; task++) {
+        const long text = task / blocks, begin = task % blocks * PANEL, end = cu_seqlens[text + 1];
+        __m512 sums[VECS];
+        for (int v = 0; v < VECS; v++) sums[v] = _mm512_setzero_ps();
+        for (long row = cu_seqlens[text]; row < end; row += TERMS) {
+            __m512 part[VECS];
+            for (int v = 0; v < VECS; v++) part[v] = _mm512_setzero_ps();
+            for (long token = row; token < MIN(end, row + TERMS); token++)
+                for (int v = 0; v < VECS; v++) {
+                    const long i = begin + v * LANES;
+                    part[v] = _mm512_add_ps(part[v], load(x, token * x_stride + i, dtype, first(hidden - i)));
+                }
+            for (int v = 0; v < VECS; v++) sums[v] = _mm512_add_ps(sums[v], part[v]);
         }
-        const __m512 rstd = _mm512_set1_ps(1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / hidden + eps));
-        for (long i = 0; i < hidden; i += LANES) {
-            __mmask16 mask = first(hidden - i);
-            __m512 y16 = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(h + i), mean), rstd);
-            y16 = _mm512_mul_ps(y16, load(weight, i, dtype, mask));
-            if (bias) y16 = _mm512_add_ps(y16, load(bias, i, dtype, mask));
-            store(y, row * hidden + i, dtype, mask, y16);
+        const long rows = end - cu_seqlens[text];
+        const __m512 number = _mm512_set1_ps(rows ? rows : 1);
+        for (int v = 0; v < VECS; v++) {
+            const long i = begin + v * LANES;
+            store(y, text * hidden + i, F32, first(hidden - i), _mm512_div_ps(sums[v], number));
         }
     }
+}
+
+/* ---- a layer after attention ---- */
+
+typedef struct {  // avx512.py writes its members, all of 8 bytes
+    Linear out, up, down;
+    Norm attention_norm, mlp_norm;
+    long prenorm;
+} AfterAttention;
+
+// Compute one step: with all threads of a parallel region, or up to ROW_BLOCK rows with this one if threads is 0.
+INLINE void linear_step(const Linear *l, Rows x, char *y, long rows, int threads) {
+    if (threads) linear_shared(l, x, y, rows, threads);
+    else linear_panels(l, x, y, rows, 0, l->panels);
+}
+
+INLINE void norm_step(const Norm *n, float eps, Rows x, Rows residual, char *y, char *total, long rows, int threads) {
+    if (threads) {
+#pragma omp for
+        for (long row = 0; row < rows; row++) norm_row(n, eps, x, residual, y, total, row);
+    } else
+        for (long row = 0; row < rows; row++) norm_row(n, eps, x, residual, y, total, row);
+}
+
+// Compute rows of both results; total: NULL unless prenorm; work: memory for them.
+static void after_attention_rows(const AfterAttention *l, float eps, Rows attended, Rows residual, char *x, char *total,
+                                 long rows, char *work, int threads) {
+    const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden;
+    const long size = rows * hidden * size_of(dtype);
+    char *projected = work, *normed = work + size, *sum = l->prenorm ? normed + size : NULL, *up = normed + 2 * size;
+    const Rows to_norm = {projected, dtype, hidden}, to_up = {normed, dtype, hidden};
+    const Rows to_down = {up, l->up.y_dtype, l->up.out_features}, to_add = {sum ? sum : normed, dtype, hidden};
+    linear_step(&l->out, attended, projected, rows, threads);
+    norm_step(&l->attention_norm, eps, to_norm, residual, normed, sum, rows, threads);
+    linear_step(&l->up, to_up, up, rows, threads);
+    linear_step(&l->down, to_down, projected, rows, threads);
+    norm_step(&l->mlp_norm, eps, to_norm, to_add, x, total, rows, threads);
+}
+
+// Many rows are computed in blocks, one per thread, whose intermediate results stay in its cache.
+void after_attention(int threads, long rows, float eps, const AfterAttention *l, int attended_dtype,
+                     long attended_stride, const void *attended, long residual_stride, const void *residual, void *x,
+                     void *total) {
+    const long dtype = l->attention_norm.dtype, row_size = l->attention_norm.hidden * size_of(dtype);
+    const int shared = rows < ROW_BLOCK * threads;
+    const long block = shared ? rows : block_of(rows, threads);
+    const long work_size = block * (3 * row_size + l->up.out_features * size_of(l->up.y_dtype));
+    const Rows from = {attended, attended_dtype, attended_stride}, added = {residual, dtype, residual_stride};
+    char *work = shared ? allocate(work_size) : NULL;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    if (shared)
+        after_attention_rows(l, eps, from, added, x, total, rows, work, threads);
+    else {
+        char *own = allocate(work_size);
+#pragma omp for schedule(dynamic)
+        for (long row = 0; row < rows; row += block)
+            after_attention_rows(l, eps, rows_from(from, row), rows_from(added, row), (char *)x + row * row_size,
+                                 total ? (char *)total + row * row_size : NULL, MIN(block, rows - row), own, 0);
+        free(own);
+    }
+    free(work);
 }

@@ -21,8 +21,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,17 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-O3 -fopenmp -ffp-contract=off -shared -fPIC -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 4}
+_TYPES = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+_SIGNATURES = {
+    "linear": "iillppp",
+    "attention": "iillllllfppppp",
+    "norm": "ilfllpplplppp",
+    "after_attention": "ilfpilplppp",
+    "embedding": "ilfllpppp",
+    "mean_pool": "iilllppp",
+    "maxima": "iilllllpppp",
+    "rotary": "iilllpp",
+}
 _PANEL = 64  # columns that are multiplied together; biases are read less than this far beyond the last query
 
 
@@ -63,12 +76,8 @@ def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
         reason = getattr(error, "stderr", None) or error
         logger.warning("slower kernels run: those for AVX-512 need gcc and a writable XDG_CACHE_HOME, but %s", reason)
         return None, ()
-    number, size, pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
-    library.linear.argtypes = [number] * 6 + [size] * 6 + [pointer] * 7
-    library.attention.argtypes = [number] * 2 + [size] * 6 + [ctypes.c_float] + [pointer] * 5
-    library.norm.argtypes = [number] * 2 + [size] * 4 + [ctypes.c_float] + [pointer] * 6
-    library.maxima.argtypes = [number] * 2 + [size] * 5 + [pointer] * 4
-    library.rotary.argtypes = [number] * 2 + [size] * 3 + [pointer] * 2
+    for name, types in _SIGNATURES.items():
+        getattr(library, name).argtypes = [_TYPES[one] for one in types]
     return library, tuple(dtypes)
 
 
@@ -90,40 +99,70 @@ def _compiled(flags: list[str]) -> Path:
     return target
 
 
-class PackedWeight(NamedTuple):
-    """A weight of a linear layer in the layout of the kernels, [panels, in_features in fours of bytes, 64, n]."""
-
-    panels: Tensor
-    shape: tuple[int, int]  # out_features, twice as many if gated, and in_features
-    scales: Tensor | None = None  # [panels * 64] fp32, of int8: weight_scale
-    totals: Tensor | None = None  # [panels * 64] fp32, of int8: sum(weight[j]), as quantized
-    starts: Tensor | None = None  # [panels * 64] int32, of int8: -128 * sum(p[j]), because rows are stored as q + 128
-
-
 def can_pack(weight: Tensor) -> bool:
-    """Whether `pack` takes a weight: oneDNN is faster in bf16 with AMX, and inputs are read four bytes at a time."""
+    """Whether a weight can be packed: oneDNN is faster in bf16 with AMX, and inputs are read four bytes at a time."""
     suits = supports(weight.dtype) and not bits_follow_threads(weight.dtype) and weight.shape[1] % 2 == 0
     return suits and weight.device.type == "cpu"
 
 
-def pack(weight: Tensor, kind: str | None = None) -> PackedWeight:
-    """Copy a weight into the layout of the kernels.
+class PackedLinear:
+    """A linear layer, activation(x @ weight.T + bias), that holds a copy of its weight in the layout of the kernels."""
 
-    weight: [out_features, in_features], one that `can_pack`; kind: the activation that follows, or None. With a gated
-    one a panel has 32 gate rows, then their 32 up rows.
-    """
-    rows, per_step = _panel_rows(weight, kind), 4 // weight.itemsize
-    rows = F.pad(rows, (0, -rows.shape[-1] % per_step))
-    panels = rows.unflatten(-1, (-1, per_step)).transpose(1, 2).contiguous()
-    return PackedWeight(panels, (weight.shape[0], weight.shape[1]))
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        *,
+        int8: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """weight: [out_features, in_features], one that `can_pack`; dtype: of the result, by default the weight's.
 
+        A gated activation combines the first half of the rows, gate, with the second one, up.
+        """
+        self.shape, self.activation, self.int8, self.dtype = weight.shape, activation, int8, dtype or weight.dtype
+        self.out_features, self.bias = len(weight) // (2 if activation in GATED else 1), bias
+        vectors: list[Tensor | None] = [None] * 3
+        if int8:
+            weight, scale = quantize_weight(weight)
+            total = weight.sum(1)
+            vectors = [self._by_panel(one[:, None]).flatten() for one in (scale, total * scale, (-128 * total).int())]
+        rows, per_step = self._by_panel(weight), 4 // weight.itemsize
+        rows = F.pad(rows, (0, -rows.shape[-1] % per_step)).unflatten(-1, (-1, per_step))
+        self.panels = rows.transpose(1, 2).contiguous()  # [panels, steps of four bytes, 64, elements in a step]
+        self._memory = self.panels, *vectors, None if bias is None else bias.detach()
+        dtypes = weight.dtype, self.dtype, torch.float32 if bias is None else bias.dtype
+        numbers = *(_DTYPES[one] for one in dtypes), _ACTIVATIONS[activation]
+        sizes = weight.shape[1], self.out_features, *self.panels.shape[:2]
+        self.members = [*numbers, *sizes, *map(_address, self._memory)]
+        self._struct = torch.tensor(self.members)
 
-def pack_int8(weight: Tensor, kind: str | None = None) -> PackedWeight:
-    """Quantize a weight and copy it into the layout of the kernels; arguments as of `pack`."""
-    p, scale = quantize_weight(weight)
-    total = p.sum(1)
-    rows = (_panel_rows(vector[:, None], kind).flatten() for vector in (scale, total * scale, (-128 * total).int()))
-    return PackedWeight(*pack(p, kind)[:2], *rows)
+    def _by_panel(self, weight: Tensor) -> Tensor:
+        """Return the rows of a weight by panel, after the last of them rows of zeros: [panels, 64, in_features].
+
+        With a gated activation a panel has 32 gate rows, then their 32 up rows.
+        """
+        parts = weight.detach().chunk(2) if self.activation in GATED else (weight.detach(),)
+        width = _PANEL // len(parts)
+        return torch.cat([F.pad(part, (0, 0, 0, -len(part) % width)).unflatten(0, (-1, width)) for part in parts], 1)
+
+    def unpack(self) -> Tensor:
+        """Return the weight, of one that is not int8."""
+        rows = self.panels.transpose(1, 2).flatten(2)[..., : self.shape[1]]
+        parts = rows.chunk(2, 1) if self.activation in GATED else (rows,)
+        return torch.cat([part.flatten(0, 1)[: self.shape[0] // len(parts)] for part in parts])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [total_tokens, out_features].
+
+        x: [total_tokens, in_features] in the weight's dtype, or float32 or bfloat16 if that is int8. Rows are
+        contiguous.
+        """
+        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
+        sizes = torch.get_num_threads(), _DTYPES[x.dtype], x.shape[0], x.stride(0)
+        _kernels()[0].linear(*sizes, *map(_address, (self._struct, x, y)))
+        return y
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,39 +171,31 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).round_().to(torch.int8), scale
 
 
-def _panel_rows(weight: Tensor, kind: str | None) -> Tensor:
-    """Return the rows of a weight by panel, after the last of them rows of zeros: [panels, 64, in_features]."""
-    parts = weight.detach().chunk(2) if kind in GATED else (weight.detach(),)
-    width = _PANEL // len(parts)
-    return torch.cat([F.pad(part, (0, 0, 0, -len(part) % width)).unflatten(0, (-1, width)) for part in parts], 1)
+class AfterAttention:
+    """A layer after attention in one call: x, r = norm(out(attended), residual), then norm(down(up(x)), r).
 
-
-def unpack(weight: PackedWeight, kind: str | None) -> Tensor:
-    """Return the weight that `pack` was called with."""
-    rows = weight.panels.transpose(1, 2).flatten(2)[..., : weight.shape[1]]
-    parts = rows.chunk(2, 1) if kind in GATED else (rows,)
-    return torch.cat([part.flatten(0, 1)[: weight.shape[0] // len(parts)] for part in parts])
-
-
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str | None, dtype: torch.dtype) -> Tensor:
-    """Return activation(x @ weight.T + bias), [total_tokens, out_features] in `dtype`.
-
-    x: [total_tokens, in_features] in the weight's dtype, or float32 or bfloat16 if that is int8. Rows are contiguous.
+    A norm returns its result and the next residual: the sum before it with `prenorm`, otherwise the result, too.
     """
-    panels, steps = weight.panels.shape[:2]
-    out_features = weight.shape[0] // (2 if kind in GATED else 1)
-    y = torch.empty(x.shape[0], out_features, dtype=dtype)
-    _kernels()[0].linear(
-        torch.get_num_threads(),
-        _DTYPES[weight.panels.dtype],
-        _DTYPES[x.dtype],
-        _DTYPES[dtype],
-        0 if bias is None else _DTYPES[bias.dtype],
-        _ACTIVATIONS[kind],
-        *(*x.shape, out_features, panels, steps, x.stride(0)),
-        *map(_address, (x, weight.panels, weight.scales, weight.totals, weight.starts, bias, y)),
-    )
-    return y
+
+    def __init__(
+        self, linears: Sequence[PackedLinear], norms: Sequence[tuple[Tensor, Tensor | None]], eps: float, prenorm: bool
+    ) -> None:
+        """linears: out, up and down; norms: weight and bias of each, None for RMSNorm, in the dtype of the results."""
+        vectors = [None if one is None else one.detach() for norm in norms for one in norm]
+        self._memory, self._eps, self._prenorm = (linears, vectors), eps, prenorm
+        members = [member for linear in linears for member in linear.members]
+        for norm in vectors[:2], vectors[2:]:
+            members += _DTYPES[linears[0].dtype], linears[0].out_features, *map(_address, norm)
+        self._struct = torch.tensor([*members, prenorm])
+
+    def __call__(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """attended, residual: [total_tokens, hidden], with contiguous rows. Returns (x, residual), of that shape."""
+        x = torch.empty(residual.shape, dtype=residual.dtype)
+        total = torch.empty_like(x) if self._prenorm else None
+        sizes = torch.get_num_threads(), x.shape[0], self._eps, self._struct.data_ptr(), _DTYPES[attended.dtype]
+        rows = attended.stride(0), _address(attended), residual.stride(0), _address(residual)
+        _kernels()[0].after_attention(*sizes, *rows, _address(x), _address(total))
+        return x, x if total is None else total
 
 
 def attention(
@@ -192,7 +223,7 @@ def attention(
     _kernels()[0].attention(
         torch.get_num_threads(),
         _DTYPES[qkv.dtype],
-        *(len(cu_seqlens) - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale),
+        *(cu_seqlens.shape[0] - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale),
         *map(_address, (qkv, cu_seqlens, key_lengths, biases, out)),
     )
     return out
@@ -206,12 +237,37 @@ def norm(
     x, residual: [total_tokens, hidden]; weight, bias: [hidden]; total: contiguous, like x. All of one dtype.
     """
     y = torch.empty(x.shape, dtype=x.dtype)
-    _kernels()[0].norm(
-        torch.get_num_threads(),
-        _DTYPES[x.dtype],
-        *(*x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps),
-        *map(_address, (x, residual, weight, bias, y, total)),
-    )
+    sizes = torch.get_num_threads(), x.shape[0], eps, _DTYPES[x.dtype], x.shape[1]
+    rows = x.stride(0), _address(x), 0 if residual is None else residual.stride(0), _address(residual)
+    _kernels()[0].norm(*sizes, _address(weight), _address(bias), *rows, _address(y), _address(total))
+    return y
+
+
+def embedding(
+    ids: tuple[Tensor, Tensor | None, Tensor | None],
+    tables: tuple[Tensor, Tensor | None, Tensor | None],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """Return LayerNorm of the sum of each token's rows of the tables, whose rows are contiguous, all of one dtype.
+
+    ids: [total_tokens] int32, or None for zeros; tables: [rows, hidden] or None.
+    """
+    pairs = zip(tables, ids, strict=True)
+    members = [(0 if table is None else table.stride(0), _address(table), _address(one)) for table, one in pairs]
+    y = torch.empty(ids[0].shape[0], weight.shape[0], dtype=weight.dtype)
+    sizes = torch.get_num_threads(), y.shape[0], eps, _DTYPES[weight.dtype], y.shape[1]
+    struct = (ctypes.c_long * 9)(*chain.from_iterable(members))
+    _kernels()[0].embedding(*sizes, _address(weight), _address(bias), struct, _address(y))
+    return y
+
+
+def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Compute `mean_pool_reference`; the rows of hidden and cu_seqlens are contiguous."""
+    y = torch.empty(len(cu_seqlens) - 1, hidden.shape[1])
+    sizes = torch.get_num_threads(), _DTYPES[hidden.dtype], *y.shape, hidden.stride(0)
+    _kernels()[0].mean_pool(*sizes, *map(_address, (hidden, cu_seqlens, y)))
     return y
 
 
@@ -236,5 +292,5 @@ def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     return y
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -5,10 +5,13 @@
 Bound by memory: two rows read and one written per token, 6 * hidden bytes in 16 bits.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 from unpadded_kernels.layer_norm import normalized
@@ -114,4 +117,14 @@ def embedding_triton(
     return y
 
 
-embedding = operation(embedding_reference, cuda=embedding_triton)
+def embedding_cpu(input_ids: Tensor, positions: Tensor, token_types: Tensor | None, *rest: Any) -> Tensor:
+    """Compute `embedding_reference`, by the kernel for AVX-512 if all tensors have one dtype and contiguous rows."""
+    word, token_type, position, weight, bias, eps = rest
+    used = [tensor for tensor in rest[:-1] if tensor is not None]
+    if avx512.supports(word.dtype) and all(one.dtype == word.dtype and one.stride(-1) == 1 for one in used):
+        ids, tables = (input_ids, token_types, positions), (word, token_type, position)
+        return avx512.embedding(ids, tables, weight, bias, eps)
+    return embedding_reference(input_ids, positions, token_types, *rest)
+
+
+embedding = operation(embedding_reference, cpu=embedding_cpu, cuda=embedding_triton)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unpadded_kernels import avx512
 from unpadded_kernels._operation import operation
 from unpadded_kernels._triton import check_rows, tl, triton
 
@@ -172,8 +173,15 @@ def masked_mean_pool_triton(hidden: Tensor, mask: Tensor, normalize: bool) -> Te
     return F.normalize(pooled, dim=-1) if normalize else pooled
 
 
+def mean_pool_cpu(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if avx512.supports(hidden.dtype) and hidden.stride(-1) == 1 and cu_seqlens.is_contiguous():
+        return avx512.mean_pool(hidden, cu_seqlens)
+    return mean_pool_reference(hidden, cu_seqlens)
+
+
 mean_pool = operation(
     mean_pool_reference,
+    cpu=mean_pool_cpu,
     fake=lambda hidden, cu_seqlens: hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1], dtype=torch.float32),
     cuda=mean_pool_triton,
 )

@@ -4,7 +4,8 @@ One layer is, with x = r in the first one,
     x, r = attention_norm(out(attention(rotary(qkv(x)))), r)
     x, r = mlp_norm(down(activation(up(x))), r)
 where a norm returns its result and the next residual: the result too in a post-norm encoder, the sum before it in a
-pre-norm one. How a linear is computed, and what a family adds to a norm or an MLP, is in the objects of `layer`.
+pre-norm one. How a linear is computed, what a family adds to a norm or an MLP, and in how many `steps` all that follows
+attention is computed, is in the objects of `layer`.
 """
 
 import threading
@@ -18,11 +19,10 @@ from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.model.attention import Attention
 from unpadded.model.batch import PackedBatch, SelectedTokens
 from unpadded.model.layer import RMSNorm
-from unpadded.model.linear import PackedLinear
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
-from unpadded_kernels.linear_cpu import bits_follow_threads
+from unpadded_kernels.avx512 import PackedLinear
 
 
 class Encoder:
@@ -45,8 +45,6 @@ class Encoder:
         self.dtype_name = "int8" if int8 else str(weights.word.dtype).removeprefix("torch.")
         self.attention = attention
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
-        # several threads may run it at the same time: no task overwrites weights, no stream is used, and bits are equal
-        self.is_concurrent = not (weights.word.is_cuda or self._tasks or bits_follow_threads(weights.word.dtype))
         self._scale = spec.head_dim**-0.5
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
@@ -91,12 +89,11 @@ class Encoder:
             if chosen is not None:
                 batch = replace(batch, tile_map=chosen.tile_map)
             rest = batch, self._scale, window, self._alibi_slopes, bias
-            attended = self.attention.attend(layer.qkv(x, cos_sin), *rest)
+            x = self.attention.attend(layer.qkv(x, cos_sin), *rest)
             if chosen is not None:
-                attended, residual = attended[chosen.indices], residual[chosen.indices]
-            x, residual = layer.attention_norm(layer.out(attended), residual)
-            del attended  # frees its memory before the MLP
-            x, residual = layer.mlp_norm(layer.mlp(x), residual)
+                x, residual = x[chosen.indices], residual[chosen.indices]
+            for step in layer.steps:
+                x, residual = step(x, residual)
             if states is not None:
                 states.append(residual)
         if states is not None:

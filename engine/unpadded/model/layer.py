@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from unpadded.checkpoint.spec import Activation
 from unpadded.model.linear import AnyLinear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, rms_norm, rotary_
+from unpadded_kernels.avx512 import AfterAttention, PackedLinear
 
 # of layers after the encoder
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
@@ -97,6 +98,17 @@ class Layer:
     attention_norm: Norm
     mlp: MLP | ExpertMLP
     mlp_norm: Norm
+
+    @cached_property
+    def steps(self) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...]:
+        """Functions (x, residual) -> (x, residual) that follow attention: two, or one if their linears are packed."""
+        out, mlp, first, second = self.out, self.mlp, self.attention_norm, self.mlp_norm
+        linears = (out, mlp.up, mlp.down) if isinstance(mlp, MLP) else ()
+        packed = [one for one in linears if isinstance(one, PackedLinear)]
+        if len(packed) == 3:
+            norms = [(norm.weight, getattr(norm, "bias", None)) for norm in (first, second)]
+            return (AfterAttention(packed, norms, first.eps, getattr(first, "prenorm", True)),)
+        return (lambda x, residual: first(out(x), residual)), (lambda x, residual: second(mlp(x), residual))
 
     @property
     def linears(self) -> dict[str, AnyLinear]:

@@ -1,4 +1,4 @@
-"""Linear layers as objects, y = x @ weight.T + bias and the activation that follows: one class per way to compute it.
+"""Linear layers as objects, y = x @ weight.T + bias and the activation that follows: `Linear`, or in C `PackedLinear`.
 
 Loading builds every layer with `Linear`; the functions at the end of `weights` replace it by other kinds.
 """
@@ -6,11 +6,11 @@ Loading builds every layer with `Linear`; the functions at the end of `weights` 
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from unpadded.checkpoint.spec import Activation
-from unpadded_kernels import avx512, linear, linear_activation, linear_invariant
+from unpadded_kernels import linear, linear_activation, linear_invariant
+from unpadded_kernels.avx512 import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +29,6 @@ class Linear:
         if self.activation is None:
             return linear(x, self.weight, self.bias)
         return linear_activation(x, self.weight, self.bias, self.activation)
-
-
-class PackedLinear:
-    """The matmul in C for AVX-512, whose weight is in its layout, in the weight's dtype or in 8-bit integers."""
-
-    def __init__(self, plain: Linear, *, int8: bool = False, dtype: torch.dtype | None = None) -> None:
-        """dtype: of the result, by default the weight's."""
-        pack = avx512.pack_int8 if int8 else avx512.pack
-        self.weight = pack(plain.weight, plain.activation)
-        self.dtype = dtype or plain.weight.dtype
-        self.bias, self.activation, self.int8 = plain.bias, plain.activation, int8
-
-    def to_linear(self) -> Linear:
-        weight = avx512.unpack(self.weight, self.activation)
-        return Linear(weight=weight, bias=self.bias, activation=self.activation)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return avx512.linear(x, self.weight, self.bias, self.activation, self.dtype)
 
 
 AnyLinear: TypeAlias = Linear | PackedLinear

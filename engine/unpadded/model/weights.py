@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from unpadded.checkpoint.reader import Checkpoint
 from unpadded.checkpoint.safetensors_header import read_headers
 from unpadded.checkpoint.spec import Activation, EncoderSpec, TensorSpec
 from unpadded.model.layer import MLP, QKV, ExpertMLP, HeadLayer, Layer, LayerNorm, Norm, RMSNorm
-from unpadded.model.linear import AnyLinear, Linear, PackedLinear
+from unpadded.model.linear import AnyLinear, Linear
 from unpadded.model.tensor_loader import TensorLoader, find_tensors
 from unpadded_kernels import avx512
+from unpadded_kernels.avx512 import PackedLinear
 
 # Returns another kind of linear in the place of one, given its name, such as layers.3.qkv.
 ChangeLinear: TypeAlias = Callable[[str, AnyLinear], AnyLinear]
@@ -150,12 +151,21 @@ def _qkv_of_shared_heads(spec: EncoderSpec, q: Tensor, kv: Tensor) -> Tensor:
 
 def packed_linear(_: str, linear: AnyLinear) -> AnyLinear:
     """Return a linear packed for AVX-512 if that is possible."""
-    return PackedLinear(linear) if isinstance(linear, Linear) and avx512.can_pack(linear.weight) else linear
+    if not isinstance(linear, Linear) or not avx512.can_pack(linear.weight):
+        return linear
+    return PackedLinear(linear.weight, linear.bias, linear.activation)
 
 
 def plain_weights(weights: EncoderWeights) -> EncoderWeights:
     """Undo `packed_linear`."""
-    return weights.map_linears(lambda _, one: one.to_linear() if isinstance(one, PackedLinear) else one)
+
+    def plain(_: str, linear: AnyLinear) -> AnyLinear:
+        if not isinstance(linear, PackedLinear):
+            return linear
+        activation = cast(Activation | None, linear.activation)
+        return Linear(weight=linear.unpack(), bias=linear.bias, activation=activation)
+
+    return weights.map_linears(plain)
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
@@ -163,7 +173,8 @@ def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     if not isinstance(linear, Linear):
         return linear
     attended = name.endswith(".qkv") and avx512.supports(torch.bfloat16)
-    return PackedLinear(linear, int8=True, dtype=torch.bfloat16 if attended else torch.float32)
+    dtype = torch.bfloat16 if attended else torch.float32
+    return PackedLinear(linear.weight, linear.bias, linear.activation, int8=True, dtype=dtype)
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:
