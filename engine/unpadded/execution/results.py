@@ -38,10 +38,8 @@ class Embeddings:
 
 def join(blocks: Iterable[Embeddings], plan: Plan) -> Embeddings:
     """Concatenate blocks of fp32 vectors and quantize them together."""
-    no_texts = Embeddings(
-        np.zeros((0, plan.vector_options.dimensions), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
-    )
-    blocks = [no_texts, *blocks]
+    no_vectors = np.zeros((0, plan.vector_options.dimensions), np.float32)
+    blocks = list(blocks) or [Embeddings(no_vectors, np.zeros(0, np.int64), np.zeros(0, bool))]
     return Embeddings(
         quantize(np.concatenate([block.vectors for block in blocks]), plan.precision, plan.ranges),
         np.concatenate([block.token_counts for block in blocks]),

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from unpadded.errors import TooLargeError, forked_error
-from unpadded.execution.cpu_threads import CpuThreads
 from unpadded.execution.cuda_graphs import Graphs, bucket_of, fill
 from unpadded.execution.memory import max_batch_tokens
 from unpadded.execution.transfer import HostCopy, Wait, copy_to_host, from_words, to_words, wait_for, wait_for_terms
@@ -82,7 +80,6 @@ class Runner:
         self.device = device
         self.heads = {"states": Head("none"), **heads}
         self.depth = DEPTH if device.type == "cuda" else 1
-        self._threads = CpuThreads() if encoder.is_concurrent else None
         self._max_tokens: float = math.inf  # per batch; halved by a batch that did not fit, and grows again
         lock = encoder.lock
         os.register_at_fork(  # a fork waits for the running batch, so that it has no lock without an owner
@@ -155,30 +152,13 @@ class Runner:
                 return copy_to_host(rows)
             return copy_to_host(matryoshka(rows, options.layer_norm, options.dimensions, options.normalize))
 
-        if self._threads is None:
-            return partial(wait, self._run_split(sequences, run, self._on_device))
-
-        @torch.inference_mode()
-        def run_part(part: range) -> list[HostCopy]:
-            try:
-                return self._run_split([sequences[i] for i in part], run, contextlib.nullcontext)
-            except TooLargeError as error:
-                raise error.at(part.start + error.index) from None
-
-        with self._on_device():
-            parts = self._threads.map(run_part, [len(ids) for ids in sequences])
-        return partial(wait, [copy for copies in parts for copy in copies])
+        return partial(wait, self._run_split(sequences, run))
 
     def close(self) -> None:
         """Do nothing: there are no processes to stop."""
 
-    def _run_split(
-        self,
-        sequences: Sequence[Ids],
-        run: Callable[[PackedBatch], HostCopy],
-        on_device: Callable[[], AbstractContextManager[None]],
-    ) -> list[HostCopy]:
-        """Run sequences in `on_device` as one batch if it fits the memory, otherwise in halves."""
+    def _run_split(self, sequences: Sequence[Ids], run: Callable[[PackedBatch], HostCopy]) -> list[HostCopy]:
+        """Run sequences as one batch if it fits the memory, otherwise in halves."""
         copies: list[HostCopy] = []
         parts = [range(len(sequences))]  # that wait, the first one last
         while parts:
@@ -187,7 +167,7 @@ class Runner:
             if tokens <= self._max_tokens or len(part) == 1:
                 try:
                     batch = pack([sequences[i] for i in part], self.encoder.spec)
-                    with on_device():
+                    with self._on_device():
                         copies.append(run(batch))
                     if tokens > self._max_tokens / 2:
                         self._max_tokens *= GROWTH
