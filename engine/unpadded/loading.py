@@ -1,6 +1,8 @@
 """Load a model from a folder or the Hugging Face hub into an `Engine`."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -106,6 +108,8 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
         heads["tokens"] = Head("none", load_dense(checkpoint.tokens.dense, device=device))
     if checkpoint.has_all:
         heads["all"] = Head("none", (stacked([heads["sparse"].layers[0], heads["tokens"].layers[0]]),))
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # GNU's C library keeps what loading has freed, 20 to 40 MB for MiniLM
     return Runner(encoder, device, heads)
 
 

@@ -5,10 +5,10 @@ import logging
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -136,15 +136,15 @@ class WindowReader:
 
         `texts` is iterated in the caller's thread.
         """
+        groups = self.groups(texts, plan, max_tokens)
+        first = list(islice(groups, 1))
+        if not first or first[0].last:  # starting a thread costs more than tokenizing one query
+            yield from (self.tokenize(group, plan) for group in first)
+            return
         with ThreadPoolExecutor(1, "unpadded-tokenize") as thread:
-
-            def start(group: TextGroup) -> Callable[[], Window]:
-                if group.last and not group.first_index:  # starting a thread costs more than tokenizing one query
-                    return partial(self.tokenize, group, plan)
-                return thread.submit(self.tokenize, group, plan).result
-
-            for result in delayed(map(start, self.groups(texts, plan, max_tokens)), 1):
-                yield result()
+            started = (thread.submit(self.tokenize, group, plan) for group in chain(first, groups))
+            for window in delayed(started, 1):
+                yield window.result()
 
     def groups(
         self,
