@@ -285,21 +285,22 @@ INLINE void linear_block(const Linear *l, int dtype, int activation, Rows x, cha
     }                                                                                                          \
     break;
 
+// The same for the dtype and the activation of l.
 static void linear_panels(const Linear *l, Rows x, char *y, long rows, long panel, long end) {
     FOR_DTYPE(FOR_ACTIVATION)
 }
 
-// Return the rows per block: at most ROW_BLOCK, and as many blocks per thread.
+// Return how many rows a block has, at most ROW_BLOCK, so that each thread gets as many blocks.
 INLINE long block_of(long rows, int threads) {
     const long blocks = (rows + ROW_BLOCK * threads - 1) / (ROW_BLOCK * threads) * threads;
     return ((rows + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
 }
 
-// Compute rows with all threads of a parallel region, which share blocks of rows, and their panels if those are few.
+// Compute rows with all threads of a parallel region, which share blocks of rows, and their panels if rows are few.
 static void linear_shared(const Linear *l, Rows x, char *y, long rows, int threads) {
-    const long block = rows < ROW_BLOCK * threads ? ROW_BLOCK : block_of(rows, threads);
-    const long blocks = (rows + block - 1) / block;
-    const long groups = MIN(l->panels, blocks < threads ? threads : 1);  // of panels
+    const int few = rows < ROW_BLOCK * threads;
+    const long block = few ? ROW_BLOCK : block_of(rows, threads), blocks = (rows + block - 1) / block;
+    const long groups = few ? MIN(l->panels, threads) : 1;  // of panels
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < blocks * groups; task++) {
         const long row = task / groups * block, group = task % groups;
@@ -677,7 +678,8 @@ void embedding(int threads, long tokens, float eps, long dtype, long hidden, con
 void mean_pool(int threads, int dtype, long texts, long hidden, long x_stride, const void *x, const int32_t *cu_seqlens,
                float *y) {
     const long blocks = (hidden + PANEL - 1) / PANEL;  // of columns
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    const int many = threads > 1 && cu_seqlens[texts] * hidden >= 1 << 16;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (many)
     for (long task = 0; task < texts * blocks; task++) {
         const long text = task / blocks, begin = task % blocks * PANEL, end = cu_seqlens[text + 1];
         __m512 sums[VECS];
@@ -686,7 +688,7 @@ void mean_pool(int threads, int dtype, long texts, long hidden, long x_stride, c
             __m512 part[VECS];
             for (int v = 0; v < VECS; v++) part[v] = _mm512_setzero_ps();
             for (long token = row; token < MIN(end, row + TERMS); token++)
-                for (int v = 0; v < VECS; v++) {
+                UNROLLED for (int v = 0; v < VECS; v++) {
                     const long i = begin + v * LANES;
                     part[v] = _mm512_add_ps(part[v], load(x, token * x_stride + i, dtype, first(hidden - i)));
                 }
@@ -709,7 +711,7 @@ typedef struct {  // avx512.py writes its members, all of 8 bytes
     long prenorm;
 } AfterAttention;
 
-// Compute one step: with all threads of a parallel region, or up to ROW_BLOCK rows with this one if threads is 0.
+// Compute rows with all threads of a parallel region, or up to ROW_BLOCK rows with this one alone if threads is 0.
 INLINE void linear_step(const Linear *l, Rows x, char *y, long rows, int threads) {
     if (threads) linear_shared(l, x, y, rows, threads);
     else linear_panels(l, x, y, rows, 0, l->panels);
@@ -723,7 +725,7 @@ INLINE void norm_step(const Norm *n, float eps, Rows x, Rows residual, char *y, 
         for (long row = 0; row < rows; row++) norm_row(n, eps, x, residual, y, total, row);
 }
 
-// Compute rows of both results; total: NULL unless prenorm; work: memory for them.
+// Compute rows of x and, with prenorm, of total, the next residual; threads: as above.
 static void after_attention_rows(const AfterAttention *l, float eps, Rows attended, Rows residual, char *x, char *total,
                                  long rows, char *work, int threads) {
     const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden;
@@ -738,18 +740,18 @@ static void after_attention_rows(const AfterAttention *l, float eps, Rows attend
     norm_step(&l->mlp_norm, eps, to_norm, to_add, x, total, rows, threads);
 }
 
-// Many rows are computed in blocks, one per thread, whose intermediate results stay in its cache.
+// Threads share every step if rows are few. Otherwise each computes blocks; intermediate results stay in its cache.
 void after_attention(int threads, long rows, float eps, const AfterAttention *l, int attended_dtype,
                      long attended_stride, const void *attended, long residual_stride, const void *residual, void *x,
                      void *total) {
     const long dtype = l->attention_norm.dtype, row_size = l->attention_norm.hidden * size_of(dtype);
-    const int shared = rows < ROW_BLOCK * threads;
-    const long block = shared ? rows : block_of(rows, threads);
+    const int few = rows < ROW_BLOCK * threads;
+    const long block = few ? rows : block_of(rows, threads);
     const long work_size = block * (3 * row_size + l->up.out_features * size_of(l->up.y_dtype));
     const Rows from = {attended, attended_dtype, attended_stride}, added = {residual, dtype, residual_stride};
-    char *work = shared ? allocate(work_size) : NULL;
+    char *work = few ? allocate(work_size) : NULL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    if (shared)
+    if (few)
         after_attention_rows(l, eps, from, added, x, total, rows, work, threads);
     else {
         char *own = allocate(work_size);

@@ -182,7 +182,7 @@ class Tokenizer:
         """Return the maximum number of tokens of prompt + text; OptionError if the prompt leaves none for the text."""
         if not isinstance(prompt, str) or _find_surrogate(prompt) is not None:
             raise OptionError(f"prompt is not text: {prompt!r}; pass a string without lone surrogates")
-        prompt_tokens = len(next(self._encodings([prompt.rstrip()]))) if prompt else 0
+        prompt_tokens = len(next(self._encodings([prompt.rstrip()])))
         limit = max_length - len(self._leading) - len(self._trailing)
         if limit <= prompt_tokens:
             raise OptionError(
