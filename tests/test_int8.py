@@ -49,7 +49,7 @@ def test_every_kind_of_layer_stays_near_fp32(folder):
         assert layer.linears.keys() == exact_layer.linears.keys()
         for name, linear in layer.linears.items():
             assert isinstance(linear, PackedLinear)
-            attended = name == "qkv" and avx512.supports(torch.bfloat16)
+            attended = name == "qkv" and avx512.has_fast_bf16()
             assert linear.dtype == (torch.bfloat16 if attended else torch.float32)
             assert linear.panels.dtype == torch.int8
             assert linear.shape == exact_layer.linears[name].weight.shape

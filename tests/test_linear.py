@@ -71,11 +71,13 @@ def test_qkv_is_rotated(kind, rotary):
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
     exact = PackedLinear(plain.weight, plain.bias, None, int8=True, dtype=torch.float32)(x)
-    fast = torch.bfloat16 if avx512.supports(torch.bfloat16) else torch.float32
-    for name, dtype in (("layers.0.qkv", fast), ("layers.0.out", torch.float32)):
-        assert torch.equal(int8_linear(name, plain)(x), exact.to(dtype))
-    monkeypatch.setattr(avx512, "supports", lambda dtype: dtype != torch.bfloat16)
-    assert torch.equal(int8_linear("layers.0.qkv", plain)(x), exact)
+    for fast in (True, False) if avx512.supports(torch.bfloat16) else (False,):
+        monkeypatch.setattr(avx512, "has_fast_bf16", lambda fast=fast: fast)
+        for name, dtype in (
+            ("layers.0.qkv", torch.bfloat16 if fast else torch.float32),
+            ("layers.0.out", torch.float32),
+        ):
+            assert torch.equal(int8_linear(name, plain)(x), exact.to(dtype))
 
 
 NORMS = {

@@ -147,6 +147,9 @@ INLINE void multiply(int dtype, FACTORS) {
     if (dtype == INT8) multiply_int8(rows, vecs, a, stride, b, steps, sums);
 }
 
+// Whether products of bf16 take less time than those of fp32: on Intel's processors they take longer (bench/NOTES.md).
+int has_fast_bf16(void) { return __builtin_cpu_is("amd") != 0; }
+
 /* ---- linear layers ---- */
 
 typedef struct {  // avx512.py writes its members, all of 8 bytes

@@ -58,6 +58,11 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _kernels()[1]
 
 
+def has_fast_bf16() -> bool:
+    """Whether the kernels compute faster in bfloat16 than in float32 here."""
+    return supports(torch.bfloat16) and bool(_kernels()[0].has_fast_bf16())
+
+
 @functools.cache
 def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
     """Return the library and the dtypes that it computes with on this processor, or None and no dtype."""

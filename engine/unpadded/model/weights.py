@@ -169,11 +169,10 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
-    """Return a linear in 8-bit integers; bf16 makes attention, which follows that of q, k and v, faster."""
+    """Return a linear in 8-bit integers; attention, which follows that of q, k and v, is in bf16 where that is faster."""
     if not isinstance(linear, Linear):
         return linear
-    attended = name.endswith(".qkv") and avx512.supports(torch.bfloat16)
-    dtype = torch.bfloat16 if attended else torch.float32
+    dtype = torch.bfloat16 if name.endswith(".qkv") and avx512.has_fast_bf16() else torch.float32
     return PackedLinear(linear.weight, linear.bias, linear.activation, int8=True, dtype=dtype)
 
 
