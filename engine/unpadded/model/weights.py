@@ -169,7 +169,7 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
 
 
 def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
-    """Return a linear in 8-bit integers; attention, which follows that of q, k and v, is in bf16 where that is faster."""
+    """Return a linear in 8-bit integers. Attention follows that of q, k and v: in bf16 where that is faster."""
     if not isinstance(linear, Linear):
         return linear
     dtype = torch.bfloat16 if name.endswith(".qkv") and avx512.has_fast_bf16() else torch.float32
