@@ -81,9 +81,11 @@ def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
 
 
 NORMS = {
-    "post-norm": LayerNorm(weight=torch.rand(HIDDEN) + 1, bias=torch.rand(HIDDEN), eps=1e-5),
-    "pre-norm": LayerNorm(weight=torch.rand(HIDDEN) + 1, bias=torch.rand(HIDDEN), eps=1e-5, prenorm=True),
-    "RMS": RMSNorm(weight=torch.rand(HIDDEN) + 1, eps=1e-5),
+    "post-norm": LayerNorm(weight=torch.linspace(1, 2, HIDDEN), bias=torch.linspace(-1, 1, HIDDEN), eps=1e-5),
+    "pre-norm": LayerNorm(
+        weight=torch.linspace(1, 2, HIDDEN), bias=torch.linspace(-1, 1, HIDDEN), eps=1e-5, prenorm=True
+    ),
+    "RMS": RMSNorm(weight=torch.linspace(1, 2, HIDDEN), eps=1e-5),
 }
 
 

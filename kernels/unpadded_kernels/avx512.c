@@ -147,8 +147,8 @@ INLINE void multiply(int dtype, FACTORS) {
     if (dtype == INT8) multiply_int8(rows, vecs, a, stride, b, steps, sums);
 }
 
-// Whether products of bf16 take less time than those of fp32: on Intel's processors they take longer (bench/NOTES.md).
-int has_fast_bf16(void) { return __builtin_cpu_is("amd") != 0; }
+// Whether products of bf16 take less time than those of fp32; on a Xeon they took longer (bench/NOTES.md).
+int has_fast_bf16(void) { return __builtin_cpu_is("amd"); }
 
 /* ---- linear layers ---- */
 
@@ -711,7 +711,6 @@ void mean_pool(int threads, int dtype, long texts, long hidden, long x_stride, c
 typedef struct {  // avx512.py writes its members, all of 8 bytes
     Linear out, up, down;
     Norm attention_norm, mlp_norm;
-    long prenorm;
 } AfterAttention;
 
 // Compute rows with all threads of a parallel region, or up to ROW_BLOCK rows with this one alone if threads is 0.
@@ -728,12 +727,12 @@ INLINE void norm_step(const Norm *n, float eps, Rows x, Rows residual, char *y, 
         for (long row = 0; row < rows; row++) norm_row(n, eps, x, residual, y, total, row);
 }
 
-// Compute rows of x and, with prenorm, of total, the next residual; threads: as above.
+// Compute rows of x and of total, the next residual, which is NULL in a post-norm encoder; threads: as above.
 static void after_attention_rows(const AfterAttention *l, float eps, Rows attended, Rows residual, char *x, char *total,
                                  long rows, char *work, int threads) {
     const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden;
     const long size = rows * hidden * size_of(dtype);
-    char *projected = work, *normed = work + size, *sum = l->prenorm ? normed + size : NULL, *up = normed + 2 * size;
+    char *projected = work, *normed = work + size, *sum = total ? normed + size : NULL, *up = normed + 2 * size;
     const Rows to_norm = {projected, dtype, hidden}, to_up = {normed, dtype, hidden};
     const Rows to_down = {up, l->up.y_dtype, l->up.out_features}, to_add = {sum ? sum : normed, dtype, hidden};
     linear_step(&l->out, attended, projected, rows, threads);

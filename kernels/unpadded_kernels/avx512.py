@@ -191,7 +191,7 @@ class AfterAttention:
         members = [member for linear in linears for member in linear.members]
         for norm in vectors[:2], vectors[2:]:
             members += _DTYPES[linears[0].dtype], linears[0].out_features, *map(_address, norm)
-        self._struct = torch.tensor([*members, prenorm])
+        self._struct = torch.tensor(members)
 
     def __call__(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """attended, residual: [total_tokens, hidden], with contiguous rows. Returns (x, residual), of that shape."""
