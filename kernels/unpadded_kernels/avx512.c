@@ -15,12 +15,13 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
-enum { F32, BF16, INT8 };                       // INT8: only as the dtype of factors
+enum { F32, BF16, INT8, SPLIT };                // the last two: only as the dtype of factors
 enum { NONE, GELU, GELU_TANH, SWIGLU, GEGLU };  // activations
 enum { LANES = 16, ROWS = 6, VECS = 4 };        // 6 x 4 vectors of sums leave 8 registers for factors
 enum { PANEL = VECS * LANES };                  // columns that are multiplied together
-enum { TERMS = 512 };                           // steps that a linear layer sums apart, for the precision of long sums
-enum { ROW_BLOCK = 192, QUERY_BLOCK = 256, KEY_BLOCK = 66, VOCABULARY_BLOCK = 504 };
+enum { TILE_ROWS = 32 };                        // rows that are multiplied together in tiles
+enum { TERMS = 512 };                           // steps that are summed apart, for the precision of long sums
+enum { ROW_BLOCK = 192, SPLIT_STEPS = 3 * 384, QUERY_BLOCK = 256, KEY_BLOCK = 128, VOCABULARY_BLOCK = 504 };
 
 INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
@@ -31,6 +32,16 @@ INLINE __m256i to_bf16(__m512 x) {
     return (__m256i)_mm512_cvtneps_pbh(x);
 #else
     return _mm256_undefined_si256();  // avx512.py passes no bf16 to such a processor
+#endif
+}
+
+INLINE __m512i to_pairs(__m512 x, __m512 y) {  // bf16: x[0], y[0], x[1], y[1], ...
+    static const uint16_t order[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#ifdef __AVX512BF16__
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)_mm512_cvtne2ps_pbh(y, x));
+#else
+    return _mm512_loadu_si512(order);  // see to_bf16
 #endif
 }
 
@@ -61,15 +72,21 @@ INLINE __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(y, x);  // y * 2 ** floor(x)
 }
 
+INLINE __m512 reciprocal(__m512 x) {  // 1 / x within 1.5e-7 for 1 <= x < 2 ** 126, in less time than a division
+    __m512 y = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2.f)));
+}
+
 INLINE __m512 times_sigmoid(__m512 x, __m512 z) {  // x / (1 + exp(-z))
-    __m512 e = exp2_of(_mm512_mul_ps(z, _mm512_set1_ps(-1.4426950408889634f)));
-    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+    __m512 power = _mm512_mul_ps(z, _mm512_set1_ps(-1.4426950408889634f));
+    __m512 e = exp2_of(_mm512_min_ps(_mm512_set1_ps(125.f), power));
+    return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(e, _mm512_set1_ps(1.f))));
 }
 
 // max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2, erfc within 1.5e-7 (Abramowitz and Stegun 7.1.26)
 INLINE __m512 gelu(__m512 x) {
     __m512 magnitude = _mm512_abs_ps(x), one = _mm512_set1_ps(1.f);
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(magnitude, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
+    __m512 t = reciprocal(_mm512_fmadd_ps(magnitude, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
     __m512 series = _mm512_set1_ps(1.061405429f);
     series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(-1.453152027f));
     series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(1.421413741f));
@@ -88,9 +105,9 @@ INLINE __m512 gelu_tanh(__m512 x) {
 
 /* ---- matrix products ---- */
 
-typedef struct {
-    __m512i v[ROWS][VECS];  // fp32, or int32 of INT8
-} Sums;
+typedef __m512i Sums[VECS];  // of one row over a panel: fp32, or int32 of INT8
+
+static const Sums ZERO[1];
 
 // Four bytes of a row times the same four of 16 columns: one fp32, two bf16, or four u8 of the row and s8 of a column.
 INLINE __m512i dot(int dtype, __m512i sum, __m512i row, __m512i columns) {
@@ -110,29 +127,29 @@ INLINE __m512i add(int dtype, __m512i x, __m512i y) {
     return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y)));
 }
 
-// sums[r][v] += row a[r] times columns v * 16 on of a panel b, [steps][PANEL] times four bytes; the steps of a row of a
-// are `stride` times four bytes apart.
-INLINE void multiply_tile(int dtype, int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps,
-                          Sums *sums) {
-    __m512i sum[ROWS][VECS];  // copied one by one, because the compiler copies a struct by a slow `rep movsq`
-    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sum[r][v] = sums->v[r][v];
+// sums[r] += row a[r] times the columns of a panel b, [steps][PANEL] times four bytes, of which the first 16 * vecs are
+// computed.
+#define VECTORS int rows, int vecs, const uint32_t **a, const uint32_t *b, long steps, Sums *sums
+
+INLINE void multiply_vectors(int dtype, VECTORS) {
+    __m512i sum[ROWS][VECS];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sum[r][v] = sums[r][v];
     for (long step = 0; step < steps; step++, b += PANEL) {
         __m512i columns[VECS];
         UNROLLED for (int v = 0; v < vecs; v++) columns[v] = _mm512_loadu_si512(b + v * LANES);
         UNROLLED for (int r = 0; r < rows; r++) {
-            __m512i row = _mm512_set1_epi32(a[r][step * stride]);
+            __m512i row = _mm512_set1_epi32(a[r][step]);
             UNROLLED for (int v = 0; v < vecs; v++) sum[r][v] = dot(dtype, sum[r][v], row, columns[v]);
         }
     }
-    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sums->v[r][v] = sum[r][v];
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vecs; v++) sums[r][v] = sum[r][v];
 }
 
 // One function per dtype, in which the numbers of rows and vectors are constants of a case.
-#define CASE(DTYPE, R, V) case R * 8 + V: multiply_tile(DTYPE, R, V, a, stride, b, steps, sums); break;
+#define CASE(DTYPE, R, V) case R * 8 + V: multiply_vectors(DTYPE, R, V, a, b, steps, sums); break;
 #define CASES(DTYPE, R) CASE(DTYPE, R, 1) CASE(DTYPE, R, 2) CASE(DTYPE, R, 3) CASE(DTYPE, R, 4)
-#define FACTORS int rows, int vecs, const uint32_t **a, long stride, const uint32_t *b, long steps, Sums *sums
 #define DEFINE(NAME, DTYPE)                                                                                 \
-    static void NAME(FACTORS) {                                                                             \
+    static void NAME(VECTORS) {                                                                             \
         switch (rows * 8 + vecs) {                                                                          \
             CASES(DTYPE, 1) CASES(DTYPE, 2) CASES(DTYPE, 3) CASES(DTYPE, 4) CASES(DTYPE, 5) CASES(DTYPE, 6) \
         }                                                                                                   \
@@ -141,14 +158,132 @@ DEFINE(multiply_f32, F32)
 DEFINE(multiply_bf16, BF16)
 DEFINE(multiply_int8, INT8)
 
-INLINE void multiply(int dtype, FACTORS) {
-    if (dtype == F32) multiply_f32(rows, vecs, a, stride, b, steps, sums);
-    if (dtype == BF16) multiply_bf16(rows, vecs, a, stride, b, steps, sums);
-    if (dtype == INT8) multiply_int8(rows, vecs, a, stride, b, steps, sums);
+// sums[r] = from[r * from_stride] + row r of a times the columns of b; `stride` bytes lie between the rows of a.
+#define FACTORS                                                                                                    \
+    int rows, int vecs, const char *a, long stride, const uint32_t *b, long steps, const Sums *from, long from_stride, \
+        Sums *sums
+
+#ifdef __AMX_TILE__
+
+// Add products of 64 bytes of each row to the sums in tiles 0 to 3: of up to 16 rows and 64 columns,
+INLINE void multiply_flat(int dtype, const char *a, long stride, const uint32_t *b) {
+#define DOT(SUM, A, B) if (dtype == INT8) _tile_dpbusd(SUM, A, B); else _tile_dpbf16ps(SUM, A, B);
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, b, PANEL * 4);
+    DOT(0, 4, 6)
+    _tile_loadd(7, b + LANES, PANEL * 4);
+    DOT(1, 4, 7)
+    _tile_loadd(6, b + 2 * LANES, PANEL * 4);
+    DOT(2, 4, 6)
+    _tile_loadd(7, b + 3 * LANES, PANEL * 4);
+    DOT(3, 4, 7)
+}
+
+// or of up to 32 rows and 32 columns.
+INLINE void multiply_square(int dtype, const char *a, long stride, const uint32_t *b) {
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, b, PANEL * 4);
+    DOT(0, 4, 6)
+    _tile_loadd(7, b + LANES, PANEL * 4);
+    DOT(1, 4, 7)
+    _tile_loadd(5, a + LANES * stride, stride);
+    DOT(2, 5, 6)
+    DOT(3, 5, 7)
+}
+
+// Up to TILE_ROWS rows by AMX. *configured: the number of rows that the tiles are made for.
+// SPLIT: 32 values of fp32 are three times 32 of bf16, large to small, whose sums they are. Products of less than
+// 2 ** -24 of the whole are left out.
+INLINE void multiply_tiles(int dtype, int *configured, FACTORS) {
+    const int top = MIN(rows, LANES), bottom = rows > LANES ? rows - LANES : rows, square = rows > LANES;
+    if (*configured != rows) {
+        const struct {
+            uint8_t palette, start, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {top, top, bottom, bottom, top, bottom, LANES, LANES}};
+        _tile_loadconfig(&tiles);
+        *configured = rows;
+    }
+    __asm__ volatile("" ::: "memory");  // GCC does not know that loading tiles reads memory
+    for (int v = 0; v < vecs; v += square ? 2 : VECS) {
+        // of tiles 2 and 3: from the second 16 rows or the next 32 columns on
+        const long second = square ? LANES : 0, v2 = square ? v : v + 2;
+        if (from == ZERO) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, &from[0][v], from_stride * sizeof(Sums));
+            _tile_loadd(1, &from[0][v + 1], from_stride * sizeof(Sums));
+            _tile_loadd(2, &from[second * from_stride][v2], from_stride * sizeof(Sums));
+            _tile_loadd(3, &from[second * from_stride][v2 + 1], from_stride * sizeof(Sums));
+        }
+        for (long step = 0; step < steps; step += dtype == SPLIT ? 3 * LANES : LANES) {
+            const int products = dtype == SPLIT ? 6 : 1, a_part[] = {0, 0, 1, 2, 1, 0}, b_part[] = {0, 1, 0, 0, 1, 2};
+            UNROLLED for (int i = products - 1; i >= 0; i--) {  // small ones first
+                const char *rows_at = a + (step + a_part[i] * LANES) * 4;
+                const uint32_t *columns_at = b + (step + b_part[i] * LANES) * PANEL + v * LANES;
+                if (square) multiply_square(dtype, rows_at, stride, columns_at);
+                else multiply_flat(dtype, rows_at, stride, columns_at);
+            }
+        }
+        _tile_stored(0, &sums[0][v], sizeof(Sums));
+        _tile_stored(1, &sums[0][v + 1], sizeof(Sums));
+        _tile_stored(2, &sums[second][v2], sizeof(Sums));
+        _tile_stored(3, &sums[second][v2 + 1], sizeof(Sums));
+    }
+}
+
+#endif
+
+// Whether products of so many steps are computed in tiles.
+int in_tiles(int dtype, long steps) {
+#ifdef __AMX_TILE__
+    return dtype != F32 && steps % LANES == 0;
+#else
+    return 0;
+#endif
+}
+
+INLINE void release(const int *tiles) {
+#ifdef __AMX_TILE__
+    if (tiles) _tile_release();
+#endif
+}
+
+// Any number of rows; tiles: see multiply_tiles, NULL if vectors compute the products.
+INLINE void multiply(int dtype, int *tiles, FACTORS) {
+    for (int r = 0; r < rows; r += tiles ? TILE_ROWS : ROWS) {
+        const Sums *start = from + r * from_stride;
+        const int n = MIN(tiles ? TILE_ROWS : ROWS, rows - r);
+#ifdef __AMX_TILE__
+        if (tiles) {
+            multiply_tiles(dtype, tiles, n, vecs, a + r * stride, stride, b, steps, start, from_stride, sums + r);
+            continue;
+        }
+#endif
+        for (long step = 0; step < steps; step += TERMS) {
+            const uint32_t *a_rows[ROWS];
+            Sums part[ROWS], *to = step ? part : sums + r;
+            for (int i = 0; i < n; i++) {
+                a_rows[i] = (const uint32_t *)(a + (r + i) * stride) + step;
+                UNROLLED for (int v = 0; v < VECS; v++)
+                    to[i][v] = step ? _mm512_setzero_si512() : start[i * from_stride][v];
+            }
+#define PASSED n, vecs, a_rows, b + step * PANEL, MIN(TERMS, steps - step), to
+            if (dtype == F32) multiply_f32(PASSED);
+            if (dtype == BF16) multiply_bf16(PASSED);
+            if (dtype == INT8) multiply_int8(PASSED);
+            for (int i = 0; step && i < n; i++)
+                UNROLLED for (int v = 0; v < VECS; v++) sums[r + i][v] = add(dtype, sums[r + i][v], part[i][v]);
+        }
+    }
 }
 
 // Whether products of bf16 take less time than those of fp32; on a Xeon they took longer (bench/NOTES.md).
-int has_fast_bf16(void) { return __builtin_cpu_is("amd"); }
+int has_fast_bf16(void) { return in_tiles(BF16, LANES) || __builtin_cpu_is("amd"); }
 
 /* ---- linear layers ---- */
 
@@ -229,55 +364,66 @@ INLINE void finish(const Linear *l, int dtype, int activation, char *y_rows, int
         Columns up = columns;
         if (gated) up = load_columns(l, dtype, panel, v + stored, column + l->out_features, mask);
         for (int r = 0; r < rows; r++) {
-            __m512 y = result(dtype, sums->v[r][v], columns, ranges + r);
+            __m512 y = result(dtype, sums[r][v], columns, ranges + r);
             if (activation == GELU || activation == GEGLU) y = gelu(y);
             if (activation == GELU_TANH) y = gelu_tanh(y);
             if (activation == SWIGLU) y = times_sigmoid(y, y);
-            if (gated) y = _mm512_mul_ps(y, result(dtype, sums->v[r][v + VECS / 2], up, ranges + r));
+            if (gated) y = _mm512_mul_ps(y, result(dtype, sums[r][v + VECS / 2], up, ranges + r));
             store(y_rows, r * l->out_features + column, l->y_dtype, mask, y);
         }
     }
 }
 
-// Compute up to ROW_BLOCK rows over some panels, the inner loop over the rows: the panel stays in the cache.
+// Write a row of n values for SPLIT.
+INLINE void split(const float *x, long n, uint16_t *parts) {
+    for (long i = 0; i < n; i += LANES) {
+        __m512 rest = _mm512_loadu_ps(x + i);
+        for (int part = 0; part < 3; part++) {
+            const long at = (i / 32 * 3 + part) * 32 + i % 32;
+            store(parts, at, BF16, 0xffff, rest);
+            rest = _mm512_sub_ps(rest, load(parts, at, BF16, 0xffff));
+        }
+    }
+}
+
+// Compute up to ROW_BLOCK rows over some panels, the inner loop over the rows: the panel stays in the cache. Of SPLIT,
+// whose rows are larger, a part of the steps at a time.
 INLINE void linear_block(const Linear *l, int dtype, int activation, Rows x, char *y, long rows, long panel, long end) {
     Range ranges[ROW_BLOCK];
-    const long width = l->steps * 4, y_row = l->out_features * size_of(l->y_dtype);
-    uint8_t *q = dtype == INT8 ? allocate(rows * width) : NULL;
-    for (long r = 0; dtype == INT8 && r < rows; r++)
-        ranges[r] = quantize(l, x.dtype, rows_from(x, r).first, q + r * width);
-    for (; panel < end; panel++)
-        for (long r = 0; r < rows; r += ROWS) {
-            const uint32_t *a[ROWS];
-            Sums sums;
-            const int n = MIN(ROWS, rows - r);
-            for (int i = 0; i < n; i++) {
-                if (dtype == INT8) a[i] = (const uint32_t *)(q + (r + i) * width);
-                else a[i] = (const uint32_t *)rows_from(x, r + i).first;
-                UNROLLED for (int v = 0; v < VECS; v++) {
-                    sums.v[i][v] = _mm512_setzero_si512();
-                    if (dtype == INT8) sums.v[i][v] = _mm512_loadu_si512(l->starts + panel * PANEL + v * LANES);
-                }
-            }
-            const uint32_t *weight = l->weight + panel * l->steps * PANEL;
-            multiply(dtype, n, VECS, a, 1, weight, MIN(TERMS, l->steps), &sums);
-            for (long step = TERMS; step < l->steps; step += TERMS) {
-                Sums part;
-                for (int i = 0; i < n; i++) {
-                    a[i] += TERMS;
-                    UNROLLED for (int v = 0; v < VECS; v++) part.v[i][v] = _mm512_setzero_si512();
-                }
-                multiply(dtype, n, VECS, a, 1, weight + step * PANEL, MIN(TERMS, l->steps - step), &part);
-                for (int i = 0; i < n; i++)
-                    UNROLLED for (int v = 0; v < VECS; v++) sums.v[i][v] = add(dtype, sums.v[i][v], part.v[i][v]);
-            }
-            finish(l, dtype, activation, y + r * y_row, n, panel, &sums, ranges + r);
+    Sums sums[TILE_ROWS];
+    int configured = 0, *tiles = in_tiles(dtype, l->steps) ? &configured : NULL;
+    const int group = tiles ? TILE_ROWS : ROWS, copied = dtype == INT8 || dtype == SPLIT;
+    const long y_row = l->out_features * size_of(l->y_dtype), part = dtype == SPLIT ? SPLIT_STEPS : l->steps;
+    const long a_row = copied ? MIN(part, l->steps) * 4 : x.stride * size_of(x.dtype);
+    char *copy = copied ? allocate(rows * a_row) : NULL;
+    Sums *kept = part < l->steps ? allocate((end - panel) * rows * sizeof(Sums)) : NULL;
+    for (long step = 0; step < l->steps; step += part) {
+        const long steps = MIN(part, l->steps - step);
+        for (long r = 0; copied && r < rows; r++) {
+            const char *from = rows_from(x, r).first;
+            char *to = copy + r * a_row;
+            if (dtype == SPLIT) split((const float *)from + step / 3 * 2, steps / 3 * 2, (uint16_t *)to);
+            else ranges[r] = quantize(l, x.dtype, from, (uint8_t *)to);
         }
-    free(q);
+        for (long p = panel; p < end; p++)
+            for (long r = 0; r < rows; r += group) {
+                const int n = MIN(group, rows - r);
+                const char *a = (copied ? copy : x.first) + r * a_row;
+                Sums *to = kept ? kept + (p - panel) * rows + r : sums;
+                const Sums *start = step ? to : dtype == INT8 ? (const Sums *)(l->starts + p * PANEL) : ZERO;
+                const uint32_t *weight = l->weight + (p * l->steps + step) * PANEL;
+                multiply(dtype, tiles, n, VECS, a, a_row, weight, steps, start, step ? 1 : 0, to);
+                if (step + steps == l->steps) finish(l, dtype, activation, y + r * y_row, n, p, to, ranges + r);
+            }
+    }
+    release(tiles);
+    free(copy);
+    free(kept);
 }
 
 // FOR_ACTIVATION ends the case of its dtype. Both make constants of what they select.
-#define FOR_DTYPE(CALL) switch (l->dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) }
+#define FOR_DTYPE(CALL)                                                                                    \
+    switch (l->dtype) { case F32: CALL(F32) case BF16: CALL(BF16) case INT8: CALL(INT8) case SPLIT: CALL(SPLIT) }
 #define FOR_ACTIVATION(DTYPE)                                                                                  \
     switch (l->activation) {                                                                                   \
         case NONE: linear_block(l, DTYPE, NONE, x, y, rows, panel, end); break;                                \
@@ -332,7 +478,8 @@ typedef struct {
     uint32_t *q;                              // [panels][steps][PANEL] times four bytes
     float *out;                               // [panels][head_dim][PANEL]
     float *scores;                            // [KEY_BLOCK][PANEL], then the weights, in pairs of two keys if bf16
-    uint32_t *v;                              // [KEY_BLOCK][head_dim], in pairs of two keys if bf16
+    uint32_t *v;                              // [head_dim][KEY_BLOCK], in the dtype of v
+    int configured, *tiles;                   // see multiply
     float max[QUERY_BLOCK], sum[QUERY_BLOCK];  // of the scores and the weights up to here
 } Work;
 
@@ -360,99 +507,87 @@ INLINE void transpose(__m512i *rows) {  // 16 rows of 16 times four bytes
     memcpy(rows, t, sizeof t);
 }
 
-// Write n rows as the columns of a panel, [steps][PANEL] times four bytes, and zeros up to a multiple of 16 columns.
-INLINE void pack_columns(int dtype, const char *from, long stride, int n, long steps, uint32_t *panel) {
+// Write n rows as columns, [steps][width] times four bytes, and zeros up to a multiple of 32 columns; with halves, as
+// [2 * steps][width] times two bytes.
+INLINE void pack_columns(int dtype, const char *from, long stride, int n, long steps, uint32_t *to, long width,
+                         int halves) {
     __m512i rows[LANES];
-    for (int i = 0; i < n; i += LANES)
+    for (int i = 0; i < (n + 31) / 32 * 32; i += LANES)
         for (long step = 0; step < steps; step += LANES) {
             for (int r = 0; r < LANES; r++) {
                 __mmask16 mask = i + r < n ? first(steps - step) : 0;
                 rows[r] = _mm512_maskz_loadu_epi32(mask, from + (i + r) * stride * size_of(dtype) + step * 4);
             }
             transpose(rows);
-            for (int r = 0; r < MIN(LANES, steps - step); r++)
-                _mm512_storeu_si512(panel + (step + r) * PANEL + i, rows[r]);
+            for (int r = 0; r < MIN(LANES, steps - step); r++) {
+                uint32_t *row = to + (step + r) * width;
+                if (!halves) _mm512_storeu_si512(row + i, rows[r]);
+                else for (int half = 0; half < 2; half++) {
+                    __m256i column = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rows[r], 16 * half));
+                    _mm256_storeu_si256((__m256i *)((uint16_t *)row + half * width + i), column);
+                }
+            }
         }
 }
 
-// Replace a column of 16 x n scores by their weights exp2(score - max) and return sum + their sum.
-INLINE __m512 weigh(int dtype, float *scores, int n, __m512 max, __m512 sum) {
+// Replace a column of 16 x n scores by their weights exp2(scale * score - max), bf16 with zeros up to a multiple of 32
+// keys, and return sum + their sum.
+INLINE __m512 weigh(int dtype, float *scores, int n, __m512 scale, __m512 max, __m512 sum) {
     float *to = scores;
     for (int j = 0; j < n; j += dtype == F32 ? 1 : 2, to += PANEL) {
-        __m512 weight = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + j * PANEL), max));
+        __m512 weight = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j * PANEL), scale, max));
         sum = _mm512_add_ps(sum, weight);
         if (dtype == F32) {
             _mm512_storeu_ps(to, weight);
             continue;
         }
         __m512 second = _mm512_setzero_ps();
-        if (j + 1 < n) second = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + (j + 1) * PANEL), max));
+        if (j + 1 < n) second = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (j + 1) * PANEL), scale, max));
         sum = _mm512_add_ps(sum, second);
-        __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(second)), 16);
-        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(weight)), high));
+        _mm512_storeu_si512(to, to_pairs(weight, second));
     }
+    for (; dtype == BF16 && (to - scores) % (LANES * PANEL); to += PANEL) _mm512_storeu_ps(to, _mm512_setzero_ps());
     return sum;
 }
 
 // Add n keys, k being the first one's row, to the sums of a panel of queries. bias: of the first query and that key.
 INLINE void attend(const Attention *a, int dtype, Work *w, int panel, int vecs, const char *k, int n,
                    const float *bias) {
-    const __m512 scale = _mm512_set1_ps(a->scale);
-    const uint32_t *rows[ROWS];
-    __m512 max[VECS], decay[VECS];
-    Sums sums;
-    for (int v = 0; v < vecs; v++) max[v] = _mm512_loadu_ps(w->max + panel * PANEL + v * LANES);
-    for (int j = 0; j < n; j += ROWS) {
-        const int count = MIN(ROWS, n - j);
-        for (int r = 0; r < count; r++) {
-            rows[r] = (const uint32_t *)(k + (j + r) * a->stride * size_of(dtype));
-            for (int v = 0; v < vecs; v++) sums.v[r][v] = _mm512_setzero_si512();
-        }
-        multiply(dtype, count, vecs, rows, 1, w->q + panel * a->steps * PANEL, a->steps, &sums);
-        for (int r = 0; r < count; r++)
-            for (int v = 0; v < vecs; v++) {
-                __m512 score = _mm512_mul_ps(_mm512_castsi512_ps(sums.v[r][v]), scale);
-                if (bias) score = _mm512_add_ps(score, _mm512_loadu_ps(bias + v * LANES - j - r));
-                _mm512_storeu_ps(w->scores + (j + r) * PANEL + v * LANES, score);
-                max[v] = _mm512_max_ps(max[v], score);
+    const long size = size_of(dtype);
+    __m512 scale = _mm512_set1_ps(a->scale), max[VECS], decay[VECS];
+    int decays = 0;
+    multiply(dtype, w->tiles, n, vecs, k, a->stride * size, w->q + panel * a->steps * PANEL, a->steps, ZERO, 0,
+             (Sums *)w->scores);
+    for (int v = 0; v < vecs; v++) max[v] = _mm512_set1_ps(-__builtin_inff());
+    for (int j = 0; j < n; j++)
+        for (int v = 0; v < vecs; v++) {
+            float *at = w->scores + j * PANEL + v * LANES;
+            __m512 score = _mm512_loadu_ps(at);
+            if (bias) {
+                score = _mm512_fmadd_ps(score, scale, _mm512_loadu_ps(bias + v * LANES - j));
+                _mm512_storeu_ps(at, score);
             }
-    }
+            max[v] = _mm512_max_ps(max[v], score);
+        }
+    if (bias) scale = _mm512_set1_ps(1.f);
     for (int v = 0; v < vecs; v++) {
         float *old = w->max + panel * PANEL + v * LANES, *sum = w->sum + panel * PANEL + v * LANES;
+        max[v] = _mm512_max_ps(_mm512_loadu_ps(old), _mm512_mul_ps(max[v], scale));
         decay[v] = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(old), max[v]));
+        decays |= _mm512_cmp_ps_mask(decay[v], _mm512_set1_ps(1.f), _CMP_NEQ_UQ);
         __m512 before = _mm512_mul_ps(_mm512_loadu_ps(sum), decay[v]);
-        _mm512_storeu_ps(sum, weigh(dtype, w->scores + v * LANES, n, max[v], before));
+        _mm512_storeu_ps(sum, weigh(dtype, w->scores + v * LANES, n, scale, max[v], before));
         _mm512_storeu_ps(old, max[v]);
     }
-    for (long d = 0; d < a->head_dim; d += ROWS) {
-        const int count = MIN(ROWS, a->head_dim - d);
-        float *out = w->out + (panel * a->head_dim + d) * PANEL;
-        for (int r = 0; r < count; r++) {
-            rows[r] = w->v + d + r;
-            for (int v = 0; v < vecs; v++) {
-                __m512 before = _mm512_mul_ps(_mm512_loadu_ps(out + r * PANEL + v * LANES), decay[v]);
-                sums.v[r][v] = _mm512_castps_si512(before);
-            }
+    float *out = w->out + panel * a->head_dim * PANEL;
+    for (long d = 0; decays && d < a->head_dim; d++)
+        for (int v = 0; v < vecs; v++) {
+            float *at = out + d * PANEL + v * LANES;
+            _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), decay[v]));
         }
-        multiply(dtype, count, vecs, rows, a->head_dim, (uint32_t *)w->scores, dtype == F32 ? n : (n + 1) / 2, &sums);
-        for (int r = 0; r < count; r++)
-            for (int v = 0; v < vecs; v++) _mm512_storeu_si512(out + r * PANEL + v * LANES, sums.v[r][v]);
-    }
-}
-
-// Copy n rows of v, in pairs if bf16: four bytes hold an element of two keys, 0 in place of a missing second one.
-INLINE void copy_values(const Attention *a, int dtype, const char *v, int n, uint32_t *to) {
-    for (int j = 0; j < n; j += dtype == F32 ? 1 : 2, to += a->head_dim)
-        for (long d = 0; d < a->head_dim; d += LANES) {
-            __mmask16 mask = first(a->head_dim - d);
-            const char *row = v + (j * a->stride + d) * size_of(dtype);
-            __m512i bits = _mm512_castps_si512(load(row, 0, dtype, mask));
-            if (dtype == BF16) {  // load has shifted them to the upper half
-                __m512i second = _mm512_castps_si512(load(row, a->stride, dtype, j + 1 < n ? mask : 0));
-                bits = _mm512_or_si512(_mm512_srli_epi32(bits, 16), second);
-            }
-            store(to, d, F32, mask, _mm512_castsi512_ps(bits));
-        }
+    const long steps = dtype == F32 ? n : w->tiles ? (n + 31) / 32 * LANES : (n + 1) / 2;
+    multiply(dtype, w->tiles, a->head_dim, vecs, (char *)w->v, KEY_BLOCK * size, (uint32_t *)w->scores, steps,
+             (Sums *)out, 1, (Sums *)out);
 }
 
 // Compute one head of up to QUERY_BLOCK queries from `begin` on, of a text whose rows of packed qkv and results begin
@@ -462,8 +597,11 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
     const long size = size_of(dtype), token = a->stride * size, end = MIN(begin + QUERY_BLOCK, length);
     const char *q = qkv + head * a->head_dim * size, *k = q + token / 3, *v = k + token / 3;
     __m512i rows[LANES];
+    w->configured = 0;
+    w->tiles = dtype == BF16 && in_tiles(dtype, a->steps) ? &w->configured : NULL;
     for (long i = begin; i < end; i += PANEL)
-        pack_columns(dtype, q + i * token, a->stride, MIN(PANEL, end - i), a->steps, w->q + (i - begin) * a->steps);
+        pack_columns(dtype, q + i * token, a->stride, MIN(PANEL, end - i), a->steps, w->q + (i - begin) * a->steps,
+                     PANEL, 0);
     memset(w->out, 0, (end - begin + PANEL - 1) / PANEL * a->head_dim * PANEL * 4);
     for (long i = 0; i < end - begin; i += LANES) {
         _mm512_storeu_ps(w->max + i, _mm512_set1_ps(-1e30f));
@@ -472,7 +610,7 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
     const long reach = a->window < 0 ? length : a->window, first_key = begin > reach ? begin - reach : 0;
     for (long key = first_key; key < MIN(keys, end + reach); key += KEY_BLOCK) {
         const int n = MIN(KEY_BLOCK, MIN(keys, end + reach) - key);
-        copy_values(a, dtype, v + key * token, n, w->v);
+        pack_columns(dtype, v + key * token, a->stride, n, a->steps, w->v, KEY_BLOCK, dtype == BF16);
         for (long query = begin; query < end; query += PANEL) {
             const long last = MIN(query + PANEL, end) - 1;
             if (key > last + reach || key + n <= query - reach) continue;
@@ -480,6 +618,7 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
             attend(a, dtype, w, (query - begin) / PANEL, (last - query) / LANES + 1, k + key * token, n, bias);
         }
     }
+    release(w->tiles);
     for (long i = begin; i < end; i += LANES) {
         __m512 sum = _mm512_loadu_ps(w->sum + i - begin), one = _mm512_set1_ps(1.f);
         __m512 inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ), one, sum);
@@ -515,7 +654,7 @@ void attention(int threads, int dtype, long texts, long heads, long head_dim, lo
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Work w;
-        w.q = allocate((panels * PANEL * (a.steps + head_dim) + KEY_BLOCK * (PANEL + head_dim)) * 4);
+        w.q = allocate(((panels * (a.steps + head_dim) + KEY_BLOCK) * PANEL + KEY_BLOCK * head_dim) * 4);
         w.out = (float *)w.q + panels * PANEL * a.steps;
         w.scores = w.out + panels * PANEL * head_dim;
         w.v = (uint32_t *)w.scores + KEY_BLOCK * PANEL;
@@ -561,23 +700,24 @@ void rotary(int threads, int dtype, long tokens, long heads, long head_dim, void
 INLINE void maxima_block(int dtype, long texts, long steps, long vocabulary, long x_stride, long weight_stride,
                          const char *x, const char *weight, const int32_t *cu_seqlens, long row, long end,
                          uint32_t *panel, float *y) {
+    int configured = 0, *tiles = dtype == BF16 && in_tiles(dtype, steps) ? &configured : NULL;
+    const int group = tiles ? TILE_ROWS : ROWS;
+    const long size = size_of(dtype);
     for (long text = 0; text < texts; text++)
         for (long token = cu_seqlens[text]; token < cu_seqlens[text + 1]; token += PANEL) {
             const int n = MIN(PANEL, cu_seqlens[text + 1] - token), vecs = (n + LANES - 1) / LANES;
-            pack_columns(dtype, x + token * x_stride * size_of(dtype), x_stride, n, steps, panel);
-            for (long i = row; i < end; i += ROWS) {
-                const int count = MIN(ROWS, end - i);
-                const uint32_t *rows[ROWS];
-                Sums sums = {0};
-                for (int r = 0; r < count; r++)
-                    rows[r] = (const uint32_t *)(weight + (i + r) * weight_stride * size_of(dtype));
-                multiply(dtype, count, vecs, rows, 1, panel, steps, &sums);
+            pack_columns(dtype, x + token * x_stride * size, x_stride, n, steps, panel, PANEL, 0);
+            for (long i = row; i < end; i += group) {
+                const int count = MIN(group, end - i);
+                Sums sums[TILE_ROWS];
+                multiply(dtype, tiles, count, vecs, weight + i * weight_stride * size, weight_stride * size, panel,
+                         steps, ZERO, 0, sums);
                 for (int r = 0; r < count; r++) {
                     float *to = y + text * vocabulary + i + r;
                     __m512 max = _mm512_set1_ps(*to);
                     __mmask16 invalid = _mm512_cmp_ps_mask(max, max, _CMP_UNORD_Q);
                     for (int v = 0; v < vecs; v++) {
-                        const __m512 logits = _mm512_castsi512_ps(sums.v[r][v]);
+                        const __m512 logits = _mm512_castsi512_ps(sums[r][v]);
                         max = _mm512_mask_max_ps(max, first(n - v * LANES), max, logits);
                         invalid |= _mm512_cmp_ps_mask(logits, logits, _CMP_UNORD_Q);
                     }
@@ -585,6 +725,7 @@ INLINE void maxima_block(int dtype, long texts, long steps, long vocabulary, lon
                 }
             }
         }
+    release(tiles);
 }
 
 void maxima(int threads, int dtype, long texts, long hidden, long vocabulary, long x_stride, long weight_stride,

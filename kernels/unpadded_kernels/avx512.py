@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpadded_kernels.activation import GATED
-from unpadded_kernels.linear_cpu import bits_follow_threads
 
 logger = logging.getLogger("unpadded")
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = "-O3 -fopenmp -ffp-contract=off -shared -fPIC -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+FLAGS = "-O3 -fno-tree-coalesce-vars -fopenmp -ffp-contract=off -shared -fPIC"
+FLAGS += " -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, "split": 3}
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "swiglu": 3, "geglu": 4}
 _TYPES = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SIGNATURES = {
@@ -49,6 +49,7 @@ _SIGNATURES = {
     "mean_pool": "iilllppp",
     "maxima": "iilllllpppp",
     "rotary": "iilllpp",
+    "in_tiles": "il",
 }
 _PANEL = 64  # columns that are multiplied together; biases are read less than this far beyond the last query
 
@@ -75,6 +76,8 @@ def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
     if torch.cpu._is_vnni_supported():
         flags.append("-mavx512vnni")
         dtypes.append(torch.int8)
+    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        flags += "-mamx-tile", "-mamx-bf16", "-mamx-int8"
     try:
         library = ctypes.CDLL(str(_compiled(flags)))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -105,9 +108,8 @@ def _compiled(flags: list[str]) -> Path:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a weight can be packed: oneDNN is faster in bf16 with AMX, and inputs are read four bytes at a time."""
-    suits = supports(weight.dtype) and not bits_follow_threads(weight.dtype) and weight.shape[1] % 2 == 0
-    return suits and weight.device.type == "cpu"
+    """Whether a weight can be packed: inputs are read four bytes at a time."""
+    return supports(weight.dtype) and weight.shape[1] % 2 == 0 and weight.device.type == "cpu"
 
 
 class PackedLinear:
@@ -133,13 +135,16 @@ class PackedLinear:
             weight, scale = quantize_weight(weight)
             total = weight.sum(1)
             vectors = [self._by_panel(one[:, None]).flatten() for one in (scale, total * scale, (-128 * total).int())]
+        tiles = weight.shape[1] % 32 == 0 and _kernels()[0].in_tiles(_DTYPES["split"], 16)
+        factors = "split" if tiles and weight.dtype == torch.float32 else weight.dtype
+        weight = split_weight(weight) if factors == "split" else weight
         rows, per_step = self._by_panel(weight), 4 // weight.itemsize
         rows = F.pad(rows, (0, -rows.shape[-1] % per_step)).unflatten(-1, (-1, per_step))
         self.panels = rows.transpose(1, 2).contiguous()  # [panels, steps of four bytes, 64, elements in a step]
         self._memory = self.panels, *vectors, None if bias is None else bias.detach()
-        dtypes = weight.dtype, self.dtype, torch.float32 if bias is None else bias.dtype
+        dtypes = factors, self.dtype, torch.float32 if bias is None else bias.dtype
         numbers = *(_DTYPES[one] for one in dtypes), _ACTIVATIONS[activation]
-        sizes = weight.shape[1], self.out_features, *self.panels.shape[:2]
+        sizes = self.shape[1], self.out_features, *self.panels.shape[:2]
         self.members = [*numbers, *sizes, *map(_address, self._memory)]
         self._struct = torch.tensor(self.members)
 
@@ -154,8 +159,10 @@ class PackedLinear:
 
     def unpack(self) -> Tensor:
         """Return the weight, of one that is not int8."""
-        rows = self.panels.transpose(1, 2).flatten(2)[..., : self.shape[1]]
-        parts = rows.chunk(2, 1) if self.activation in GATED else (rows,)
+        rows = self.panels.transpose(1, 2).flatten(2)
+        if rows.shape[2] == 3 * self.shape[1]:  # split
+            rows = rows.unflatten(-1, (-1, 3, 32)).float().flip(-2).sum(-2).flatten(-2)
+        parts = rows[..., : self.shape[1]].chunk(2 if self.activation in GATED else 1, 1)
         return torch.cat([part.flatten(0, 1)[: self.shape[0] // len(parts)] for part in parts])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -168,6 +175,14 @@ class PackedLinear:
         sizes = torch.get_num_threads(), _DTYPES[x.dtype], x.shape[0], x.stride(0)
         _kernels()[0].linear(*sizes, *map(_address, (self._struct, x, y)))
         return y
+
+
+def split_weight(weight: Tensor) -> Tensor:
+    """Return [out_features, 3 * in_features] bf16: 32 features are three times 32 parts, whose sums they are."""
+    first = weight.detach().bfloat16()
+    second = (weight.detach() - first.float()).bfloat16()
+    third = (weight.detach() - first.float() - second.float()).bfloat16()
+    return torch.stack([part.unflatten(1, (-1, 32)) for part in (first, second, third)], 2).flatten(1)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,12 +240,9 @@ def attention(
         reach = biases.shape[1] // 2
         biases = F.pad(biases.flip(1) * math.log2(math.e), (0, _PANEL))
         bias_stride = biases.shape[1] if len(biases) > 1 else 0
-    _kernels()[0].attention(
-        torch.get_num_threads(),
-        _DTYPES[qkv.dtype],
-        *(cu_seqlens.shape[0] - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale),
-        *map(_address, (qkv, cu_seqlens, key_lengths, biases, out)),
-    )
+    sizes = cu_seqlens.shape[0] - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale
+    pointers = map(_address, (qkv, cu_seqlens, key_lengths, biases, out))
+    _kernels()[0].attention(torch.get_num_threads(), _DTYPES[qkv.dtype], *sizes, *pointers)
     return out
 
 
@@ -278,8 +290,8 @@ def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def rotary(qkv: Tensor, cos_sin: Tensor) -> None:
     """Compute `rotary_reference` of contiguous tensors."""
-    sizes = len(qkv), *qkv.shape[2:]
-    _kernels()[0].rotary(torch.get_num_threads(), _DTYPES[qkv.dtype], *sizes, qkv.data_ptr(), cos_sin.data_ptr())
+    sizes = torch.get_num_threads(), _DTYPES[qkv.dtype], len(qkv), *qkv.shape[2:]
+    _kernels()[0].rotary(*sizes, *map(_address, (qkv, cos_sin)))
 
 
 def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -288,12 +300,8 @@ def maxima(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     x: [total_tokens, hidden]; weight: [vocabulary, hidden], of one dtype, with contiguous rows and an even hidden.
     """
     y, cu_seqlens = torch.full((len(cu_seqlens) - 1, len(weight)), float("-inf")), cu_seqlens.int()
-    _kernels()[0].maxima(
-        torch.get_num_threads(),
-        _DTYPES[x.dtype],
-        *(len(y), x.shape[1], len(weight), x.stride(0), weight.stride(0)),
-        *map(_address, (x, weight, cu_seqlens, y)),
-    )
+    sizes = torch.get_num_threads(), _DTYPES[x.dtype], len(y), x.shape[1], len(weight), x.stride(0), weight.stride(0)
+    _kernels()[0].maxima(*sizes, *map(_address, (x, weight, cu_seqlens, y)))
     return y
 
 

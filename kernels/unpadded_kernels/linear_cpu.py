@@ -24,10 +24,8 @@ _ONEDNN_ACTIVATION = {
 # Rows from which bits do not depend on their number: oneDNN runs other kernels for few rows (measured: bench/NOTES.md).
 _MIN_ROWS = 128 if torch.__version__.startswith("2.11.") else 2
 
-# Rows per matmul in bf16 with AMX, whose sums depend on the number of rows if in_features exceeds this number: oneDNN
-# then may add up parts (measured: bench/NOTES.md).
+# Rows per matmul in bf16 with AMX, whose sums depend on the number of rows and of threads (measured: bench/NOTES.md).
 _AMX_ROWS = 128
-_AMX_WHOLE_SUM = 384
 
 
 def onednn_supports(dtype: torch.dtype) -> bool:
@@ -37,18 +35,13 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def bits_follow_threads(dtype: torch.dtype) -> bool:
-    """Whether the sums of a linear depend on the number of threads, as oneDNN's do in bf16 on processors with AMX."""
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-
-
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Prefer oneDNN: F.linear calls MKL in fp32, which is 2.3 times slower on an EPYC (2026-11)."""
     if not onednn_supports(x.dtype) or kind not in _ONEDNN_ACTIVATION:
         y = F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
         return y if kind is None else activation_reference(y, kind)
     parts = weight.chunk(2) if kind in GATED else (weight,)
-    if not bits_follow_threads(x.dtype) or x.shape[1] <= _AMX_WHOLE_SUM:
+    if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
     parts = tuple(torch.ops.mkldnn._reorder_linear_weight(part) for part in parts)  # once, not in every block
     blocks = (_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind) for rows in x.split(_AMX_ROWS))
