@@ -1,4 +1,5 @@
-/* Kernels for CPUs with AVX-512: the operations of an encoder, which `avx512.py` compiles and describes.
+/* Kernels for CPUs with AVX-512, and AMX if they have it: the operations of an encoder, which `avx512.py` compiles and
+   describes.
 
    A sum adds its terms in a fixed order, in one lane of a vector, so its bits depend neither on the number of rows or
    texts nor on the number of threads. The compiler must not contract multiplications and additions on its own, because
@@ -165,10 +166,11 @@ DEFINE(multiply_int8, INT8)
 
 #ifdef __AMX_TILE__
 
-// Add products of 64 bytes of each row to the sums in tiles 0 to 3: of up to 16 rows and 64 columns,
-INLINE void multiply_flat(int dtype, const char *a, long stride, const uint32_t *b) {
+// Add the products of 64 bytes per row and column to tiles 0 to 3, the sums of up to 16 rows and 64 columns. Without
+// new_a, the tiles of a are still loaded.
+INLINE void multiply_flat(int dtype, int new_a, const char *a, long stride, const uint32_t *b) {
 #define DOT(SUM, A, B) if (dtype == INT8) _tile_dpbusd(SUM, A, B); else _tile_dpbf16ps(SUM, A, B);
-    _tile_loadd(4, a, stride);
+    if (new_a) _tile_loadd(4, a, stride);
     _tile_loadd(6, b, PANEL * 4);
     DOT(0, 4, 6)
     _tile_loadd(7, b + LANES, PANEL * 4);
@@ -179,21 +181,21 @@ INLINE void multiply_flat(int dtype, const char *a, long stride, const uint32_t 
     DOT(3, 4, 7)
 }
 
-// or of up to 32 rows and 32 columns.
-INLINE void multiply_square(int dtype, const char *a, long stride, const uint32_t *b) {
-    _tile_loadd(4, a, stride);
-    _tile_loadd(6, b, PANEL * 4);
+// The same for sums of up to 32 rows and 32 columns.
+INLINE void multiply_square(int dtype, int new_a, int new_b, const char *a, long stride, const uint32_t *b) {
+    if (new_a) _tile_loadd(4, a, stride);
+    if (new_b) _tile_loadd(6, b, PANEL * 4);
     DOT(0, 4, 6)
-    _tile_loadd(7, b + LANES, PANEL * 4);
+    if (new_b) _tile_loadd(7, b + LANES, PANEL * 4);
     DOT(1, 4, 7)
-    _tile_loadd(5, a + LANES * stride, stride);
+    if (new_a) _tile_loadd(5, a + LANES * stride, stride);
     DOT(2, 5, 6)
     DOT(3, 5, 7)
 }
 
 // Up to TILE_ROWS rows by AMX. *configured: the number of rows that the tiles are made for.
-// SPLIT: 32 values of fp32 are three times 32 of bf16, large to small, whose sums they are. Products of less than
-// 2 ** -24 of the whole are left out.
+// SPLIT: 32 values of fp32 are 3 x 32 of bf16, the large parts first; a value is the sum of its parts. The products of
+// parts that are below 2 ** -24 of the product of the values are left out.
 INLINE void multiply_tiles(int dtype, int *configured, FACTORS) {
     const int top = MIN(rows, LANES), bottom = rows > LANES ? rows - LANES : rows, square = rows > LANES;
     if (*configured != rows) {
@@ -221,12 +223,15 @@ INLINE void multiply_tiles(int dtype, int *configured, FACTORS) {
             _tile_loadd(3, &from[second * from_stride][v2 + 1], from_stride * sizeof(Sums));
         }
         for (long step = 0; step < steps; step += dtype == SPLIT ? 3 * LANES : LANES) {
-            const int products = dtype == SPLIT ? 6 : 1, a_part[] = {0, 0, 1, 2, 1, 0}, b_part[] = {0, 1, 0, 0, 1, 2};
-            UNROLLED for (int i = products - 1; i >= 0; i--) {  // small ones first
+            static const int a_part[] = {0, 0, 1, 1, 2, 0}, b_part[] = {2, 1, 1, 0, 0, 0};
+            const int from_product = dtype == SPLIT ? 0 : 5;
+            UNROLLED for (int i = from_product; i < 6; i++) {
+                const int new_a = i == from_product || a_part[i] != a_part[i - 1];
+                const int new_b = i == from_product || b_part[i] != b_part[i - 1];
                 const char *rows_at = a + (step + a_part[i] * LANES) * 4;
                 const uint32_t *columns_at = b + (step + b_part[i] * LANES) * PANEL + v * LANES;
-                if (square) multiply_square(dtype, rows_at, stride, columns_at);
-                else multiply_flat(dtype, rows_at, stride, columns_at);
+                if (square) multiply_square(dtype, new_a, new_b, rows_at, stride, columns_at);
+                else multiply_flat(dtype, new_a, rows_at, stride, columns_at);
             }
         }
         _tile_stored(0, &sums[0][v], sizeof(Sums));
@@ -374,7 +379,7 @@ INLINE void finish(const Linear *l, int dtype, int activation, char *y_rows, int
     }
 }
 
-// Write a row of n values for SPLIT.
+// Write n values as their parts, see multiply_tiles.
 INLINE void split(const float *x, long n, uint16_t *parts) {
     for (long i = 0; i < n; i += LANES) {
         __m512 rest = _mm512_loadu_ps(x + i);

@@ -122,9 +122,9 @@ def _output(*command: str) -> str:
 
 
 def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: *(.*\S)", file.read_text(), re.MULTILINE) if file.exists() else None
-    return found[1] if found else platform.processor()
+    text = file.read_text() if (file := Path("/proc/cpuinfo")).exists() else ""
+    found = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
+    return (found[1] if found else platform.processor()) + " with AMX" * ("amx_tile" in text)
 
 
 def _version(package: str) -> str | None:
