@@ -7,6 +7,10 @@
 
    Sizes and strides are in elements. Sums are in fp32, those of 8-bit integers in int32. */
 
+#if defined(AMX) && __GNUC__ >= 11
+#pragma GCC target("amx-tile,amx-bf16,amx-int8")
+#endif
+
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -287,7 +291,7 @@ INLINE void multiply(int dtype, int *tiles, FACTORS) {
     }
 }
 
-// Whether products of bf16 take less time than those of fp32; on a Xeon they took longer (bench/NOTES.md).
+// Whether products of bf16 take less time than those of fp32; on a Xeon without AMX they took longer (bench/NOTES.md).
 int has_fast_bf16(void) { return in_tiles(BF16, LANES) || __builtin_cpu_is("amd"); }
 
 /* ---- linear layers ---- */

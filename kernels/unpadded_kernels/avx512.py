@@ -77,7 +77,7 @@ def _kernels() -> tuple[Any, tuple[torch.dtype, ...]]:
         flags.append("-mavx512vnni")
         dtypes.append(torch.int8)
     if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
-        flags += "-mamx-tile", "-mamx-bf16", "-mamx-int8"
+        flags.append("-DAMX")
     try:
         library = ctypes.CDLL(str(_compiled(flags)))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -20,10 +20,8 @@ _ONEDNN_ACTIVATION = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
 }
-
 # Rows from which bits do not depend on their number: oneDNN runs other kernels for few rows (measured: bench/NOTES.md).
 _MIN_ROWS = 128 if torch.__version__.startswith("2.11.") else 2
-
 # Rows per matmul in bf16 with AMX, whose sums depend on the number of rows and of threads (measured: bench/NOTES.md).
 _AMX_ROWS = 128
 
@@ -44,8 +42,10 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None 
     if x.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
         return _onednn_linear(pad_rows(x, _MIN_ROWS), parts, bias, kind)[: x.shape[0]]
     parts = tuple(torch.ops.mkldnn._reorder_linear_weight(part) for part in parts)  # once, not in every block
-    blocks = (_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind) for rows in x.split(_AMX_ROWS))
-    return torch.cat(list(blocks))[: x.shape[0]]
+    y = x.new_empty(x.shape[0], weight.shape[0] // len(parts))
+    for rows, block in zip(x.split(_AMX_ROWS), y.split(_AMX_ROWS), strict=True):
+        block.copy_(_onednn_linear(pad_rows(rows, _AMX_ROWS), parts, bias, kind)[: rows.shape[0]])
+    return y
 
 
 def _onednn_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, kind: str | None) -> Tensor:
