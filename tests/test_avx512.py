@@ -229,7 +229,7 @@ def test_only_even_inputs_can_be_packed():
 
 @pytest.mark.parametrize("in_features", [384, 3072])
 def test_fp32_in_tiles_is_as_exact_as_fp32(in_features):
-    """Three parts of bf16 per value keep what one or two would lose: relative errors of 2e-3 and 1e-5."""
+    """With fewer than the three parts of bf16, or without one of the six products, the error is larger."""
     x, weight = draw(100, in_features), draw(128, in_features)
     assert relative(PackedLinear(weight, None, None)(x), x.double() @ weight.double().T) <= 5e-7
 
