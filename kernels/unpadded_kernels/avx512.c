@@ -1,9 +1,9 @@
 /* Kernels for CPUs with AVX-512, and AMX if they have it: the operations of an encoder, which `avx512.py` compiles and
    describes.
 
-   A sum adds its terms in a fixed order, in one lane of a vector or tile, so its bits depend neither on the number of rows or
-   texts nor on the number of threads. The compiler must not contract multiplications and additions on its own, because
-   it could do so in one copy of an inlined function only.
+   A sum adds its terms in a fixed order, in one lane of a vector or tile, so its bits depend neither on the number of
+   rows or texts nor on the number of threads. The compiler must not contract multiplications and additions on its own,
+   because it could do so in one copy of an inlined function only.
 
    Sizes and strides are in elements. Sums are in fp32, those of 8-bit integers in int32. */
 
