@@ -124,7 +124,7 @@ def test_linear_int8(tiles, dtype, bias, kind, in_features):
     x, weight = draw(600, in_features, dtype=dtype), draw(128, in_features, dtype=dtype) / 10
     added = torch.randn(128) if bias else None
     x[3:5], x[7] = 0, 2.5  # rows of equal values
-    packed = PackedLinear(weight, added, kind, int8=True, dtype=torch.float32)
+    packed = PackedLinear(weight, added, kind, int8=torch.float32)
     whole = packed(x)
     expected = linear_int8_reference(x, weight, added, kind)
     assert whole.dtype == torch.float32 and relative(whole, expected) <= ERROR[torch.int8]
@@ -134,7 +134,7 @@ def test_linear_int8(tiles, dtype, bias, kind, in_features):
         assert torch.equal(packed(x[:rows]), whole[:rows])
     for row in (0, 7, 191, 192, 599):
         assert torch.equal(packed(x[row : row + 1])[0], whole[row])
-    half = PackedLinear(weight, added, kind, int8=True, dtype=torch.bfloat16)
+    half = PackedLinear(weight, added, kind, int8=torch.bfloat16)
     for rows in (9, 600):
         assert torch.equal(half(x[:rows]), whole[:rows].bfloat16())
 
@@ -145,16 +145,16 @@ def test_int8_rows_of_many_features_have_exact_sums():
     x, weight = torch.ones(2, 8192), torch.ones(16, 8192)
     x[:, ::2] = -1
     weight[:, ::2] = -1
-    actual = PackedLinear(weight, None, None, int8=True)(x)
+    actual = PackedLinear(weight, None, None, int8=torch.float32)(x)
     torch.testing.assert_close(actual, torch.full((2, 16), 8192.0), rtol=1e-6, atol=0)
 
 
 @INT8
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [None, torch.float32])
 def test_rows_that_are_not_finite_change_no_other_row(tiles, kind, value, int8):
-    x, packed = torch.randn(300, 192), PackedLinear(torch.randn(128, 192) / 10, torch.randn(128), kind, int8=int8)
+    x, packed = torch.randn(300, 192), PackedLinear(torch.randn(128, 192) / 10, torch.randn(128), kind, int8)
     expected = packed(x)
     spoiled = [0, 5, 191, 192, 299]
     others = [row for row in range(300) if row not in spoiled]
@@ -174,7 +174,7 @@ def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
     expected = x.double() @ weight.double().T
     scale = x.abs().amax(1, keepdim=True) / 127
     symmetric = (x / scale).round().double() @ weight.double().T * scale
-    error = (PackedLinear(weight, None, None, int8=True)(x) - expected).norm()
+    error = (PackedLinear(weight, None, None, int8=torch.float32)(x) - expected).norm()
     assert (symmetric - expected).norm() >= gain * error
 
 
@@ -182,7 +182,7 @@ def test_int8_rows_keep_their_precision_far_from_0(mean, gain):
 def test_int8_weights_of_zeros_give_the_bias():
     weight, bias = torch.zeros(128, 96), torch.randn(128)
     weight[64:] = torch.randn(64, 96)
-    y = PackedLinear(weight, bias, None, int8=True)(torch.randn(5, 96))
+    y = PackedLinear(weight, bias, None, int8=torch.float32)(torch.randn(5, 96))
     assert torch.equal(y[:, :64], bias[:64].expand(5, 64))
 
 

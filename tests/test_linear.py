@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from unpadded.model.layer import MLP, QKV, Layer, LayerNorm, RMSNorm
 from unpadded.model.linear import Linear
 from unpadded.model.weights import int8_linear, packed_linear
 from unpadded_kernels import avx512
 from unpadded_kernels.activation import KINDS, activation_reference
+from unpadded_kernels.attention_cpu import biases_by_distance
 from unpadded_kernels.avx512 import PackedLinear
 from unpadded_kernels.rotary import rotary_reference
 
@@ -70,7 +73,7 @@ def test_qkv_is_rotated(kind, rotary):
 @pytest.mark.skipif(not avx512.supports(torch.int8), reason="needs AVX-512 with VNNI")
 def test_int8_returns_bf16_to_attention_where_that_is_fast(monkeypatch):
     plain, x = draw(3 * HIDDEN), torch.randn(7, HIDDEN)
-    exact = PackedLinear(plain.weight, plain.bias, None, int8=True, dtype=torch.float32)(x)
+    exact = PackedLinear(plain.weight, plain.bias, None, int8=torch.float32)(x)
     for fast in (True, False) if avx512.supports(torch.bfloat16) else (False,):
         monkeypatch.setattr(avx512, "has_fast_bf16", lambda fast=fast: fast)
         for name, dtype in (
@@ -92,7 +95,7 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_a_packed_layer_after_attention_has_the_bits_of_its_steps(dtype, activation, norm):
+def test_a_packed_layer_has_the_bits_of_its_parts(dtype, activation, norm):
     """The same by one to eight threads, which share blocks of rows or, of few rows, panels."""
     if not avx512.supports(dtype):
         pytest.skip("needs AVX-512 and a C compiler")
@@ -102,7 +105,7 @@ def test_a_packed_layer_after_attention_has_the_bits_of_its_steps(dtype, activat
     names["down"] = HIDDEN, 128 if activation == "swiglu" else 256
     linears = {
         name: change(
-            name,
+            f"layers.0.{name}",
             Linear(
                 weight=(torch.randn(shape) * shape[1] ** -0.5).to(stored),
                 bias=torch.randn(shape[0]).to(stored),
@@ -121,16 +124,26 @@ def test_a_packed_layer_after_attention_has_the_bits_of_its_steps(dtype, activat
         mlp_norm=second,
     )
     wide = torch.randn(2000, 3 * HIDDEN).to(stored)
-    attended, residual = wide[:, :HIDDEN], wide[:, HIDDEN : 2 * HIDDEN]  # strided
-    x, total = first(layer.out(attended), residual)
-    expected, (step,) = second(layer.mlp(x), total), layer.steps
+    x, residual = wide[:, :HIDDEN], wide[:, HIDDEN : 2 * HIDDEN]  # strided
+    cos_sin, slopes = torch.randn(2000, HIDDEN // HEADS), torch.tensor([0.5, 0.25, 0.125])
+    lengths = torch.tensor([1, 15, 0, 175, 1, 1, 307, 1500], dtype=torch.int32)
     threads = torch.get_num_threads()
     try:
-        for number in (1, 2, 3, 8):
+        for number, (texts, window) in product((1, 2, 3, 8), ((0, None), (2, None), (4, 20), (6, None), (8, 100))):
             torch.set_num_threads(number)
-            for rows in (0, 1, 16, 191, 192, 193, 500, 2000):
-                found = step(attended[:rows], residual[:rows])
-                assert all(torch.equal(one, exact[:rows]) for one, exact in zip(found, expected, strict=True))
+            cu_seqlens = F.pad(lengths[:texts].cumsum(0, dtype=torch.int32), (1, 0))
+            rows, longest = int(cu_seqlens[-1]), int(lengths[:texts].max()) if texts else 0
+            key_lengths = (lengths[:texts] + 1) // 2 if texts == 6 else None
+            selected = torch.tensor([0, rows // 2, rows // 2, rows - 1], dtype=torch.int32) if texts == 4 else None
+            table = None if texts == 2 else cos_sin[:rows]
+            biases = biases_by_distance(longest, window, slopes if texts == 8 else None, None)
+            mask = cu_seqlens, 0.2, window, biases, key_lengths
+            attended = avx512.attention(layer.qkv(x[:rows], table), *mask)
+            kept = slice(None) if selected is None else selected
+            middle, total = first(layer.out(attended[kept]), residual[:rows][kept])
+            expected = second(layer.mlp(middle), total)
+            found = layer.packed(x[:rows], residual[:rows], table, selected, *mask)
+            assert all(torch.equal(one, exact) for one, exact in zip(found, expected, strict=True))
     finally:
         torch.set_num_threads(threads)
 

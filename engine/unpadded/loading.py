@@ -11,16 +11,15 @@ from typing import TypeAlias, Unpack, cast
 import torch
 
 from unpadded.checkpoint.reader import Checkpoint, open_checkpoint
-from unpadded.checkpoint.spec import EncoderSpec
 from unpadded.engine import Engine
 from unpadded.errors import OptionError
 from unpadded.execution.pipeline import Backend, EmbeddingPipeline
 from unpadded.execution.runner import Runner, check_fork, in_thread
 from unpadded.execution.worker_pool import WorkerPool
-from unpadded.model.attention import Attention, attention_backend
+from unpadded.model.attention import attention_backend
 from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head, stacked
-from unpadded.model.weights import EncoderWeights, int8_linear, load_dense, load_weights, packed_linear
+from unpadded.model.weights import int8_linear, load_dense, load_weights, packed_linear
 from unpadded.options import LoadKeywords, LoadOptions, check_keywords
 from unpadded.tokenization.tokenizer import Tokenizer
 from unpadded_kernels import avx512
@@ -98,7 +97,7 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     attention = attention_backend(options.attention, device, dtype)
     change = int8_linear if options.dtype == "int8" else packed_linear
     weights = load_weights(checkpoint, device=device, dtype=dtype, change=change)
-    encoder = make_encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
+    encoder = Encoder(checkpoint.spec, weights, attention, batch_invariant=options.batch_invariant)
     heads = {"vector": Head(checkpoint.pooling, load_dense(checkpoint.dense, device=device))}
     if checkpoint.score is not None:
         heads["score"] = Head(checkpoint.score.pooling, load_dense(checkpoint.score.dense, device=device))
@@ -111,13 +110,6 @@ def make_runner(checkpoint: Checkpoint, options: LoadOptions, device: torch.devi
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)  # GNU's C library keeps what loading has freed, 20 to 40 MB for MiniLM
     return Runner(encoder, device, heads)
-
-
-def make_encoder(
-    spec: EncoderSpec, weights: EncoderWeights, attention: Attention, *, batch_invariant: bool = False
-) -> Encoder:
-    """Return an encoder that runs on the device of its weights."""
-    return Encoder(spec, weights, attention=attention, batch_invariant=batch_invariant)
 
 
 def _devices(device: Device | Sequence[Device]) -> list[torch.device]:

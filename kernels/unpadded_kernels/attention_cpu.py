@@ -26,8 +26,7 @@ def attention_cpu(
 ) -> Tensor:
     """Compute `attention_reference` for all queries; tile_map is ignored."""
     total_tokens, _, heads, head_dim = qkv.shape
-    biased = window is not None or alibi_slopes is not None or position_bias is not None
-    biases = _biases(max_seqlen, window, alibi_slopes, position_bias) if biased else None
+    biases = biases_by_distance(max_seqlen, window, alibi_slopes, position_bias)
     if avx512.supports(qkv.dtype) and head_dim % 2 == 0:
         return avx512.attention(qkv, cu_seqlens, scale, window, biases, key_lengths)
     out = qkv.new_empty(total_tokens, heads, head_dim)
@@ -44,7 +43,7 @@ def _attend(
 ) -> None:
     """Attend in one text; with a window, a block of queries at a time from the keys that it sees.
 
-    q: [heads, length, head_dim]; k, v: [heads, keys, head_dim]; biases: see `_biases`; writes out, like q.
+    q: [heads, length, head_dim]; k, v: [heads, keys, head_dim]; biases: see `biases_by_distance`; writes out, like q.
     """
     length, keys = q.shape[1], k.shape[1]
     block = length if window is None else max(32, 2 * window)
@@ -63,13 +62,15 @@ def _attend(
         out[:, start:stop] = attended.flip(1)
 
 
-def _biases(length: int, window: int | None, alibi_slopes: Tensor | None, position_bias: Tensor | None) -> Tensor:
-    """Return the bias of each distance key - query from 1 - length on: [heads or 1, 2 * length - 1] fp32."""
+def biases_by_distance(length: int, window: int | None, slopes: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Return the bias of each distance key - query from 1 - length on, or None: [heads or 1, 2 * length - 1] fp32."""
+    if window is None and slopes is None and bias is None:
+        return None
     distance = torch.arange(1 - length, length)
     biases = torch.zeros(1, len(distance))
-    if alibi_slopes is not None:
-        biases = biases - alibi_slopes[:, None] * distance.abs()
-    if position_bias is not None:
-        reach = position_bias.shape[1] // 2
-        biases = biases + position_bias[:, distance.clamp(-reach, reach) + reach]
+    if slopes is not None:
+        biases = biases - slopes[:, None] * distance.abs()
+    if bias is not None:
+        reach = bias.shape[1] // 2
+        biases = biases + bias[:, distance.clamp(-reach, reach) + reach]
     return biases if window is None else biases.masked_fill(distance.abs() > window, float("-inf"))

@@ -646,9 +646,9 @@ INLINE void attention_block(const Attention *a, int dtype, Work *w, const char *
     }
 }
 
-void attention(int threads, int dtype, long texts, long heads, long head_dim, long window, long bias_stride, long reach,
-               float scale, const void *qkv, const int32_t *cu_seqlens, const int32_t *key_lengths,
-               const float *bias, void *out) {
+void attention(int threads, int dtype, long heads, long head_dim, long texts, long window, long bias_stride, long reach,
+               float scale, const void *qkv, void *out, const int32_t *cu_seqlens, const int32_t *key_lengths,
+               const float *bias) {
     const long size = size_of(dtype);
     const Attention a = {heads, head_dim, head_dim * size / 4, 3 * heads * head_dim, window, bias_stride, reach,
                          scale * 1.4426950408889634f, bias};
@@ -856,12 +856,13 @@ void mean_pool(int threads, int dtype, long texts, long hidden, long x_stride, c
     }
 }
 
-/* ---- a layer after attention ---- */
+/* ---- a layer ---- */
 
 typedef struct {  // avx512.py writes its members, all of 8 bytes
-    Linear out, up, down;
+    Linear qkv, out, up, down;
     Norm attention_norm, mlp_norm;
-} AfterAttention;
+    long heads;
+} Layer;
 
 // Compute rows with all threads of a parallel region, or up to ROW_BLOCK rows with this one alone if threads is 0.
 INLINE void linear_step(const Linear *l, Rows x, char *y, long rows, int threads) {
@@ -878,7 +879,7 @@ INLINE void norm_step(const Norm *n, float eps, Rows x, Rows residual, char *y, 
 }
 
 // Compute rows of x and of total, the next residual, which is NULL in a post-norm encoder; threads: as above.
-static void after_attention_rows(const AfterAttention *l, float eps, Rows attended, Rows residual, char *x, char *total,
+static void after_attention_rows(const Layer *l, float eps, Rows attended, Rows residual, char *x, char *total,
                                  long rows, char *work, int threads) {
     const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden;
     const long size = rows * hidden * size_of(dtype);
@@ -892,26 +893,48 @@ static void after_attention_rows(const AfterAttention *l, float eps, Rows attend
     norm_step(&l->mlp_norm, eps, to_norm, to_add, x, total, rows, threads);
 }
 
-// Threads share every step if rows are few. Otherwise each computes blocks; intermediate results stay in its cache.
-void after_attention(int threads, long rows, float eps, const AfterAttention *l, int attended_dtype,
-                     long attended_stride, const void *attended, long residual_stride, const void *residual, void *x,
-                     void *total) {
+// What follows attention. Threads share every step if rows are few. Otherwise each computes blocks; intermediate results
+// stay in its cache.
+static void after_attention(int threads, long rows, float eps, const Layer *l, Rows attended, Rows residual, char *x,
+                            char *total) {
     const long dtype = l->attention_norm.dtype, row_size = l->attention_norm.hidden * size_of(dtype);
     const int few = rows < ROW_BLOCK * threads;
     const long block = few ? rows : block_of(rows, threads);
     const long work_size = block * (3 * row_size + l->up.out_features * size_of(l->up.y_dtype));
-    const Rows from = {attended, attended_dtype, attended_stride}, added = {residual, dtype, residual_stride};
     char *work = few ? allocate(work_size) : NULL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     if (few)
-        after_attention_rows(l, eps, from, added, x, total, rows, work, threads);
+        after_attention_rows(l, eps, attended, residual, x, total, rows, work, threads);
     else {
         char *own = allocate(work_size);
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < rows; row += block)
-            after_attention_rows(l, eps, rows_from(from, row), rows_from(added, row), (char *)x + row * row_size,
-                                 total ? (char *)total + row * row_size : NULL, MIN(block, rows - row), own, 0);
+            after_attention_rows(l, eps, rows_from(attended, row), rows_from(residual, row), x + row * row_size,
+                                 total ? total + row * row_size : NULL, MIN(block, rows - row), own, 0);
         free(own);
     }
     free(work);
+}
+
+static Rows copy_of(Rows rows, long hidden, long n, const int32_t *selected) {
+    const long size = hidden * size_of(rows.dtype);
+    char *to = allocate(n * size);
+    for (long i = 0; i < n; i++) memcpy(to + i * size, rows_from(rows, selected[i]).first, size);
+    return (Rows){to, rows.dtype, hidden};
+}
+
+// selected: the `rows` tokens of which results are stored in y and total, or NULL for all; qkv, attended: memory.
+void layer(int threads, long tokens, long x_stride, long residual_stride, long rows, float eps, long texts, long window,
+           long bias_stride, long reach, float scale, const Layer *l, const void *x, const void *residual,
+           const float *cos_sin, const int32_t *selected, void *qkv, void *attended, void *y, void *total,
+           const int32_t *cu_seqlens, const int32_t *key_lengths, const float *bias) {
+    const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden, head_dim = hidden / l->heads;
+    Rows out = {attended, l->qkv.y_dtype, hidden}, added = {residual, dtype, residual_stride};
+    linear(threads, dtype, tokens, x_stride, &l->qkv, x, qkv);
+    if (cos_sin) rotary(threads, out.dtype, tokens, l->heads, head_dim, qkv, cos_sin);
+    attention(threads, out.dtype, l->heads, head_dim, texts, window, bias_stride, reach, scale, qkv, attended,
+              cu_seqlens, key_lengths, bias);
+    if (selected) out = copy_of(out, hidden, rows, selected), added = copy_of(added, hidden, rows, selected);
+    after_attention(threads, rows, eps, l, out, added, y, total);
+    if (selected) free((char *)out.first), free((char *)added.first);
 }

@@ -44,7 +44,7 @@ _SIGNATURES = {
     "linear": "iillppp",
     "attention": "iillllllfppppp",
     "norm": "ilfllpplplppp",
-    "after_attention": "ilfpilplppp",
+    "layer": "illllfllllfpppppppppppp",
     "embedding": "ilfllpppp",
     "mean_pool": "iilllppp",
     "maxima": "iilllllpppp",
@@ -116,22 +116,16 @@ class PackedLinear:
     """A linear layer, activation(x @ weight.T + bias), that holds a copy of its weight in the layout of the kernels."""
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        *,
-        int8: bool = False,
-        dtype: torch.dtype | None = None,
+        self, weight: Tensor, bias: Tensor | None, activation: str | None, int8: torch.dtype | None = None
     ) -> None:
-        """weight: [out_features, in_features], one that `can_pack`; dtype: of the result, by default the weight's.
+        """weight: [out_features, in_features], one that `can_pack`; int8: of 8-bit integers, the dtype of the result.
 
         A gated activation combines the first half of the rows, gate, with the second one, up.
         """
-        self.shape, self.activation, self.int8, self.dtype = weight.shape, activation, int8, dtype or weight.dtype
-        self.out_features, self.bias = len(weight) // (2 if activation in GATED else 1), bias
+        self.activation, self.dtype, self.int8 = activation, int8 or weight.dtype, int8 is not None
+        self.shape, self.out_features, self.bias = weight.shape, len(weight) // (2 if activation in GATED else 1), bias
         vectors: list[Tensor | None] = [None] * 3
-        if int8:
+        if self.int8:
             weight, scale = quantize_weight(weight)
             total = weight.sum(1)
             vectors = [self._by_panel(one[:, None]).flatten() for one in (scale, total * scale, (-128 * total).int())]
@@ -168,8 +162,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Return [total_tokens, out_features].
 
-        x: [total_tokens, in_features] in the weight's dtype, or float32 or bfloat16 if that is int8. Rows are
-        contiguous.
+        x: [total_tokens, in_features], with contiguous rows, in the weight's dtype; fp32 or bf16 if that is int8.
         """
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
         sizes = torch.get_num_threads(), _DTYPES[x.dtype], x.shape[0], x.stride(0)
@@ -191,59 +184,73 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).round_().to(torch.int8), scale
 
 
-class AfterAttention:
-    """A layer after attention in one call: x, r = norm(out(attended), residual), then norm(down(up(x)), r).
+class PackedLayer:
+    """A layer of an encoder in one call. With attended = attention(rotary(qkv(x))), x and r the residual:
+
+        x, r = attention_norm(out(attended), r)        x, r = mlp_norm(down(up(x)), r)
 
     A norm returns its result and the next residual: the sum before it with `prenorm`, otherwise the result, too.
     """
 
     def __init__(
-        self, linears: Sequence[PackedLinear], norms: Sequence[tuple[Tensor, Tensor | None]], eps: float, prenorm: bool
+        self, linears: Sequence[PackedLinear], norms: Sequence[Sequence[Any]], heads: int, eps: float, prenorm: bool
     ) -> None:
-        """linears: out, up and down; norms: weight and bias of each, None for RMSNorm, in the dtype of the results."""
+        """linears: qkv, out, up and down; norms: weight and bias of each, None for RMSNorm, in the dtype of out."""
         vectors = [None if one is None else one.detach() for norm in norms for one in norm]
         self._memory, self._eps, self._prenorm = (linears, vectors), eps, prenorm
         members = [member for linear in linears for member in linear.members]
         for norm in vectors[:2], vectors[2:]:
-            members += _DTYPES[linears[0].dtype], linears[0].out_features, *map(_address, norm)
-        self._struct = torch.tensor(members)
+            members += _DTYPES[linears[1].dtype], linears[1].out_features, *map(_address, norm)
+        self._struct = torch.tensor([*members, heads])
+        self._attended = linears[0].dtype
 
-    def __call__(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """attended, residual: [total_tokens, hidden], with contiguous rows. Returns (x, residual), of that shape."""
-        x = torch.empty(residual.shape, dtype=residual.dtype)
-        total = torch.empty_like(x) if self._prenorm else None
-        sizes = torch.get_num_threads(), x.shape[0], self._eps, self._struct.data_ptr(), _DTYPES[attended.dtype]
-        rows = attended.stride(0), _address(attended), residual.stride(0), _address(residual)
-        _kernels()[0].after_attention(*sizes, *rows, _address(x), _address(total))
-        return x, x if total is None else total
+    def __call__(
+        self, x: Tensor, residual: Tensor, cos_sin: Tensor | None, selected: Tensor | None, *mask: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x, residual) of all tokens, or of the selected ones: [n, hidden].
+
+        x, residual: [total_tokens, hidden], with contiguous rows; selected: [n] int32; mask: see `_mask`.
+        """
+        (tokens, hidden), n = x.shape, len(x) if selected is None else len(selected)
+        y = torch.empty(n, hidden, dtype=x.dtype)
+        total = torch.empty_like(y) if self._prenorm else None
+        qkv = torch.empty(tokens, 3 * hidden, dtype=self._attended)
+        attended = torch.empty(tokens, hidden, dtype=self._attended)
+        numbers, tensors = _mask(*mask)
+        sizes = torch.get_num_threads(), tokens, x.stride(0), residual.stride(0), n, self._eps
+        pointers = map(_address, (self._struct, x, residual, cos_sin, selected, qkv, attended, y, total, *tensors))
+        _kernels()[0].layer(*sizes, *numbers, *pointers)
+        return y, y if total is None else total
 
 
-def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int | None,
-    biases: Tensor | None,
-    key_lengths: Tensor | None,
-) -> Tensor:
+def attention(qkv: Tensor, *mask: Any) -> Tensor:
     """Compute `attention_reference`: [total_tokens, heads * head_dim].
 
-    qkv: [total_tokens, 3, heads, head_dim] with an even head_dim; biases: [1 or heads, 2 * n - 1] fp32, one per
-    distance key - query from 1 - n on, n being the number of tokens of the longest text.
+    qkv: [total_tokens, 3, heads, head_dim] with an even head_dim; mask: see `_mask`.
     """
-    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.int()
-    key_lengths = None if key_lengths is None else key_lengths.int()
+    qkv, (numbers, tensors) = qkv.contiguous(), _mask(*mask)
     total_tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_tokens, heads * head_dim)
+    sizes = torch.get_num_threads(), _DTYPES[qkv.dtype], heads, head_dim
+    _kernels()[0].attention(*sizes, *numbers, *map(_address, (qkv, out, *tensors)))
+    return out
+
+
+def _mask(
+    cu_seqlens: Tensor, scale: float, window: int | None, biases: Tensor | None, key_lengths: Tensor | None
+) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
+    """Return the arguments of attention in C, and the tensors whose addresses follow.
+
+    biases: [1 or heads, 2 * n - 1] fp32, one per distance key - query from 1 - n on, n being the number of tokens of
+    the longest text.
+    """
     bias_stride = reach = 0
     if biases is not None:  # by distance query - key, and as many more as a vector reads beyond the last query
         reach = biases.shape[1] // 2
         biases = F.pad(biases.flip(1) * math.log2(math.e), (0, _PANEL))
         bias_stride = biases.shape[1] if len(biases) > 1 else 0
-    sizes = cu_seqlens.shape[0] - 1, heads, head_dim, -1 if window is None else window, bias_stride, reach, scale
-    pointers = map(_address, (qkv, cu_seqlens, key_lengths, biases, out))
-    _kernels()[0].attention(torch.get_num_threads(), _DTYPES[qkv.dtype], *sizes, *pointers)
-    return out
+    numbers = cu_seqlens.shape[0] - 1, -1 if window is None else window, bias_stride, reach, scale
+    return numbers, (cu_seqlens.int(), None if key_lengths is None else key_lengths.int(), biases)
 
 
 def norm(

@@ -312,7 +312,7 @@ def _scores(activation: str, logits: np.ndarray) -> np.ndarray:
 
 def _check_finite(rows: np.ndarray, window: Window, batch: Sequence[int], options: VectorOptions) -> None:
     """Raise OutputError unless the rows of a batch are finite. batch: indices into `window.sequences`."""
-    if rows.dtype == object:  # of `wait_for_terms`, which `sparse` checks
+    if rows.dtype == object or np.isfinite(rows).all():  # objects, of `wait_for_terms`, are checked by `sparse`
         return
     wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(wrong):

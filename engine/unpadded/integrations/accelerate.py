@@ -21,8 +21,9 @@ from unpadded.errors import OptionError
 from unpadded.execution.runner import Runner
 from unpadded.integrations.padding import PaddedInputs
 from unpadded.integrations.transformers import NO_ATTENTIONS, run_padded
-from unpadded.loading import DTYPES, make_encoder
+from unpadded.loading import DTYPES
 from unpadded.model.attention import attention_backend
+from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head
 from unpadded.model.weights import assemble
 
@@ -223,13 +224,10 @@ def _runner(model: Any, state: _State, parameters: list[nn.Parameter]) -> Runner
     """
     if state.runner is None or state.pointers != [parameter.data_ptr() for parameter in parameters]:
         spec, names = _match(model)  # again, because the vocabulary may have been resized
-        tensors = {
-            weight: _stack_in_place([model.get_parameter(name) for name in found]) for weight, found in names.items()
-        }
+        tensors = {key: _stack_in_place([model.get_parameter(name) for name in found]) for key, found in names.items()}
         weights = assemble(spec, tensors)
-        device, dtype = weights.word.device, weights.word.dtype
-        encoder = make_encoder(spec, weights, attention_backend("auto", device, dtype))
-        state.runner = Runner(encoder, device, {"vector": Head("mean")})
+        encoder = Encoder(spec, weights, attention_backend("auto", weights.word.device, weights.word.dtype))
+        state.runner = Runner(encoder, weights.word.device, {"vector": Head("mean")})
         state.pointers = [parameter.data_ptr() for parameter in parameters]
     return state.runner
 

@@ -32,8 +32,9 @@ from unpadded.errors import OptionError
 from unpadded.execution.pipeline import EmbeddingPipeline
 from unpadded.execution.runner import Runner, in_thread
 from unpadded.integrations.padding import PaddedInputs, pad, to_device, unpad
-from unpadded.loading import DTYPES, load, make_encoder
+from unpadded.loading import DTYPES, load
 from unpadded.model.attention import attention_backend
+from unpadded.model.encoder import Encoder
 from unpadded.model.heads import Head
 from unpadded.model.tensor_loader import STORED_DTYPES
 from unpadded.model.weights import EncoderWeights, packed_linear, plain_weights
@@ -203,7 +204,7 @@ class UnpaddedModel(nn.Module):
         backend = attention_backend(attention if device.type == "cuda" else "auto", device, self.dtype)
         plain = checkpoint.spec.lora is not None  # a LoRA task rewrites the weights
         packed = self._weights if plain else in_thread(partial(self._weights.map_linears, packed_linear))
-        encoder = make_encoder(checkpoint.spec, packed, backend)
+        encoder = Encoder(checkpoint.spec, packed, backend)
         runner = Runner(encoder, device, {name: head.to(device) for name, head in heads.items()})
         self.engine = Engine(EmbeddingPipeline(checkpoint, tokenizer, runner, budget))
 

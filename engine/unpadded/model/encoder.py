@@ -4,8 +4,8 @@ One layer is, with x = r in the first one,
     x, r = attention_norm(out(attention(rotary(qkv(x)))), r)
     x, r = mlp_norm(down(activation(up(x))), r)
 where a norm returns its result and the next residual: the result too in a post-norm encoder, the sum before it in a
-pre-norm one. How a linear is computed, what a family adds to a norm or an MLP, and in how many `steps` all that follows
-attention is computed, is in the objects of `layer`.
+pre-norm one. How a linear is computed, what a family adds to a norm or an MLP, and whether a layer is one call, is in
+the objects of `layer`.
 """
 
 import threading
@@ -22,6 +22,7 @@ from unpadded.model.layer import RMSNorm
 from unpadded.model.lora import TaskWeights
 from unpadded.model.weights import EncoderWeights, invariant_weights
 from unpadded_kernels import embedding, linear, linear_invariant, rotary_cos_sin
+from unpadded_kernels.attention_cpu import biases_by_distance
 from unpadded_kernels.avx512 import PackedLinear
 
 
@@ -35,7 +36,7 @@ class Encoder:
     """
 
     def __init__(
-        self, spec: EncoderSpec, weights: EncoderWeights, *, attention: Attention, batch_invariant: bool
+        self, spec: EncoderSpec, weights: EncoderWeights, attention: Attention, *, batch_invariant: bool = False
     ) -> None:
         self.spec = spec
         self.weights = invariant_weights(weights) if batch_invariant else weights
@@ -88,12 +89,16 @@ class Encoder:
             chosen = selected if layer is weights.layers[-1] else None
             if chosen is not None:
                 batch = replace(batch, tile_map=chosen.tile_map)
-            rest = batch, self._scale, window, self._alibi_slopes, bias
-            x = self.attention.attend(layer.qkv(x, cos_sin), *rest)
-            if chosen is not None:
-                x, residual = x[chosen.indices], residual[chosen.indices]
-            for step in layer.steps:
-                x, residual = step(x, residual)
+            if (packed := layer.packed) is not None:
+                biases = biases_by_distance(batch.max_seqlen, window, self._alibi_slopes, bias)
+                mask = batch.cu_seqlens, self._scale, window, biases, batch.key_lengths
+                x, residual = packed(x, residual, cos_sin, None if chosen is None else chosen.indices, *mask)
+            else:
+                x = self.attention.attend(layer.qkv(x, cos_sin), batch, self._scale, window, self._alibi_slopes, bias)
+                if chosen is not None:
+                    x, residual = x[chosen.indices], residual[chosen.indices]
+                x, residual = layer.attention_norm(layer.out(x), residual)
+                x, residual = layer.mlp_norm(layer.mlp(x), residual)
             if states is not None:
                 states.append(residual)
         if states is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from unpadded.checkpoint.spec import Activation
 from unpadded.model.linear import AnyLinear
 from unpadded_kernels import add_layer_norm, expert_mlp, pre_layer_norm, rms_norm, rotary_
-from unpadded_kernels.avx512 import AfterAttention, PackedLinear
+from unpadded_kernels.avx512 import PackedLayer, PackedLinear
 
 # of layers after the encoder
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
@@ -100,15 +100,14 @@ class Layer:
     mlp_norm: Norm
 
     @cached_property
-    def steps(self) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...]:
-        """Functions (x, residual) -> (x, residual) that follow attention: two, or one if their linears are packed."""
-        out, mlp, first, second = self.out, self.mlp, self.attention_norm, self.mlp_norm
-        linears = (out, mlp.up, mlp.down) if isinstance(mlp, MLP) else ()
-        packed = [one for one in linears if isinstance(one, PackedLinear)]
-        if len(packed) == 3:
-            norms = [(norm.weight, getattr(norm, "bias", None)) for norm in (first, second)]
-            return (AfterAttention(packed, norms, first.eps, getattr(first, "prenorm", True)),)
-        return (lambda x, residual: first(out(x), residual)), (lambda x, residual: second(mlp(x), residual))
+    def packed(self) -> PackedLayer | None:
+        """The layer in one call if all its linears are packed."""
+        linears = [one for one in self.linears.values() if isinstance(one, PackedLinear)]
+        if len(linears) < 4 or linears[0].shape[1] // self.qkv.heads % 2:
+            return None
+        first = self.attention_norm
+        norms = [(norm.weight, getattr(norm, "bias", None)) for norm in (first, self.mlp_norm)]
+        return PackedLayer(linears, norms, self.qkv.heads, first.eps, getattr(first, "prenorm", True))
 
     @property
     def linears(self) -> dict[str, AnyLinear]:

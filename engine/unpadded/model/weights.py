@@ -162,8 +162,7 @@ def plain_weights(weights: EncoderWeights) -> EncoderWeights:
     def plain(_: str, linear: AnyLinear) -> AnyLinear:
         if not isinstance(linear, PackedLinear):
             return linear
-        activation = cast(Activation | None, linear.activation)
-        return Linear(weight=linear.unpack(), bias=linear.bias, activation=activation)
+        return Linear(weight=linear.unpack(), bias=linear.bias, activation=cast(Activation | None, linear.activation))
 
     return weights.map_linears(plain)
 
@@ -173,7 +172,7 @@ def int8_linear(name: str, linear: AnyLinear) -> AnyLinear:
     if not isinstance(linear, Linear):
         return linear
     dtype = torch.bfloat16 if name.endswith(".qkv") and avx512.has_fast_bf16() else torch.float32
-    return PackedLinear(linear.weight, linear.bias, linear.activation, int8=True, dtype=dtype)
+    return PackedLinear(linear.weight, linear.bias, linear.activation, int8=dtype)
 
 
 def invariant_weights(weights: EncoderWeights) -> EncoderWeights:

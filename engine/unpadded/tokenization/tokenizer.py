@@ -175,9 +175,6 @@ class Tokenizer:
         for (index, item), encoding in zip(items.items(), encodings, strict=True):
             yield read_sections(item, index, encoding, *fixed)
 
-    def _tokens(self, ids: list[int], *, truncated: bool) -> Tokens:
-        return Tokens(np.array(self._leading + ids + self._trailing, np.int32), truncated)
-
     def _token_limit(self, prompt: str, max_length: int) -> int:
         """Return the maximum number of tokens of prompt + text; OptionError if the prompt leaves none for the text."""
         if not isinstance(prompt, str) or _find_surrogate(prompt) is not None:
