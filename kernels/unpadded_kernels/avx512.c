@@ -924,16 +924,18 @@ static Rows copy_of(Rows rows, long hidden, long n, const int32_t *selected) {
     return (Rows){to, rows.dtype, hidden};
 }
 
-// selected: the `rows` tokens of which results are stored in y and total, or NULL for all; qkv, attended: memory.
-void layer(int threads, long tokens, long x_stride, long residual_stride, long rows, float eps, long texts, long window,
-           long bias_stride, long reach, float scale, const Layer *l, const void *x, const void *residual,
-           const float *cos_sin, const int32_t *selected, void *qkv, void *attended, void *y, void *total,
-           const int32_t *cu_seqlens, const int32_t *key_lengths, const float *bias) {
+// selected: the `rows` tokens of which results are stored in y and total, or NULL for all, then these may be x and
+// residual; memory: for qkv and the result of attention.
+void layer(int threads, long tokens, long rows, float eps, long texts, long window, long bias_stride, long reach,
+           float scale, const Layer *l, const void *x, const void *residual, const float *cos_sin,
+           const int32_t *selected, void *memory, void *y, void *total, const int32_t *cu_seqlens,
+           const int32_t *key_lengths, const float *bias) {
     const long dtype = l->attention_norm.dtype, hidden = l->attention_norm.hidden, head_dim = hidden / l->heads;
-    Rows out = {attended, l->qkv.y_dtype, hidden}, added = {residual, dtype, residual_stride};
-    linear(threads, dtype, tokens, x_stride, &l->qkv, x, qkv);
-    if (cos_sin) rotary(threads, out.dtype, tokens, l->heads, head_dim, qkv, cos_sin);
-    attention(threads, out.dtype, l->heads, head_dim, texts, window, bias_stride, reach, scale, qkv, attended,
+    char *attended = (char *)memory + 3 * tokens * hidden * size_of(l->qkv.y_dtype);
+    Rows out = {attended, l->qkv.y_dtype, hidden}, added = {residual, dtype, hidden};
+    linear(threads, dtype, tokens, hidden, &l->qkv, x, memory);
+    if (cos_sin) rotary(threads, out.dtype, tokens, l->heads, head_dim, memory, cos_sin);
+    attention(threads, out.dtype, l->heads, head_dim, texts, window, bias_stride, reach, scale, memory, attended,
               cu_seqlens, key_lengths, bias);
     if (selected) out = copy_of(out, hidden, rows, selected), added = copy_of(added, hidden, rows, selected);
     after_attention(threads, rows, eps, l, out, added, y, total);

@@ -44,7 +44,7 @@ _SIGNATURES = {
     "linear": "iillppp",
     "attention": "iillllllfppppp",
     "norm": "ilfllpplplppp",
-    "layer": "illllfllllfpppppppppppp",
+    "layer": "illfllllfppppppppppp",
     "embedding": "ilfllpppp",
     "mean_pool": "iilllppp",
     "maxima": "iilllllpppp",
@@ -202,25 +202,24 @@ class PackedLayer:
         for norm in vectors[:2], vectors[2:]:
             members += _DTYPES[linears[1].dtype], linears[1].out_features, *map(_address, norm)
         self._struct = torch.tensor([*members, heads])
-        self._attended = linears[0].dtype
 
     def __call__(
-        self, x: Tensor, residual: Tensor, cos_sin: Tensor | None, selected: Tensor | None, *mask: Any
+        self, x: Tensor, residual: Tensor, cos_sin: Tensor | None, selected: Tensor | None, memory: Tensor, *mask: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return (x, residual) of all tokens, or of the selected ones: [n, hidden].
+        """Overwrite x and residual, or return those of the selected tokens: [n, hidden].
 
-        x, residual: [total_tokens, hidden], with contiguous rows; selected: [n] int32; mask: see `_mask`.
+        x, residual: [total_tokens, hidden], contiguous; selected: [n] int32; memory: at least 4 * total_tokens * hidden
+        fp32, for q, k, v and the result of attention; mask: see `_mask`.
         """
-        (tokens, hidden), n = x.shape, len(x) if selected is None else len(selected)
-        y = torch.empty(n, hidden, dtype=x.dtype)
-        total = torch.empty_like(y) if self._prenorm else None
-        qkv = torch.empty(tokens, 3 * hidden, dtype=self._attended)
-        attended = torch.empty(tokens, hidden, dtype=self._attended)
+        if self._prenorm and residual is x:
+            residual = x.clone()
+        y = x if selected is None else torch.empty(len(selected), x.shape[1], dtype=x.dtype)
+        total = residual if selected is None else torch.empty_like(y)
         numbers, tensors = _mask(*mask)
-        sizes = torch.get_num_threads(), tokens, x.stride(0), residual.stride(0), n, self._eps
-        pointers = map(_address, (self._struct, x, residual, cos_sin, selected, qkv, attended, y, total, *tensors))
-        _kernels()[0].layer(*sizes, *numbers, *pointers)
-        return y, y if total is None else total
+        sizes = torch.get_num_threads(), len(x), len(y), self._eps
+        pointers = self._struct, x, residual, cos_sin, selected, memory, y, total if self._prenorm else None, *tensors
+        _kernels()[0].layer(*sizes, *numbers, *map(_address, pointers))
+        return y, total if self._prenorm else y
 
 
 def attention(qkv: Tensor, *mask: Any) -> Tensor:

@@ -133,12 +133,7 @@ def _linear_kernel(
             tl.store(y_target + token[:, None] * OUT + n[None, :], y, mask=token_mask & n_mask[None, :])
 
 
-def linear_invariant_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: str | None = None,
-) -> Tensor:
+def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Tensor:
     """Launch as many programs as run at once. Rows may be strided, their elements may not.
 
     The dimensions alone fix the tiles and the order of additions.

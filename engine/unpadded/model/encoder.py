@@ -32,7 +32,8 @@ class Encoder:
     attention: over packed qkv, see `attention_backend`.
     batch_invariant: a row's bits do not depend on the number of rows, on CUDA too.
 
-    A runner holds `lock` and runs on `stream`, because the next batch overwrites the weights of a LoRA task.
+    A runner holds `lock` and runs on `stream`, because the next batch overwrites the weights of a LoRA task and the
+    memory of packed layers, which is as large as the largest batch needed.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Encoder:
         self.attention = attention
         self._tasks = TaskWeights(spec.lora, self.weights) if spec.lora else None
         self._scale = spec.head_dim**-0.5
+        self._memory = torch.empty(0)
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(weights.word.device) if weights.word.is_cuda else None
         self._alibi_slopes = torch.tensor(spec.alibi_slopes, device=weights.word.device) if spec.alibi else None
@@ -89,10 +91,14 @@ class Encoder:
             chosen = selected if layer is weights.layers[-1] else None
             if chosen is not None:
                 batch = replace(batch, tile_map=chosen.tile_map)
-            if (packed := layer.packed) is not None:
+            if states is None and (packed := layer.packed) is not None:
+                if self._memory.numel() < 4 * x.numel():
+                    self._memory = torch.empty(4 * x.numel())
                 biases = biases_by_distance(batch.max_seqlen, window, self._alibi_slopes, bias)
                 mask = batch.cu_seqlens, self._scale, window, biases, batch.key_lengths
-                x, residual = packed(x, residual, cos_sin, None if chosen is None else chosen.indices, *mask)
+                x, residual = packed(
+                    x, residual, cos_sin, None if chosen is None else chosen.indices, self._memory, *mask
+                )
             else:
                 x = self.attention.attend(layer.qkv(x, cos_sin), batch, self._scale, window, self._alibi_slopes, bias)
                 if chosen is not None:
