@@ -660,7 +660,6 @@ void attention(int threads, int dtype, long heads, long head_dim, long texts, lo
         tasks[text + 1] = tasks[text] + heads * ((length + QUERY_BLOCK - 1) / QUERY_BLOCK);
     }
     const long panels = (MIN(longest, QUERY_BLOCK) + PANEL - 1) / PANEL;
-    const long adjacent = MIN(heads, tasks[texts] / (8 * threads) + 1);  // heads of a text, if there are enough tasks
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Work w;
@@ -669,7 +668,7 @@ void attention(int threads, int dtype, long heads, long head_dim, long texts, lo
         w.scores = w.out + panels * PANEL * head_dim;
         w.v = (uint32_t *)w.scores + KEY_BLOCK * PANEL;
         long text = 0;
-#pragma omp for schedule(dynamic, adjacent)
+#pragma omp for schedule(dynamic)
         for (long task = 0; task < tasks[texts]; task++) {
             while (task >= tasks[text + 1]) text++;
             while (task < tasks[text]) text--;

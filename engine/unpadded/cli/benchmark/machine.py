@@ -123,8 +123,10 @@ def _output(*command: str) -> str:
 
 def _cpu_name() -> str:
     text = file.read_text() if (file := Path("/proc/cpuinfo")).exists() else ""
-    found = re.search(r"^model name\s*: *(.*\S)", text, re.MULTILINE)
-    return (found[1] if found else platform.processor()) + " with AMX" * ("amx_tile" in text)
+    found = dict(re.findall(r"^(model name|cpu family)\s*: *(.*\S)", text, re.MULTILINE))
+    name = found.get("model name", platform.processor()) + " with AMX" * ("amx_tile" in text)
+    # in a virtual machine, the name is the same for all generations: family 25 is Zen 3 and 4, 26 is Zen 5
+    return f"{name} (family {found['cpu family']})" if name.startswith("AMD") else name
 
 
 def _version(package: str) -> str | None:
