@@ -893,8 +893,8 @@ static void after_attention_rows(const Layer *l, float eps, Rows attended, Rows 
     norm_step(&l->mlp_norm, eps, to_norm, to_add, x, total, rows, threads);
 }
 
-// What follows attention. Threads share every step if rows are few. Otherwise each computes blocks; intermediate results
-// stay in its cache.
+// What follows attention. Threads share every step if rows are few. Otherwise each computes blocks, and intermediate
+// results stay in its cache.
 static void after_attention(int threads, long rows, float eps, const Layer *l, Rows attended, Rows residual, char *x,
                             char *total) {
     const long dtype = l->attention_norm.dtype, row_size = l->attention_norm.hidden * size_of(dtype);
@@ -923,8 +923,8 @@ static Rows copy_of(Rows rows, long hidden, long n, const int32_t *selected) {
     return (Rows){to, rows.dtype, hidden};
 }
 
-// selected: the `rows` tokens of which results are stored in y and total, or NULL for all, then these may be x and
-// residual; memory: for qkv and the result of attention.
+// Store the results of the `rows` selected tokens in y and total; selected NULL: of all, and y and total may be x and
+// residual. memory: for qkv and the result of attention.
 void layer(int threads, long tokens, long rows, float eps, long texts, long window, long bias_stride, long reach,
            float scale, const Layer *l, const void *x, const void *residual, const float *cos_sin,
            const int32_t *selected, void *memory, void *y, void *total, const int32_t *cu_seqlens,
