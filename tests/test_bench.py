@@ -431,3 +431,17 @@ def test_infinity_that_does_not_start_raises(tmp_path):
     program.chmod(0o755)
     with pytest.raises(SystemExit, match="infinity did not start"), server.Infinity(program, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 25)"),
+        ("cpu family\t: 6\nmodel name\t: Xeon\nflags\t\t: amx_tile\n", "Xeon with AMX"),
+        ("model name\t: AMD EPYC\n", "AMD EPYC"),
+    ],
+)
+def test_a_processor_is_named_with_what_its_speed_depends_on(text, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+    assert machine._cpu_name() == expected

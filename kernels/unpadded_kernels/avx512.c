@@ -916,7 +916,7 @@ static void after_attention(int threads, long rows, float eps, const Layer *l, R
     free(work);
 }
 
-static Rows copy_of(Rows rows, long hidden, long n, const int32_t *selected) {
+static Rows gather(Rows rows, long hidden, long n, const int32_t *selected) {
     const long size = hidden * size_of(rows.dtype);
     char *to = allocate(n * size);
     for (long i = 0; i < n; i++) memcpy(to + i * size, rows_from(rows, selected[i]).first, size);
@@ -936,7 +936,7 @@ void layer(int threads, long tokens, long rows, float eps, long texts, long wind
     if (cos_sin) rotary(threads, out.dtype, tokens, l->heads, head_dim, memory, cos_sin);
     attention(threads, out.dtype, l->heads, head_dim, texts, window, bias_stride, reach, scale, memory, attended,
               cu_seqlens, key_lengths, bias);
-    if (selected) out = copy_of(out, hidden, rows, selected), added = copy_of(added, hidden, rows, selected);
+    if (selected) out = gather(out, hidden, rows, selected), added = gather(added, hidden, rows, selected);
     after_attention(threads, rows, eps, l, out, added, y, total);
     if (selected) free((char *)out.first), free((char *)added.first);
 }

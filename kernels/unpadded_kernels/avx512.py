@@ -118,7 +118,7 @@ class PackedLinear:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: str | None, int8: torch.dtype | None = None
     ) -> None:
-        """weight: [out_features, in_features], one that `can_pack`; int8: of 8-bit integers, the dtype of the result.
+        """weight: [out_features, in_features], one that `can_pack`; int8: with 8-bit integers, the dtype of the result.
 
         A gated activation combines the first half of the rows, gate, with the second one, up.
         """

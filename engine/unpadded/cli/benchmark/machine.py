@@ -126,7 +126,7 @@ def _cpu_name() -> str:
     found = dict(re.findall(r"^(model name|cpu family)\s*: *(.*\S)", text, re.MULTILINE))
     name = found.get("model name", platform.processor()) + " with AMX" * ("amx_tile" in text)
     # in a virtual machine, the name is the same for all generations: family 25 is Zen 3 and 4, 26 is Zen 5
-    return f"{name} (family {found['cpu family']})" if name.startswith("AMD") else name
+    return f"{name} (family {found['cpu family']})" if name.startswith("AMD") and "cpu family" in found else name
 
 
 def _version(package: str) -> str | None:
